@@ -1,0 +1,97 @@
+"""Ranges from data: absmax, percentile, and the step of least error.
+
+Each function reduces a tensor to the step(s) of a uniform grid, per tensor ([]) or per row
+([N, 1, ...]). `mse_scale` searches the clipping ratio on a grid, as BRECQ and QDrop do (80 steps,
+|error|^p with p = 2.4 there, p = 2 here by default); it is deterministic and needs no gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qexp.quant.functional import MIN_SCALE
+
+SEARCH_STEPS = 80  # candidates between 1/80 of the range and all of it (BRECQ's count)
+MAX_SAMPLES = 1 << 20  # elements of an activation that the search looks at: memory, not accuracy
+
+
+def _rows(x: Tensor, per_row: bool) -> Tensor:
+    x = x.detach().float()
+    return x.reshape(x.shape[0], -1) if per_row else x.reshape(1, -1)
+
+
+def _shape_of(x: Tensor, per_row: bool) -> tuple[int, ...]:
+    return (x.shape[0], *[1] * (x.dim() - 1)) if per_row else ()
+
+
+def _subsample(rows: Tensor) -> Tensor:
+    """At most MAX_SAMPLES elements of a one-row tensor, evenly spaced: deterministic."""
+    if rows.shape[0] == 1 and rows.shape[1] > MAX_SAMPLES:
+        return rows[:, :: -(-rows.shape[1] // MAX_SAMPLES)]
+    return rows
+
+
+def absmax_scale(x: Tensor, qmin: int, qmax: int, *, per_row: bool = False) -> Tensor:
+    """The step at which the largest |x| is just representable."""
+    rows = _rows(x, per_row)
+    bound = max(-qmin, qmax)
+    return (rows.abs().amax(1) / bound).clamp_min(MIN_SCALE).reshape(_shape_of(x, per_row))
+
+
+def percentile_scale(
+    x: Tensor, qmin: int, qmax: int, *, percent: float = 99.9, per_row: bool = False
+) -> Tensor:
+    """The step at which `percent` of |x| is representable. Exact, by k-th value."""
+    rows = _rows(x, per_row).abs()
+    k = max(1, min(rows.shape[1], round(rows.shape[1] * percent / 100)))
+    bound = max(-qmin, qmax)
+    value = rows.kthvalue(k, dim=1).values
+    return (value / bound).clamp_min(MIN_SCALE).reshape(_shape_of(x, per_row))
+
+
+def mse_scale(
+    x: Tensor, qmin: int, qmax: int, *, p: float = 2.0, per_row: bool = False
+) -> Tensor:
+    """The step that minimises sum |x_hat - x|^p over a grid of clipping ratios.
+
+    Shape: x [N, ...]; result [] or [N, 1, ...].
+    """
+    rows = _subsample(_rows(x, per_row))
+    low, high = rows.amin(1).clamp_max(0), rows.amax(1).clamp_min(0)
+    # The widest step that is ever useful covers the larger side.
+    widest = torch.maximum(high / max(qmax, 1), -low / max(-qmin, 1)).clamp_min(MIN_SCALE)
+    best_error = torch.full_like(widest, torch.inf)
+    best = widest.clone()
+    for i in range(1, SEARCH_STEPS + 1):
+        scale = (widest * (i / SEARCH_STEPS)).clamp_min(MIN_SCALE)
+        x_hat = (rows / scale[:, None]).round_().clamp_(qmin, qmax).mul_(scale[:, None])
+        error = x_hat.sub_(rows).abs_().pow_(p).sum(1)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best = torch.where(better, scale, best)
+    return best.reshape(_shape_of(x, per_row))
+
+
+def mse_range(
+    x: Tensor, levels_minus_one: int, *, one_sided: bool = False, p: float = 2.0
+) -> tuple[Tensor, Tensor]:
+    """`(scale, low)` of the affine grid low + [0..levels-1] * scale of least error, per tensor.
+
+    Both ends shrink independently on a coarse grid (the range of x times i/20, j/20).
+    """
+    rows = _subsample(_rows(x, False))[0]
+    low, high = rows.min().clamp_max(0), rows.max().clamp_min(0)
+    if one_sided:
+        low = torch.zeros_like(low)
+    best = (torch.tensor(torch.inf, device=x.device), high, low)
+    for i in range(1, 21):
+        for j in range(1, 2 if one_sided else 21):
+            lo = low * (0.0 if one_sided else j / 20)
+            hi = high * (i / 20)
+            scale = ((hi - lo) / levels_minus_one).clamp_min(MIN_SCALE)
+            x_hat = ((rows - lo) / scale).round_().clamp_(0, levels_minus_one).mul_(scale).add_(lo)
+            error = x_hat.sub_(rows).abs_().pow_(p).sum()
+            if error < best[0]:
+                best = (error, scale, lo)
+    return best[1], best[2]

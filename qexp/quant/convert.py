@@ -1,0 +1,214 @@
+"""Float network -> quantized network and back. The only place that replaces modules.
+
+`quantize_` swaps every layer that `bits` names for its quantized twin, sharing the parameters;
+`calibrate_` runs one batch through the network and sets every quantizer from what it sees, each
+layer from the already quantized prefix; `unquantize_` gives the float network back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from qexp.quant.modules import QUANT_LAYERS, QuantConv2d, QuantLayer, QuantLinear
+from qexp.quant.quantizer import Identity, Quantizer
+from qexp.quant.trace import Layer
+
+
+class Bits(NamedTuple):
+    """Widths of a layer's two operands; 32 leaves that operand in float."""
+
+    weight: int
+    act: int
+
+
+class QuantizerFactory(Protocol):
+    """What `quantize_` calls to make a quantizer: a class, or a partial of one."""
+
+    def __call__(self, bits: int, *, signed: bool, shape: Sequence[int]) -> Quantizer: ...
+
+
+class Swap(NamedTuple):
+    """What `quantize_` did to one layer, or why it did nothing."""
+
+    layer: Layer
+    bits: Bits | None
+    note: str
+
+
+def quantize_(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    bits: Mapping[str, Bits],
+    weight: QuantizerFactory,
+    act: QuantizerFactory,
+    outer_weight: QuantizerFactory | None = None,
+    outer_act: QuantizerFactory | None = None,
+) -> list[Swap]:
+    """Swap the layers that `bits` names for quantized ones, in place.
+
+    Args:
+        model: the float network that `layers` was traced from.
+        layers: `trace(model, ...)`.
+        bits: widths by layer name; a layer it does not name stays float.
+        weight, act: make the quantizers of a layer.
+        outer_weight, outer_act: make those of the first and last layer, when a comparison fixes
+            them to one kind for all methods (8-bit LSQ); default: as the others.
+
+    Returns:
+        One `Swap` a layer, in execution order: what was done, what was skipped.
+    """
+    report = []
+    for layer in layers:
+        widths = bits.get(layer.name)
+        if widths is None or widths == (32, 32):
+            report.append(Swap(layer, None, "left in float by the bit-width policy"))
+            continue
+        module = model.get_submodule(layer.name)
+        outer = layer.position != "inner"
+        make_w = outer_weight if outer and outer_weight is not None else weight
+        make_a = outer_act if outer and outer_act is not None else act
+        wq = (
+            make_w(bits=widths.weight, signed=True, shape=layer.weight_shape)
+            if widths.weight < 32
+            else Identity(shape=layer.weight_shape)
+        )
+        aq = (
+            make_a(bits=widths.act, signed=layer.signed, shape=layer.field)
+            if widths.act < 32
+            else Identity(signed=layer.signed, shape=layer.field)
+        )
+        if isinstance(module, QUANT_LAYERS):
+            raise ValueError(f"layer '{layer.name}' is already quantized; call unquantize_ first")
+        if isinstance(module, nn.Conv2d):
+            twin: QuantLayer = QuantConv2d.from_float(module, wq, aq)
+        elif isinstance(module, nn.Linear):
+            twin = QuantLinear.from_float(module, wq, aq)
+        else:
+            raise ValueError(f"layer '{layer.name}' is a {type(module).__name__}")
+        twin.to(module.weight.device)
+        _replace(model, layer.name, twin)
+        report.append(Swap(layer, widths, type(wq).__name__ + " / " + type(aq).__name__))
+    return report
+
+
+def unquantize_(model: nn.Module) -> nn.Module:
+    """Turn every quantized layer back into the float one it came from, in place."""
+    for name, module in list(quant_layers(model).items()):
+        twin: nn.Module = (nn.Conv2d if isinstance(module, QuantConv2d) else nn.Linear).__new__(
+            nn.Conv2d if isinstance(module, QuantConv2d) else nn.Linear
+        )
+        twin.__dict__ = {k: v for k, v in module.__dict__.items() if k not in _OWN}
+        twin._modules = {k: v for k, v in module._modules.items() if k not in _OWN}
+        twin._parameters = {**module._parameters}
+        _replace(model, name, twin)
+    return model
+
+
+_OWN = {"weight_quantizer", "act_quantizer", "weight_enabled", "act_enabled", "w_hat"}
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def quant_layers(model: nn.Module) -> dict[str, QuantLayer]:
+    """Quantized layers by name, in module order."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, QUANT_LAYERS)}
+
+
+def quantizers(model: nn.Module) -> dict[str, Quantizer]:
+    """All quantizers by name (`layer1.0.conv1.act_quantizer`), float operands left out."""
+    return {
+        n: m
+        for n, m in model.named_modules()
+        if isinstance(m, Quantizer) and not isinstance(m, Identity)
+    }
+
+
+@torch.no_grad()
+def calibrate_(model: nn.Module, images: Tensor) -> None:
+    """Set every quantizer: weights from themselves, inputs from one batch of images.
+
+    Each layer sees the output of the already quantized layers before it. Batch norm statistics
+    stay as they are. Shape: images [N, C, H, W], normalised, from the training split.
+    """
+    handles = []
+
+    def set_input(module: QuantLayer, inputs: tuple[Tensor, ...]) -> None:
+        quantizer, x = module.act_quantizer, inputs[0]
+        if isinstance(module, QuantConv2d) and quantizer.on_columns:
+            x = nn.functional.unfold(
+                x,
+                module.kernel_size,
+                module.dilation,
+                module.padding,  # type: ignore[arg-type]
+                module.stride,
+            )
+        quantizer.calibrate(x)
+
+    for module in quant_layers(model).values():
+        module.weight_quantizer.calibrate(module.weight)
+        handles.append(module.register_forward_pre_hook(set_input))
+    was_training = model.training
+    try:
+        model.eval()(images)
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+
+
+def check_calibrated(model: nn.Module) -> None:
+    """Raise if a quantizer was never calibrated, with the names."""
+    missing = [n for n, q in quantizers(model).items() if not bool(q.calibrated)]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} quantizers are not calibrated ({', '.join(missing[:3])}, ...). "
+            "Call calibrate_(model, images) or load a checkpoint first"
+        )
+
+
+@contextmanager
+def float_operands(model: nn.Module, *, weight: bool = True, act: bool = True) -> Iterator[None]:
+    """Run the network with its weights and / or inputs in float, inside the block."""
+    layers = list(quant_layers(model).values())
+    before = [(m.weight_enabled, m.act_enabled) for m in layers]
+    for module in layers:
+        module.weight_enabled = module.weight_enabled and not weight
+        module.act_enabled = module.act_enabled and not act
+    try:
+        yield
+    finally:
+        for module, (w, a) in zip(layers, before, strict=True):
+            module.weight_enabled, module.act_enabled = w, a
+
+
+@contextmanager
+def frozen_weights(model: nn.Module) -> Iterator[None]:
+    """Quantize each weight once for the whole block: for evaluation, no gradients."""
+    layers = list(quant_layers(model).values())
+    with torch.no_grad():
+        for module in layers:
+            module.w_hat = module.quantized_weight()
+    try:
+        yield
+    finally:
+        for module in layers:
+            module.w_hat = None
+
+
+def quantizer_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Every learned quantizer parameter, for a group of their own in the optimizer."""
+    found: dict[int, nn.Parameter] = {}
+    for quantizer in quantizers(model).values():
+        for parameter in quantizer.parameters():
+            found[id(parameter)] = parameter
+    return list(found.values())
+
+

@@ -1,0 +1,186 @@
+"""Learned step size quantization.
+
+LSQ: S. K. Esser, J. L. McKinstry, D. Bablani, R. Appuswamy, D. S. Modha. "Learned Step Size
+Quantization." ICLR 2020, arXiv 1902.08153.
+LSQ+: Y. Bhalgat, J. Lee, M. Nagel, T. Blankevoort, N. Kwak. "LSQ+: Improving low-bit quantization
+through learnable offsets and better initialization." CVPR-W 2020, arXiv 2004.09576.
+
+The idea: the step between two levels is a parameter, trained with the weights, with the gradient
+that the rounding's straight-through estimate gives it; a heuristic factor g keeps that gradient in
+balance with the weights'.
+
+Forward (eq. 1-2).  z = x / scale,  x_int = clip(round(z), qmin, qmax),  x_hat = x_int * scale.
+    Weights and signed inputs: qmin = -2^(b-1), qmax = 2^(b-1)-1. Inputs after ReLU: 0, 2^b-1.
+
+Gradients (eq. 3, 5), e = dL/dx_hat.
+    dL/dx     = e        where qmin <= z <= qmax, else 0
+    dL/dscale = g * sum e * t,    t = x_int - z inside, qmin below, qmax above
+    g = 1 / sqrt(N * qmax)        (section 2.2)
+    N: number of weights of the layer, or number of features of the activation. "Features" read as
+    *per sample* is `count: sample`, the default for activations; many codes count the batch too
+    (`count: tensor`), which makes g smaller by sqrt(batch). Per channel, N is the count of one row.
+
+Initialisation.  scale = 2 * mean|x| / sqrt(qmax), from the float weights and from the first batch
+    (`init: lsq`); `init: mse` minimises the squared error instead.
+
+LSQ+ adds a learned offset to activations that are not one-sided (Swish):
+    x_int = clip(round((x - offset) / scale), qmin, qmax),  x_hat = x_int * scale + offset
+    dL/doffset = g * sum e * [clipped];  (scale, offset) start from the MSE over a small batch.
+    Codes are unsigned: the offset carries the sign. Weights are symmetric without offset.
+
+Departs from the papers:
+ 1. scale is kept >= 1.2e-7 in the forward; its gradient passes the guard. The paper has none.
+ 2. `per_channel: true` (weights) is not in LSQ. It is the control that ASQ's own code uses.
+ 3. At 1 bit signed, qmax = 0: g uses max(qmax, 1).
+ 4. LSQ+ weights start from the MSE too, instead of max|mean +- 3 std| / 2^(b-1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from qexp.quant.calibrate import mse_range, mse_scale
+from qexp.quant.functional import (
+    MIN_SCALE,
+    dequantize,
+    fake_quantize,
+    integer_range,
+    quantize,
+    scale_grad,
+)
+from qexp.quant.quantizer import Quantizer
+
+Count = Literal["tensor", "sample"]
+
+
+def grad_scale(x: Tensor, rows: int, qmax: int, count: Count) -> float:
+    """g = 1 / sqrt(N * qmax) (LSQ section 2.2), N = elements a row, or a sample of it."""
+    n = x[0].numel() if count == "sample" else x.numel() // rows
+    return 1.0 / math.sqrt(n * max(qmax, 1))
+
+
+def lsq_scale(x: Tensor, qmax: int, per_row: bool) -> Tensor:
+    """2 * mean|x| / sqrt(qmax) (LSQ section 2.1), [] or [N, 1, ...]."""
+    dims = list(range(1, x.dim())) if per_row else list(range(x.dim()))
+    mean = x.detach().float().abs().mean(dim=dims, keepdim=per_row)
+    return (2 * mean / math.sqrt(max(qmax, 1))).clamp_min(MIN_SCALE)
+
+
+class LSQ(Quantizer):
+    """Uniform quantizer with a learned step, for weights or activations.
+
+    Args:
+        per_channel: one step per output channel (weights only).
+        count: what N of the gradient scale counts, `tensor` (weights) or `sample` (activations).
+        init: `lsq` (paper) or `mse`.
+    """
+
+    def __init__(
+        self,
+        bits: int,
+        *,
+        signed: bool = True,
+        shape: Sequence[int] = (),
+        per_channel: bool = False,
+        count: Count = "tensor",
+        init: Literal["lsq", "mse"] = "lsq",
+    ) -> None:
+        super().__init__(bits, signed=signed, shape=shape)
+        self.per_channel = per_channel
+        self.count: Count = count
+        self.init = init
+        self.scale = nn.Parameter(
+            torch.ones(shape[0], *[1] * (len(shape) - 1)) if per_channel else torch.tensor(1.0)
+        )
+
+    @torch.no_grad()
+    def calibrate(self, x: Tensor) -> None:
+        """Set the step from the weights [C_out, ...] or a batch of inputs [N, ...]."""
+        if self.init == "mse":
+            scale = mse_scale(x, self.qmin, self.qmax, per_row=self.per_channel)
+        else:
+            scale = lsq_scale(x, self.qmax, self.per_channel)
+        self.scale.copy_(scale)
+        self.calibrated.fill_(True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        g = grad_scale(x, self.scale.numel(), self.qmax, self.count)
+        return fake_quantize(x, self.scale, self.qmin, self.qmax, g)  # eq. 1-3
+
+    def codes(self, x: Tensor) -> Tensor:
+        return quantize(x, self.scale.clamp_min(MIN_SCALE), self.qmin, self.qmax)  # eq. 1
+
+    def decode(self, codes: Tensor, context: Tensor | None = None) -> Tensor:
+        return dequantize(codes, self.scale.clamp_min(MIN_SCALE))  # eq. 2
+
+    def levels(self) -> Tensor:
+        grid = torch.arange(self.qmin, self.qmax + 1, device=self.scale.device)
+        return grid * self.scale.detach().reshape(-1, 1).clamp_min(MIN_SCALE)  # [C_out or 1, L]
+
+    def thresholds(self) -> Tensor:
+        levels = self.levels()[0]
+        return (levels[1:] + levels[:-1]) / 2
+
+    def health(self) -> dict[str, Tensor]:
+        return {"clamped_steps": (self.scale.detach() <= MIN_SCALE).sum()}
+
+
+class LSQPlus(Quantizer):
+    """LSQ+ activations: learned step and learned offset, unsigned codes.
+
+    Args:
+        count: what N of the gradient scale counts (see `LSQ`).
+    """
+
+    def __init__(
+        self,
+        bits: int,
+        *,
+        signed: bool = True,
+        shape: Sequence[int] = (),
+        count: Count = "sample",
+    ) -> None:
+        super().__init__(bits, signed=signed, shape=shape)
+        self.qmin, self.qmax = integer_range(bits, signed=False)  # the offset carries the sign
+        self.count: Count = count
+        self.scale = nn.Parameter(torch.tensor(1.0))
+        self.offset = nn.Parameter(torch.tensor(0.0))
+
+    @torch.no_grad()
+    def calibrate(self, x: Tensor) -> None:
+        """Set step and offset to the range [lo, hi] of least squared error."""
+        scale, low = mse_range(x, self.qmax, one_sided=not self.signed)
+        self.scale.copy_(scale)
+        self.offset.copy_(low)
+        self.calibrated.fill_(True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        g = grad_scale(x, 1, self.qmax, self.count)
+        offset = scale_grad(self.offset, g)
+        shifted = x - offset.to(x.dtype)
+        # fake_quantize passes e * [inside] to `shifted`, hence -that to the offset; adding the
+        # offset back gives e: together e * [clipped], as in the paper.
+        return fake_quantize(shifted, self.scale, self.qmin, self.qmax, g) + offset.to(x.dtype)
+
+    def codes(self, x: Tensor) -> Tensor:
+        shifted = x - self.offset.to(x.dtype)
+        return quantize(shifted, self.scale.clamp_min(MIN_SCALE), self.qmin, self.qmax)
+
+    def decode(self, codes: Tensor, context: Tensor | None = None) -> Tensor:
+        return dequantize(codes, self.scale.clamp_min(MIN_SCALE)) + self.offset
+
+    def levels(self) -> Tensor:
+        grid = torch.arange(self.qmin, self.qmax + 1, device=self.scale.device)
+        return (grid * self.scale.detach().clamp_min(MIN_SCALE) + self.offset.detach()).view(1, -1)
+
+    def thresholds(self) -> Tensor:
+        levels = self.levels()[0]
+        return (levels[1:] + levels[:-1]) / 2
+
+    def health(self) -> dict[str, Tensor]:
+        return {"clamped_steps": (self.scale.detach() <= MIN_SCALE).sum()}

@@ -1,0 +1,114 @@
+"""A convolution and a linear layer whose operands are quantized.
+
+    y = conv(act_quantizer(x), weight_quantizer(weight)) + bias
+
+The parameters are those of the float layer, under the same names, so that a float checkpoint
+loads and `unquantize_` gives the float layer back. Inputs are quantized, not outputs: a layer's
+bits are those of the two operands it multiplies.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qexp.quant.quantizer import Quantizer
+
+
+class QuantConv2d(nn.Conv2d):
+    """`nn.Conv2d` with quantized operands. Shape: x [N, C_in, H, W] -> [N, C_out, H', W']."""
+
+    weight_quantizer: Quantizer
+    act_quantizer: Quantizer
+    weight_enabled = True
+    act_enabled = True
+    w_hat: Tensor | None = None  # the quantized weight, while `frozen_weights` holds it
+
+    @classmethod
+    def from_float(
+        cls, conv: nn.Conv2d, weight_quantizer: Quantizer, act_quantizer: Quantizer
+    ) -> QuantConv2d:
+        """Wrap `conv`, sharing its parameters."""
+        self = cls.__new__(cls)
+        self.__dict__ = {**conv.__dict__}
+        self._modules = {**conv._modules}
+        self._parameters = {**conv._parameters}
+        self.weight_quantizer = weight_quantizer
+        self.act_quantizer = act_quantizer
+        return self
+
+    def quantized_weight(self) -> Tensor:
+        """The weight that multiplies: quantized, frozen, or (disabled) the float one."""
+        if not self.weight_enabled:
+            return self.weight
+        return self.weight_quantizer(self.weight) if self.w_hat is None else self.w_hat
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.quantized_weight()
+        if not self.act_enabled:
+            return self._conv_forward(x, weight, self.bias)
+        if self.act_quantizer.on_columns:
+            return self._conv_columns(x, weight)
+        return self._conv_forward(self.act_quantizer(x), weight, self.bias)
+
+    def _conv_columns(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The same convolution with every im2col element quantized on its own (AQuant rows)."""
+        if self.padding_mode != "zeros" or isinstance(self.padding, str):
+            raise ValueError("column quantizers need zero padding given as integers")
+        columns = F.unfold(
+            x, self.kernel_size, self.dilation, self.padding, self.stride
+        )  # [N, C_in*kh*kw, L]
+        columns = self.act_quantizer(columns)
+        n, k, length = columns.shape
+        grouped = columns.view(n, self.groups, k // self.groups, length)
+        rows = weight.view(self.groups, self.out_channels // self.groups, -1).to(columns.dtype)
+        out = torch.einsum("gok,ngkl->ngol", rows, grouped).reshape(n, self.out_channels, length)
+        if self.bias is not None:
+            out = out + self.bias.to(out.dtype)[:, None]
+        size = [
+            (x.shape[2 + i] + 2 * self.padding[i] - self.dilation[i] * (self.kernel_size[i] - 1) - 1)
+            // self.stride[i]
+            + 1
+            for i in range(2)
+        ]
+        return out.view(n, self.out_channels, *size)
+
+
+class QuantLinear(nn.Linear):
+    """`nn.Linear` with quantized operands. Shape: x [N, C_in] -> [N, C_out]."""
+
+    weight_quantizer: Quantizer
+    act_quantizer: Quantizer
+    weight_enabled = True
+    act_enabled = True
+    w_hat: Tensor | None = None
+
+    @classmethod
+    def from_float(
+        cls, linear: nn.Linear, weight_quantizer: Quantizer, act_quantizer: Quantizer
+    ) -> QuantLinear:
+        """Wrap `linear`, sharing its parameters."""
+        self = cls.__new__(cls)
+        self.__dict__ = {**linear.__dict__}
+        self._modules = {**linear._modules}
+        self._parameters = {**linear._parameters}
+        self.weight_quantizer = weight_quantizer
+        self.act_quantizer = act_quantizer
+        return self
+
+    def quantized_weight(self) -> Tensor:
+        """The weight that multiplies: quantized, frozen, or (disabled) the float one."""
+        if not self.weight_enabled:
+            return self.weight
+        return self.weight_quantizer(self.weight) if self.w_hat is None else self.w_hat
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.quantized_weight()
+        if self.act_enabled:
+            x = self.act_quantizer(x)
+        return F.linear(x, weight, self.bias)
+
+
+QuantLayer = QuantConv2d | QuantLinear
+QUANT_LAYERS = (QuantConv2d, QuantLinear)

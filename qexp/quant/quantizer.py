@@ -1,0 +1,122 @@
+"""The contract every quantizer keeps, and the two trivial ones.
+
+A quantizer maps a real tensor onto at most 2**bits levels. It is built from `bits` and its own
+keywords; the layer swap (`convert.py`) adds the two facts it cannot know:
+
+    signed   whether the tensor has negative values (weights always; activations as traced)
+    shape    for a weight, the weight's shape [C_out, C_in/groups, kh, kw] or [C_out, C_in];
+             for an activation, the receptive field of the layer it feeds: [C_in, kh, kw] or [C_in]
+
+Invariants, each held by a test:
+
+ 1. `decode(codes(x), context(x)) == forward(x)` bit for bit in eval mode.
+ 2. `codes` are integers in [qmin, qmax], at most `num_levels` different ones.
+ 3. `num_levels <= 2**bits`, unless the class says otherwise by name; `effective_bits` is what the
+    accounting uses, so a grid with more levels is charged for them.
+ 4. All state is in the state_dict, with its final shape since construction. `calibrate` fills it
+    once; loading a checkpoint never calibrates. `calibrated` is a buffer.
+ 5. State is float32 whatever the dtype of x; forward returns the shape and dtype of x.
+ 6. No implementation is inherited from another method: a method is one file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from qexp.quant.functional import integer_range
+
+
+class Quantizer(nn.Module):
+    """Base of all quantizers: the contract, no numerics.
+
+    Args:
+        bits: width of a code, 1 to 16.
+        signed: whether codes may be negative.
+        shape: of the weight, or of the receptive field (module docstring).
+    """
+
+    calibrated: Tensor
+
+    # Set True by activation quantizers that work on im2col columns [N, C_in*kh*kw, L].
+    on_columns = False
+
+    def __init__(self, bits: int, *, signed: bool = True, shape: Sequence[int] = ()) -> None:
+        super().__init__()
+        if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 16:
+            raise ValueError(f"bits must be an integer from 1 to 16, got {bits!r}")
+        self.bits = bits
+        self.signed = signed
+        self.shape = tuple(shape)
+        self.qmin, self.qmax = integer_range(bits, signed)
+        self.register_buffer("calibrated", torch.tensor(False))
+
+    @property
+    def num_levels(self) -> int:
+        """How many different codes there are."""
+        return self.qmax - self.qmin + 1
+
+    @property
+    def effective_bits(self) -> float:
+        """Bits the accounting charges: `bits`, or log2(levels) for a grid that overflows them."""
+        return max(float(self.bits), math.log2(self.num_levels))
+
+    def calibrate(self, x: Tensor) -> None:
+        """Set the state from data, once. Shape: x as in forward."""
+        raise NotImplementedError
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Integer codes of x, int32, same shape."""
+        raise NotImplementedError
+
+    def context(self, x: Tensor) -> Tensor | None:
+        """What `decode` needs beside the codes when the grid depends on the sample (ASQ)."""
+        return None
+
+    def decode(self, codes: Tensor, context: Tensor | None = None) -> Tensor:
+        """The reals that codes stand for, float32, same shape."""
+        raise NotImplementedError
+
+    def levels(self) -> Tensor:
+        """Sorted levels, [L] or per output channel [C_out, L]. Weight quantizers only."""
+        raise NotImplementedError
+
+    def thresholds(self) -> Tensor:
+        """Sorted decision borders between codes, [L-1], for plots."""
+        raise NotImplementedError
+
+    def extra_bytes(self) -> int:
+        """Bytes stored besides the codes: float32 steps, codebooks, adapters, borders."""
+        return 4 * sum(p.numel() for p in self.parameters())
+
+    def health(self) -> dict[str, Tensor]:
+        """Counts of what must not go wrong silently, as device tensors (no host sync)."""
+        return {}
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, {'signed' if self.signed else 'unsigned'}"
+
+
+class Identity(Quantizer):
+    """No quantization: float in, the same float out; 32 bits in the accounting."""
+
+    def __init__(self, bits: int = 32, *, signed: bool = True, shape: Sequence[int] = ()) -> None:
+        super().__init__(16, signed=signed, shape=shape)
+        self.bits = 32
+        self.calibrated.fill_(True)
+
+    @property
+    def num_levels(self) -> int:
+        return 2**32
+
+    def calibrate(self, x: Tensor) -> None:
+        """Nothing to set."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+    def extra_bytes(self) -> int:
+        return 0

@@ -1,0 +1,106 @@
+"""What a float network's layers are, seen by running it once on noise.
+
+One forward pass with hooks gives, for every convolution and linear layer in execution order: its
+name, the shapes it sees, its multiply-accumulates, and whether its input can be negative. A
+tensor that follows a ReLU (or ReLU6) is non-negative whatever the data, one that follows a batch
+norm is not, so noise is enough and no data set is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One convolution or linear layer of a network.
+
+    Attributes:
+        name: its path in the module tree.
+        kind: `conv`, `depthwise`, or `linear`.
+        weight_shape: [C_out, C_in/groups, kh, kw] or [C_out, C_in].
+        field: receptive field [C_in, kh, kw] or [C_in]: the `shape` of its activation quantizer.
+        macs: multiply-accumulates for one sample.
+        act_shape: its input for one sample, [C_in, H, W] or [C_in].
+        signed: whether its input has negative values.
+        position: `first`, `inner` or `last`, in execution order.
+    """
+
+    name: str
+    kind: str
+    weight_shape: tuple[int, ...]
+    field: tuple[int, ...]
+    macs: int
+    act_shape: tuple[int, ...]
+    signed: bool
+    position: str
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        n = 1
+        for d in self.weight_shape:
+            n *= d
+        return n
+
+
+@torch.no_grad()
+def trace(model: nn.Module, input_shape: Sequence[int], batch: int = 2) -> list[Layer]:
+    """The layers of `model` in execution order.
+
+    Args:
+        model: a float network.
+        input_shape: [C, H, W] of one image.
+    """
+    seen: dict[str, tuple[nn.Module, Tensor, Tensor]] = {}
+    handles = []
+
+    def hook(name: str) -> object:
+        def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if name not in seen:
+                seen[name] = (module, inputs[0], output)
+
+        return record
+
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            handles.append(module.register_forward_hook(hook(name)))  # type: ignore[arg-type]
+    was_training = model.training
+    parameter = next(model.parameters())
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(batch, *input_shape, generator=generator).to(parameter)
+    try:
+        model.eval()(noise)
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+
+    layers = []
+    for i, (name, (module, x, y)) in enumerate(seen.items()):
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        if isinstance(module, nn.Conv2d):
+            depthwise = module.groups > 1 and module.groups == module.in_channels
+            kind = "depthwise" if depthwise else "conv"
+            field = (module.in_channels, *module.kernel_size)
+            positions = y[0, 0].numel()
+        else:
+            kind, field, positions = "linear", (weight.shape[1],), y[0].numel() // y.shape[-1]
+        position = "first" if i == 0 else "last" if i == len(seen) - 1 else "inner"
+        layers.append(
+            Layer(
+                name=name,
+                kind=kind,
+                weight_shape=tuple(weight.shape),
+                field=tuple(field),
+                macs=weight.numel() * positions,
+                act_shape=tuple(x.shape[1:]),
+                signed=bool(x.min() < 0),
+                position=position,
+            )
+        )
+    return layers
