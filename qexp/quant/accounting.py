@@ -1,0 +1,230 @@
+"""What a quantized network costs: levels, bits, bytes, operations.
+
+One rule for every method, so that rows of a table can be compared:
+
+  Bits      An operand costs its quantizer's `effective_bits`: `bits`, or log2(levels) for a grid
+            that overflows them (five levels cost 2.32 bits). A float operand costs 32.
+  Averages  Three of the weights, because papers print one without saying which: by parameter and
+            by layer over the quantized inner layers (an operand such a layer keeps in float counts
+            32), and by parameter over all layers with first, last and float ones. Activations: by
+            layer, over the quantized inner layers.
+  Size      What a file holds. Codes take whole bits, ceil(log2(levels)) each, packed layer by
+            layer into whole bytes; then every quantizer's `extra_bytes` (steps, codebooks,
+            adapters, borders, of weights and of inputs), and at 4 bytes an element every other
+            floating tensor of the state: float weights, biases, and batch norm as it is stored,
+            four vectors (folding it would leave one bias). Not counted: `num_batches_tracked`,
+            which inference does not read, and tensors that are not in the state_dict.
+  Ideal     bits * weights / 8, rounded up: what a size quoted in a paper often is.
+  BOPs      sum over layers of macs * w_bits * a_bits, for one sample (HAWQ-V3).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+
+from qexp.quant.modules import QUANT_LAYERS
+from qexp.quant.quantizer import Identity, Quantizer
+from qexp.quant.trace import Layer
+
+FLOAT_BITS = 32
+FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class LayerAccount:
+    """One layer's line of layers.csv; None where a column does not apply.
+
+    Attributes:
+        w_bits, a_bits: effective bits of the operands, 32 for float.
+        signed: whether the layer's input has negative values.
+        levels_used: distinct values in the quantized weight; with one grid per output channel, in
+            the channel that has most. None for a float or not yet calibrated weight.
+        macs: multiply-accumulates for one sample.
+        size_bytes: packed codes (or float weights), bias, and both quantizers' extra bytes.
+        sqnr_db: 10 log10(sum w^2 / sum (w - w_hat)^2), decibels.
+        sensitivity: as the bit-width policy measured it, in its own unit.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    w_bits: float
+    a_bits: float
+    signed: bool
+    levels_used: int | None
+    weights: int
+    macs: int
+    size_bytes: int
+    sqnr_db: float | None
+    sensitivity: float | None
+    position: str
+
+    @property
+    def quantized(self) -> bool:
+        """Whether at least one operand is quantized."""
+        return min(self.w_bits, self.a_bits) < FLOAT_BITS
+
+
+COLUMNS = tuple(f.name for f in fields(LayerAccount) if f.name != "position")
+
+
+@dataclass(frozen=True)
+class Account:
+    """Totals of a network, and its layers in execution order (module docstring for the rules)."""
+
+    layers: tuple[LayerAccount, ...]
+    weight_by_param: float
+    weight_by_layer: float
+    weight_with_outer: float
+    act_by_layer: float
+    size_bytes: int
+    ideal_bytes: int
+    fp32_bytes: int
+    macs: int
+    bops: int
+
+    @property
+    def bits(self) -> dict[str, float]:
+        """The averages, as result.json names them."""
+        return {
+            "weight_by_param": self.weight_by_param,
+            "weight_by_layer": self.weight_by_layer,
+            "weight_with_outer": self.weight_with_outer,
+            "act_by_layer": self.act_by_layer,
+        }
+
+    def summary(self) -> dict[str, int | dict[str, float]]:
+        """The totals, as result.json names them."""
+        totals = ("size_bytes", "ideal_bytes", "fp32_bytes", "macs", "bops")
+        return {"bits": self.bits, **{name: getattr(self, name) for name in totals}}
+
+    def csv_lines(self) -> list[str]:
+        """layers.csv: a header and one line a layer, empty where a column does not apply."""
+        rows = [",".join(_cell(getattr(layer, c)) for c in COLUMNS) for layer in self.layers]
+        return [",".join(COLUMNS), *rows]
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, tuple):
+        return "x".join(map(str, value))
+    return str(value)
+
+
+def account(
+    model: nn.Module, layers: Sequence[Layer], sensitivity: Mapping[str, float] | None = None
+) -> Account:
+    """What `model` costs, float or quantized, calibrated or not.
+
+    Args:
+        model: the network, after `quantize_` or before.
+        layers: `trace(model, ...)` of its float form.
+        sensitivity: by layer name, for the column of that name.
+    """
+    rows = tuple(
+        _account_layer(model, layer, (sensitivity or {}).get(layer.name)) for layer in layers
+    )
+    inner = [r for r in rows if r.position == "inner"] or list(rows)
+    quantized = [r for r in inner if r.quantized]
+    everything = _state_bytes(model)
+    in_layers = sum(FLOAT_BYTES * (r.weights + _bias_count(model, r.name)) for r in rows)
+    return Account(
+        layers=rows,
+        weight_by_param=_mean(quantized, by_param=True),
+        weight_by_layer=_mean(quantized, by_param=False),
+        weight_with_outer=_mean(rows, by_param=True),
+        act_by_layer=sum(r.a_bits for r in quantized) / len(quantized) if quantized else FLOAT_BITS,
+        size_bytes=sum(r.size_bytes for r in rows) + everything - in_layers,
+        ideal_bytes=math.ceil(sum(r.w_bits * r.weights for r in rows) / 8),
+        fp32_bytes=everything,
+        macs=sum(r.macs for r in rows),
+        bops=round(sum(r.macs * r.w_bits * r.a_bits for r in rows)),
+    )
+
+
+def _mean(rows: Sequence[LayerAccount], *, by_param: bool) -> float:
+    """Average weight bits; 32 of no layers."""
+    total = sum(r.weights if by_param else 1 for r in rows)
+    if not total:
+        return float(FLOAT_BITS)
+    return sum(r.w_bits * (r.weights if by_param else 1) for r in rows) / total
+
+
+def _account_layer(model: nn.Module, layer: Layer, sensitivity: float | None) -> LayerAccount:
+    module = model.get_submodule(layer.name)
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    w_bits = a_bits = float(FLOAT_BITS)
+    size = FLOAT_BYTES * weight.numel()
+    levels_used = sqnr = None
+    if isinstance(module, QUANT_LAYERS):
+        wq, aq = module.weight_quantizer, module.act_quantizer
+        w_bits, a_bits = wq.effective_bits, aq.effective_bits
+        if not isinstance(wq, Identity):
+            size = packed_bytes(weight.numel(), wq.num_levels)
+            levels_used, sqnr = _weight_quality(wq, weight)
+        size += wq.extra_bytes() + aq.extra_bytes()
+    return LayerAccount(
+        name=layer.name,
+        kind=layer.kind,
+        shape=layer.weight_shape,
+        w_bits=w_bits,
+        a_bits=a_bits,
+        signed=layer.signed,
+        levels_used=levels_used,
+        weights=weight.numel(),
+        macs=layer.macs,
+        size_bytes=size + FLOAT_BYTES * _bias_count(model, layer.name),
+        sqnr_db=sqnr,
+        sensitivity=sensitivity,
+        position=layer.position,
+    )
+
+
+def packed_bytes(count: int, levels: int) -> int:
+    """Bytes of `count` codes of `levels` values, whole bits a code, one padded end."""
+    return math.ceil(count * max(1, (levels - 1).bit_length()) / 8)
+
+
+@torch.no_grad()
+def _weight_quality(quantizer: Quantizer, weight: Tensor) -> tuple[int | None, float | None]:
+    """`(levels_used, sqnr_db)` of a calibrated quantizer."""
+    if not bool(quantizer.calibrated):
+        return None, None
+    was_training = quantizer.training
+    w_hat = quantizer.eval()(weight)  # a codebook must not adapt because it is looked at
+    quantizer.train(was_training)
+    levels = quantizer.levels()
+    grids = levels.shape[0] if levels.dim() > 1 else 1
+    rows = w_hat.reshape(grids, -1).sort(1).values
+    used = 1 + int((rows[:, 1:] != rows[:, :-1]).sum(1).max())
+    signal, noise = weight.double().square().sum(), (weight - w_hat).double().square().sum()
+    return used, (10 * torch.log10(signal / noise)).item()
+
+
+def _bias_count(model: nn.Module, name: str) -> int:
+    bias = getattr(model.get_submodule(name), "bias", None)
+    return 0 if bias is None else bias.numel()
+
+
+def _state_bytes(model: nn.Module) -> int:
+    """Bytes of the state without quantizers, every floating tensor at 4 bytes, shared ones once."""
+    owned = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, Quantizer))
+    tensors = {
+        id(t): t
+        for name, t in model.state_dict(keep_vars=True).items()
+        if not name.startswith(owned) and not name.endswith("num_batches_tracked")
+    }
+    return sum(
+        t.numel() * (FLOAT_BYTES if t.is_floating_point() else t.element_size())
+        for t in tensors.values()
+    )

@@ -1,0 +1,165 @@
+"""The accounting against sums done by hand on a small network."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qexp.quant.accounting import COLUMNS, account, packed_bytes
+from qexp.quant.bitwidth import Uniform
+from qexp.quant.convert import Bits, calibrate_, quantize_
+from qexp.quant.lsq import LSQ
+from qexp.quant.trace import Layer, trace
+
+
+class FiveLevels(LSQ):
+    """A 2-bit quantizer whose grid overflows to five levels."""
+
+    def __init__(self, bits: int, *, signed: bool = True, shape: tuple[int, ...] = ()) -> None:
+        super().__init__(bits, signed=signed, shape=shape)
+        self.qmin, self.qmax = -2, 2
+
+
+def small() -> nn.Module:
+    """8x8 images -> conv 3->4 -> BN -> ReLU -> conv 4->6 -> BN -> ReLU -> linear 6->5."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1, bias=False),  # 108 weights, 64 positions
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 6, 3, padding=1, stride=2, bias=False),  # 216 weights, 16 positions
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, 5),  # 30 weights, 5 biases
+    )
+
+
+def quantized(bits: Bits, first_last: str = "8", **own: bool) -> tuple[nn.Module, list[Layer]]:
+    model = small()
+    layers = trace(model, (3, 8, 8))
+    policy = Uniform(*bits, first_last=first_last)  # type: ignore[arg-type]
+
+    def weight(bits: int, *, signed: bool, shape: tuple[int, ...]) -> LSQ:
+        return LSQ(bits, signed=signed, shape=shape, **own)
+
+    quantize_(model, layers, policy.assign(layers), weight, LSQ)
+    calibrate_(model, torch.randn(4, 3, 8, 8))
+    return model, layers
+
+
+BN_BYTES = 4 * 4 * (4 + 6)
+MACS = (108 * 64, 216 * 16, 30)
+
+
+def test_float_network_costs_four_bytes_an_element_and_32_bits_an_operand() -> None:
+    model = small()
+    got = account(model, trace(model, (3, 8, 8)))
+    assert got.size_bytes == got.fp32_bytes == 4 * (108 + 216 + 30 + 5) + BN_BYTES
+    assert set(got.bits.values()) == {32.0}
+    assert got.macs == sum(MACS)
+    assert got.bops == 32 * 32 * sum(MACS)
+    assert got.ideal_bytes == 4 * (108 + 216 + 30)
+
+
+def test_w3a4_with_outer_8_matches_the_sum_by_hand() -> None:
+    model, layers = quantized(Bits(3, 4))
+    got = account(model, layers)
+    assert got.bits == {
+        "weight_by_param": 3.0,
+        "weight_by_layer": 3.0,
+        "weight_with_outer": pytest.approx((8 * 108 + 3 * 216 + 8 * 30) / 354),
+        "act_by_layer": 4.0,
+    }
+    # Codes, then one step for each of six quantizers, then bias and batch norm.
+    assert got.size_bytes == 108 + 81 + 30 + 6 * 4 + 5 * 4 + BN_BYTES
+    assert got.ideal_bytes == 108 + 81 + 30
+    assert got.fp32_bytes == 4 * 359 + BN_BYTES
+    assert got.bops == 64 * MACS[0] + 12 * MACS[1] + 64 * MACS[2]
+
+
+def test_float_outer_layers_count_32_in_the_average_and_in_bytes() -> None:
+    model, layers = quantized(Bits(2, 2), first_last="fp32")
+    got = account(model, layers)
+    assert got.weight_by_param == got.weight_by_layer == got.act_by_layer == 2
+    assert got.weight_with_outer == pytest.approx((32 * 138 + 2 * 216) / 354)
+    assert got.size_bytes == 4 * 138 + 54 + 2 * 4 + 5 * 4 + BN_BYTES
+    assert got.bops == 1024 * (MACS[0] + MACS[2]) + 4 * MACS[1]
+
+
+def test_float_operand_of_a_quantized_layer_counts_32() -> None:
+    model, layers = quantized(Bits(4, 32))
+    got = account(model, layers)
+    assert (got.weight_by_layer, got.act_by_layer) == (4.0, 32.0)
+    assert got.bops == 8 * 32 * (MACS[0] + MACS[2]) + 4 * 32 * MACS[1]
+
+
+def test_five_levels_are_charged_log2_of_5_bits_and_pack_into_3() -> None:
+    model = small()
+    layers = trace(model, (3, 8, 8))
+    quantize_(model, layers, {"3": Bits(2, 2)}, FiveLevels, LSQ)
+    calibrate_(model, torch.randn(4, 3, 8, 8))
+    got = account(model, layers)
+    assert got.weight_by_param == pytest.approx(math.log2(5))
+    row = got.layers[1]
+    assert row.levels_used == 5
+    assert row.size_bytes == 216 * 3 // 8 + 2 * 4
+
+
+def test_each_layers_bytes_and_the_rest_add_up_to_the_size() -> None:
+    model, layers = quantized(Bits(2, 4), per_channel=True)
+    got = account(model, layers)
+    assert sum(r.size_bytes for r in got.layers) + BN_BYTES == got.size_bytes
+    assert got.layers[1].size_bytes == 54 + 4 * 6 + 4  # codes, six steps, the input's step
+
+
+def test_per_channel_levels_are_counted_in_the_fullest_channel() -> None:
+    model, layers = quantized(Bits(2, 4), per_channel=True)
+    conv = model.get_submodule("3")
+    w_hat: Tensor = conv.weight_quantizer(conv.weight)  # type: ignore[operator]
+    used = account(model, layers).layers[1].levels_used
+    assert torch.unique(w_hat).numel() > 4
+    assert used == max(torch.unique(row).numel() for row in w_hat)
+
+
+def test_sqnr_is_the_ratio_of_weight_power_to_error_power() -> None:
+    model, layers = quantized(Bits(4, 4))
+    conv = model.get_submodule("3")
+    w: Tensor = conv.weight  # type: ignore[assignment]
+    error = w - conv.weight_quantizer(w)  # type: ignore[operator]
+    expected = 10 * math.log10((w.square().sum() / error.square().sum()).item())
+    assert account(model, layers).layers[1].sqnr_db == pytest.approx(expected, rel=1e-5)
+
+
+def test_uncalibrated_network_has_bits_and_bytes_but_no_levels() -> None:
+    model = small()
+    layers = trace(model, (3, 8, 8))
+    quantize_(model, layers, Uniform(4, 4).assign(layers), LSQ, LSQ)
+    got = account(model, layers)
+    calibrate_(model, torch.randn(4, 3, 8, 8))
+    assert got.summary() == account(model, layers).summary()
+    assert all(r.levels_used is None and r.sqnr_db is None for r in got.layers)
+
+
+def test_csv_has_the_columns_and_leaves_blanks_where_nothing_applies() -> None:
+    model, layers = quantized(Bits(4, 4), first_last="fp32")
+    head, first, inner, _ = account(model, layers, {"3": 0.5}).csv_lines()
+    assert head.split(",") == list(COLUMNS)
+    cells = dict(zip(COLUMNS, first.split(","), strict=True))
+    assert cells["shape"] == "4x3x3x3"
+    assert (cells["w_bits"], cells["levels_used"], cells["sqnr_db"]) == ("32", "", "")
+    cells = dict(zip(COLUMNS, inner.split(","), strict=True))
+    assert (cells["w_bits"], cells["signed"], cells["sensitivity"]) == ("4", "false", "0.5")
+
+
+@pytest.mark.parametrize(
+    ("count", "levels", "expected"), [(8, 4, 2), (9, 4, 3), (8, 5, 3), (1, 2, 1), (3, 256, 3)]
+)
+def test_packed_bytes_rounds_a_layer_up_to_whole_bytes(
+    count: int, levels: int, expected: int
+) -> None:
+    assert packed_bytes(count, levels) == expected
