@@ -1,0 +1,82 @@
+"""Which device, which seed, how many threads, and whether `torch.compile` can work here."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import re
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from qexp.errors import ConfigError
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that `name` stands for: auto, cpu, cuda, cuda:N or mps.
+
+    `auto` is the first of cuda, mps, cpu that exists.
+
+    Raises:
+        ConfigError: unknown name, or a device this machine has not.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", 0)
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    if name == "mps":
+        if not torch.backends.mps.is_available():
+            raise ConfigError("config: device=mps, but this torch has no MPS. Use device=auto.")
+        return torch.device("mps")
+    match = re.fullmatch(r"cuda(?::(\d+))?", name)
+    if match is None:
+        raise ConfigError(f"config: device '{name}' is none of auto, cpu, cuda, cuda:N, mps.")
+    index, count = int(match[1] or 0), torch.cuda.device_count()
+    if count == 0:
+        raise ConfigError(
+            f"config: device={name}, but torch sees no GPU here. Use device=auto or device=cpu."
+        )
+    if index >= count:
+        raise ConfigError(
+            f"config: device={name}, but there are {count} GPUs, cuda:0 to cuda:{count - 1}."
+        )
+    return torch.device("cuda", index)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy, torch and every CUDA device."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # numpy takes 32 bits
+    torch.manual_seed(seed)
+
+
+def set_threads(threads: int | None) -> int:
+    """Use this many CPU threads (None: leave torch's choice); returns how many are used."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return torch.get_num_threads()
+
+
+def compiler_available(device: torch.device | str = "cpu") -> tuple[bool, str]:
+    """Whether `torch.compile` can build code for `device` here, and if not, why.
+
+    Looks for the tools, without compiling: a C++ compiler and Python's headers, and Triton on
+    a GPU.
+    """
+    if torch.device(device).type == "cuda" and importlib.util.find_spec("triton") is None:
+        return False, "the package triton is not installed"
+    default = "clang++" if sys.platform == "darwin" else "g++"
+    compiler = os.environ.get("CXX", default)
+    if shutil.which(compiler) is None:
+        return False, f"no C++ compiler ('{compiler}' is not on the PATH; CXX names another)"
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    if not header.is_file():
+        return False, f"no Python headers ({header}; install python3-dev)"
+    return True, compiler

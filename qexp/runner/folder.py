@@ -1,0 +1,132 @@
+"""Run folders on the disk: claim one, read its status, find others. Imports no torch.
+
+A folder is a run's when it holds `status.json`; whoever creates that file (exclusively) owns the
+folder. States: running, done, failed, interrupted; a `running` whose process is gone reads `dead`.
+
+Every run stores the `identity` of its config, so that a sweep can tell which of its jobs are
+already done wherever their folders are.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+STATUS = "status.json"
+RESULT = "result.json"
+
+# Keys that say where and how a run is computed, not what: the same numbers come out.
+NOT_IDENTITY = ("out", "folder", "dry_run", "force", "device", "compile", "threads")
+
+
+def identity(cfg: DictConfig) -> str:
+    """A hash of what the config computes: every resolved key except those in `NOT_IDENTITY`."""
+    what = {key: _plain(cfg, key) for key in cfg if key not in NOT_IDENTITY}
+    text = json.dumps(what, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _plain(cfg: DictConfig, key: Any) -> Any:
+    value = cfg[key]
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def claim(folder: Path, status: dict[str, Any]) -> Path:
+    """Create a run folder that nobody else has: `folder`, or `folder-2`, `folder-3`, ...
+
+    Two processes that ask for the same name at the same moment get two folders.
+    """
+    attempt, number = folder, 1
+    while True:
+        attempt.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(attempt / STATUS, "x") as file:
+                file.write(json.dumps(status, indent=2) + "\n")
+            return attempt
+        except FileExistsError:
+            number += 1
+            attempt = folder.with_name(f"{folder.name}-{number}")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder for a read-then-write of its status (milliseconds, never a whole run)."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)  # closing releases the lock
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in `path`; empty when it is missing or unreadable."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    """`status.json` of a run, with `state` dead where its process is gone."""
+    status = read_json(folder / STATUS)
+    if status.get("state", "running") == "running" and not _alive(status):
+        status["state"] = "dead"
+    return status
+
+
+def owner() -> dict[str, Any]:
+    """The fields of a status that say which process this is."""
+    pid = os.getpid()
+    return {"pid": pid, "pid_started": _process_start(pid), "host": socket.gethostname()}
+
+
+def _alive(status: dict[str, Any]) -> bool:
+    """Whether the process that wrote `status` still runs; True when that cannot be known."""
+    if "pid" not in status or status.get("host") != socket.gethostname():
+        return bool(status)  # another machine, or a status being written
+    try:
+        os.kill(status["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # it exists and is someone else's
+    # The number may have been given to another process since, after a reboot for instance.
+    return status.get("pid_started") == _process_start(status["pid"])
+
+
+def _process_start(pid: int) -> int | None:
+    """Start time in clock ticks since boot (Linux); None where /proc does not exist."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    return int(text.rpartition(")")[2].split()[19])  # field 22; the name before ) may hold spaces
+
+
+def find_runs(root: Path) -> list[Path]:
+    """Every run folder under `root` (or `root` itself), oldest name first."""
+    return sorted({path.parent for path in root.rglob(STATUS)}, key=lambda path: (path.name, path))
+
+
+def find_done(root: Path, identity: str) -> Path | None:
+    """The newest finished run under `root` of the config with this identity."""
+    for folder in reversed(find_runs(root)):
+        status = read_json(folder / STATUS)
+        if (
+            status.get("identity") == identity
+            and status.get("state") == "done"
+            and (folder / RESULT).is_file()
+        ):
+            return folder
+    return None

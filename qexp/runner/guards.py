@@ -1,0 +1,87 @@
+"""What surrounds a run: the disk may refuse a write, SIGTERM may come, global state must not leak."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qexp.errors import RunError
+
+ADVICE = {
+    errno.ENOSPC: "no space left. Free some or set out=...",
+    errno.EDQUOT: "disk quota exceeded. Free some space or set out=...",
+    errno.EACCES: "no permission to write. Set out=... to a folder of yours",
+    errno.EPERM: "no permission to write. Set out=... to a folder of yours",
+    errno.EROFS: "the file system is read-only. Set out=...",
+    errno.ENOTDIR: "a part of the path is a file. Set out=...",
+    errno.EEXIST: "a file is in the way. Set out=...",
+}
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: ends a run as Ctrl-C does."""
+
+
+@contextmanager
+def os_errors(folder: Path) -> Iterator[None]:
+    """Turn what the disk may refuse, at any write inside the block, into one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in ADVICE:
+            raise
+        where = error.filename or folder
+        failure = RunError(f"run: {where}: {ADVICE[error.errno]}, then start or resume the run.")
+        failure.run_folder = getattr(error, "run_folder", None)  # type: ignore[attr-defined]
+        raise failure from error
+
+
+@contextmanager
+def sigterm() -> Iterator[None]:
+    """Let SIGTERM raise `Terminated` inside the block (main thread only: elsewhere it cannot)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum: int, frame: Any) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def global_state() -> Iterator[None]:
+    """Put torch's global switches back afterwards; free the GPU's memory and its statistics.
+
+    The jobs of a sweep share a process, and so may a float baseline and its QAT run.
+    """
+    cudnn = torch.backends.cudnn
+    dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    threads = torch.get_num_threads()
+    benchmark, cudnn_deterministic = cudnn.benchmark, cudnn.deterministic
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_float32_matmul_precision(precision)
+        torch.use_deterministic_algorithms(deterministic)
+        torch.set_num_threads(threads)
+        cudnn.benchmark, cudnn.deterministic = benchmark, cudnn_deterministic
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+            for device in range(torch.cuda.device_count()):
+                torch.cuda.reset_peak_memory_stats(device)

@@ -1,0 +1,248 @@
+"""One run: `with open_run(folder, cfg) as run:` claims a folder and accounts for it.
+
+    status.json     running, then done | failed | interrupted; pid, host, times, error
+    config.yaml     resolved        .hydra/   what was composed, interpolations kept; for resume
+    env.json        argv, commit, packages, hardware, seed
+    metrics.jsonl   one event a line, flushed        train.log   what the console said, tracebacks
+    result.json     written by `run.finish`, atomically, last
+
+The status is written here and not by Hydra callbacks, which a Ctrl-C or a SIGTERM skips. Runs may
+nest (a float baseline trained inside a QAT run) and follow each other in one process: whatever a
+run changes in torch's global state is put back when it ends.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from qexp.errors import RunError
+from qexp.runner.atomic import finite, write_bytes, write_json
+from qexp.runner.environment import describe
+from qexp.runner.folder import (
+    RESULT,
+    STATUS,
+    claim,
+    identity,
+    locked,
+    owner,
+    read_json,
+    read_status,
+)
+from qexp.runner.guards import global_state, os_errors, sigterm
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+class Run:
+    """An open run. Made by `open_run`.
+
+    Attributes:
+        dir: the run's folder.
+        resumed: whether the folder held an earlier part of this run.
+    """
+
+    def __init__(self, folder: Path, cfg: DictConfig, resumed: bool) -> None:
+        self.dir = folder
+        self.resumed = resumed
+        self.finished = False
+        self._started = time.time()
+        self._earlier_s = float(read_json(folder / STATUS).get("wall_s", 0.0))
+        self._metrics: IO[str] = open(folder / "metrics.jsonl", "a")  # noqa: SIM115
+        self._log: IO[str] = open(folder / "train.log", "a")  # noqa: SIM115
+        self._writer: SummaryWriter | None = None
+        self._environment: dict[str, Any] = describe(cfg.get("seed"))
+        self._overrides = _task_overrides()
+
+    # What happened
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Append one line to metrics.jsonl: `{"event": kind, "time": seconds, ...fields}`."""
+        line = {"event": kind, "time": round(time.time(), 3), **finite(fields)}
+        self._metrics.write(json.dumps(line, default=str) + "\n")
+        self._metrics.flush()
+
+    def scalar(self, tag: str, value: float, step: int) -> None:
+        """One point of a TensorBoard curve."""
+        self._tensorboard().add_scalar(tag, value, step)
+
+    def histogram(self, tag: str, values: torch.Tensor, step: int) -> None:
+        """One TensorBoard histogram; `values` of any shape, finite."""
+        self._tensorboard().add_histogram(tag, values.detach().float().cpu().numpy(), step)
+
+    def _tensorboard(self) -> SummaryWriter:
+        if self._writer is None:  # importing it takes most of a second: only when it is used
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self.dir))
+        return self._writer
+
+    def info(self, line: str) -> None:
+        """Say one line on the console and in train.log."""
+        self._say(line, sys.stdout)
+
+    def warn(self, line: str) -> None:
+        """Say one line on stderr and in train.log, marked as a warning."""
+        self._say(f"warning: {line}", sys.stderr)
+
+    def _say(self, line: str, stream: IO[str]) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(line, file=stream)  # keeps a progress bar whole
+        stream.flush()
+        self.log(line)
+
+    def log(self, text: str) -> None:
+        """Write to train.log only."""
+        self._log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
+        self._log.flush()
+
+    # What came out
+
+    def write_json(self, name: str, value: Mapping[str, Any] | list[Any]) -> None:
+        """Write `name` into the run's folder, atomically."""
+        write_json(self.dir / name, value)
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Write result.json and mark the run done.
+
+        `wall_s` (all parts of a resumed run together), `commit`, `dirty` and `overrides` are added
+        where `result` lacks them.
+        """
+        known = {
+            "wall_s": round(self.wall_s(), 3),
+            "seed": self._environment["seed"],
+            "commit": self._environment["commit"],
+            "dirty": self._environment["dirty"],
+            "overrides": self._overrides,
+        }
+        self.write_json(RESULT, {**known, **result})
+        self.status("done", top1=result.get("top1"))
+        self.finished = True
+
+    def wall_s(self) -> float:
+        """Seconds this run took so far, earlier parts of a resumed run included."""
+        return self._earlier_s + time.time() - self._started
+
+    def status(self, state: str, **fields: Any) -> None:
+        """Write status.json."""
+        status = read_json(self.dir / STATUS)
+        status.update(state=state, updated=_now(), wall_s=round(self.wall_s(), 3), **fields)
+        write_json(self.dir / STATUS, status)
+
+    def describe_(self, cfg: DictConfig) -> None:
+        """Write what this run is: config.yaml, env.json, and .hydra/ the first time."""
+        config = OmegaConf.to_yaml(cfg, resolve=True)
+        write_bytes(self.dir / "config.yaml", config.encode())
+        write_json(self.dir / "env.json", self._environment)
+        if not self.resumed:
+            _write_hydra(self.dir / ".hydra", cfg)
+
+    def close(self) -> None:
+        """Close the files; every line is on the disk already."""
+        for file in (self._metrics, self._log, self._writer):
+            if file is not None:
+                with suppress(OSError):  # a full disk was reported where it happened
+                    file.close()
+
+
+@contextmanager
+def open_run(folder: Path, cfg: DictConfig, *, resume: bool = False) -> Iterator[Run]:
+    """Claim a folder for a run of `cfg`, and leave it with a status that says how it ended.
+
+    Args:
+        folder: where; when it is taken, `folder-2`, ... is used (see `Run.dir`).
+        resume: continue the run in `folder` instead.
+
+    Raises:
+        RunError: no permission, no space, or `folder` still runs elsewhere. Every other exception
+            passes through, with `run_folder` set on it, its traceback in train.log.
+    """
+    with os_errors(folder):
+        folder = _take(folder, cfg) if resume else claim(folder, _first_status(cfg))
+        run = Run(folder, cfg, resume)
+    with os_errors(folder), sigterm(), global_state():
+        try:
+            run.describe_(cfg)
+            run.event("resume" if resume else "start", commit=run._environment["commit"])
+            yield run
+            if not run.finished:
+                raise RunError(f"run: {folder} ended without a result. Call run.finish(result).")
+        except BaseException as error:
+            _record(run, error)
+            raise
+        finally:
+            run.close()
+
+
+def _first_status(cfg: DictConfig) -> dict[str, Any]:
+    return {"state": "running", "identity": identity(cfg), "started": _now(), **owner()}
+
+
+def _take(folder: Path, cfg: DictConfig) -> Path:
+    """Make this process the owner of an existing run's folder."""
+    with locked(folder):
+        status = read_status(folder)
+        if status.get("state") == "running":
+            raise RunError(
+                f"resume: {folder} is still running (pid {status.get('pid')} on "
+                f"{status.get('host')}). Wait for it, or stop it first."
+            )
+        (folder / RESULT).unlink(missing_ok=True)  # a done run that is trained on has none yet
+        status.pop("error", None)
+        status.update(state="running", identity=identity(cfg), **owner())
+        write_json(folder / STATUS, status)
+    return folder
+
+
+def _record(run: Run, error: BaseException) -> None:
+    """Traceback to train.log, end state to status.json."""
+    error.run_folder = run.dir  # type: ignore[attr-defined]  # read by cli.py
+    interrupted = isinstance(error, KeyboardInterrupt)
+    lines = traceback.format_exception(type(error), error, error.__traceback__)
+    # On a full disk these may fail too; the run then reads `dead`, and the first error is told.
+    with suppress(OSError):
+        run.status("interrupted" if interrupted else "failed", error=one_line(error))
+    with suppress(OSError):
+        run.log("".join(lines))
+
+
+def one_line(error: BaseException) -> str:
+    """An exception as one line: a user's error says it all, another one needs its type."""
+    text = " ".join(str(error).split())
+    if type(error).__module__ == "qexp.errors":
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _write_hydra(folder: Path, cfg: DictConfig) -> None:
+    """What Hydra would have written had it known the folder: config, hydra, overrides."""
+    from hydra.core.hydra_config import HydraConfig
+
+    folder.mkdir()
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg))
+    (folder / "overrides.yaml").write_text(OmegaConf.to_yaml(_task_overrides()))
+    if HydraConfig.initialized():
+        hydra = OmegaConf.masked_copy(OmegaConf.create({"hydra": HydraConfig.get()}), ["hydra"])
+        (folder / "hydra.yaml").write_text(OmegaConf.to_yaml(hydra))
+
+
+def _task_overrides() -> list[str]:
+    from hydra.core.hydra_config import HydraConfig
+
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
