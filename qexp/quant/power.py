@@ -1,0 +1,297 @@
+"""Fixed non-uniform weight grids under a learned clip: POT, POST and APoT.
+
+POT, APoT: Y. Li, X. Dong, W. Wang. "Additive Powers-of-Two Quantization: An Efficient Non-uniform
+Discretization for Neural Networks." ICLR 2020, arXiv 1909.13144, and the authors' code.
+POST: W. Zhou, Z. Yu, X. Liu, J. Yang, R. Xiao, T. Wang, C. Tang, J. Lv. "Precision Neural Network
+Quantization via Learnable Adaptive Modules." arXiv 2504.17263, and the authors' code.
+
+The idea: trained weights crowd around zero, so levels should too. Levels that are powers of two
+(POT), of sqrt 2 (POST), or sums of few powers of two (APoT) still multiply by shifts, adds, or a
+small table. The level set is fixed (`grids.py`); only the clip that stretches it is learned.
+
+Forward.    v = clip(w / scale, -1, 1),  q = the level nearest to v,  w_hat = scale * q.
+    `scale` is the clip (alpha in the papers), one per output channel; ties go to the lower level.
+
+Gradients, e = dL/dw_hat, straight-through the projection ("RCF" in APoT).
+    dL/dw     = e                where |w| <= scale, else 0
+    dL/dscale = g * sum e * t,   t = q - w / scale inside, sign(w) outside
+    POST: g = 1 / sqrt(weights of one row) (ASQ's code, without LSQ's qmax).  APoT: g = 1 (default
+    of both its codes); `grad_scale: count` is the other one.
+
+Initialisation.  `quantile`: the 0.99 quantile of |w| (ASQ's code). `mse`: the clip of least squared
+    error. `three_std` (APoT): 3, in units of the normalised weights.
+
+APoT normalises the weights first: w' = (w - mean(w)) / std(w) over the layer, so that one initial
+    clip fits every layer. Here w_hat = std * scale * q: the authors leave the division by std for
+    batch norm to absorb, which would change a trained network before the first step. The mean
+    stays out, as theirs does. mean and std are constants in backward. Like batch norm's, they are
+    buffers: each training forward refreshes them, evaluation uses them as they stand, so that the
+    levels of a stored network are part of its state. `normalize: false` leaves all this out.
+
+Departs from the papers and codes:
+ 1. POST's released grid has 2^b + 1 levels, which b bits cannot number, and its committed base is
+    2, not the paper's sqrt 2. `POST` has at most 2^b; the grid as released is `POSTReleased`.
+ 2. POST `base: auto` is 2 up to 3 bits and sqrt 2 above, `levels: full` uses every code: the legal
+    choice of least error, measured in `grids.py`. The paper's level set per width is unknown.
+ 3. scale is kept >= 1.2e-7 in the forward; its gradient passes the guard.
+ 4. APoT and POT are per channel like POST, for comparisons at equal granularity; the authors have
+    one clip a layer (`per_channel: false`). Normalisation is per layer either way.
+ 5. APoT's CIFAR code does not clip the weight gradient at any width, its ImageNet code at 2 bits
+    only: `clip_gradient` is true above 2 bits here, as in the ImageNet code.
+ 6. APoT level sets beyond 5 bits: see `grids.additive`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from qexp.quant import grids
+from qexp.quant.functional import MIN_SCALE, midpoints
+from qexp.quant.project import mse_clip, project, quantile_clip
+from qexp.quant.quantizer import Quantizer
+
+THREE_STD = 3.0  # APoT's initial clip, in standard deviations
+
+Init = Literal["quantile", "mse", "three_std"]
+
+
+class FixedGrid(Quantizer):
+    """Nearest level of a fixed grid in [-1, 1] under a learned clip: what the methods share.
+
+    Args:
+        grid: [L] sorted levels, -1 and 1 among them.
+        per_channel: one clip per output channel, else one per layer.
+        init: `quantile`, `mse` or `three_std` (module docstring).
+        grad_scale: `count`: dL/dscale times 1/sqrt(weights of a row); `one`: as it is.
+        clip_gradient: whether clipped weights get no gradient.
+    """
+
+    grid: Tensor
+
+    def __init__(
+        self,
+        bits: int,
+        grid: Tensor,
+        *,
+        signed: bool,
+        shape: Sequence[int],
+        per_channel: bool,
+        init: Init,
+        grad_scale: Literal["count", "one"] = "count",
+        clip_gradient: bool = True,
+    ) -> None:
+        super().__init__(bits, signed=signed, shape=shape)
+        if not signed:
+            raise ValueError(f"{type(self).__name__} quantizes weights, which are signed")
+        # Code 0 is the level at (symmetric, full, released) or next above zero (no_zero).
+        self.qmin = -(grid.numel() // 2)
+        self.qmax = self.qmin + grid.numel() - 1
+        self.per_channel = per_channel
+        self.init: Init = init
+        self.grad_scale = grad_scale
+        self.clip_gradient = clip_gradient
+        self.register_buffer("grid", grid)
+        self.scale = nn.Parameter(
+            torch.ones(shape[0], *[1] * (len(shape) - 1)) if per_channel else torch.tensor(1.0)
+        )
+
+    def _g(self, w: Tensor) -> float:
+        return 1.0 if self.grad_scale == "one" else (w.numel() / self.scale.numel()) ** -0.5
+
+    @torch.no_grad()
+    def calibrate(self, x: Tensor) -> None:
+        """Set the clip from the weights [C_out, ...]."""
+        if self.init == "mse":
+            clip = mse_clip(x, self.grid, self.per_channel)
+        elif self.init == "quantile":
+            clip = quantile_clip(x, self.per_channel)
+        else:
+            clip = torch.full((self.scale.numel(),), THREE_STD)
+        self.scale.copy_(clip.clamp_min(MIN_SCALE).reshape(self.scale.shape))
+        self.calibrated.fill_(True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return project(x, self.scale, self.grid, self._g(x), self.clip_gradient)
+
+    def codes(self, x: Tensor) -> Tensor:
+        v = x.float() / self.scale.clamp_min(MIN_SCALE)
+        return (torch.bucketize(v.contiguous(), midpoints(self.grid)) + self.qmin).to(torch.int32)
+
+    def decode(self, codes: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.scale.clamp_min(MIN_SCALE) * self.grid[codes.long() - self.qmin]
+
+    def levels(self) -> Tensor:
+        return self.scale.detach().clamp_min(MIN_SCALE).reshape(-1, 1) * self.grid  # [C_out|1, L]
+
+    def thresholds(self) -> Tensor:
+        return midpoints(self.levels()[0])
+
+    def health(self) -> dict[str, Tensor]:
+        return {"clamped_steps": (self.scale.detach() <= MIN_SCALE).sum()}
+
+
+def _post_base(base: float | Literal["auto"], bits: int) -> float:
+    """2 up to 3 bits, sqrt 2 above, unless given: least error in `grids.py`."""
+    if base == "auto":
+        return 2.0 if bits <= 3 else grids.SQRT2
+    if isinstance(base, str) or not base > 1:
+        raise ValueError(f"base must be 'auto' or a number above 1, got {base!r}")
+    # The paper's base typed with few digits is the paper's base.
+    return grids.SQRT2 if abs(base - grids.SQRT2) < 1e-3 else float(base)
+
+
+class POST(FixedGrid):
+    """Powers of sqrt 2 (or 2), at most 2**bits levels, for weights.
+
+    Args:
+        base: ratio of neighbouring levels, a number above 1, or `auto` (by width).
+        levels: `full` (2**bits levels), `symmetric` (2**bits - 1), `no_zero` (2**bits).
+        per_channel, init: see `FixedGrid`.
+    """
+
+    def __init__(
+        self,
+        bits: int,
+        *,
+        signed: bool = True,
+        shape: Sequence[int] = (),
+        base: float | Literal["auto"] = "auto",
+        levels: Literal["full", "symmetric", "no_zero"] = "full",
+        per_channel: bool = True,
+        init: Literal["quantile", "mse"] = "quantile",
+    ) -> None:
+        grids.check_bits("POST", bits)
+        makers = {"full": grids.full, "symmetric": grids.symmetric, "no_zero": grids.no_zero}
+        if levels not in makers:
+            raise ValueError(f"levels must be one of {', '.join(makers)}, got {levels!r}")
+        super().__init__(
+            bits,
+            makers[levels](bits, _post_base(base, bits)),
+            signed=signed,
+            shape=shape,
+            per_channel=per_channel,
+            init=init,
+        )
+
+
+class POSTReleased(FixedGrid):
+    """The grid that ASQ's authors released: 2**bits + 1 levels, charged log2(2**bits + 1) bits.
+
+    Args:
+        base: 2 as committed there; sqrt 2 stands beside it in a comment and in the paper.
+        per_channel, init: see `FixedGrid`.
+    """
+
+    def __init__(
+        self,
+        bits: int,
+        *,
+        signed: bool = True,
+        shape: Sequence[int] = (),
+        base: float = 2.0,
+        per_channel: bool = True,
+        init: Literal["quantile", "mse"] = "quantile",
+    ) -> None:
+        grids.check_bits("POSTReleased", bits)
+        grid = grids.released(bits, _post_base(base, bits))
+        super().__init__(bits, grid, signed=signed, shape=shape, per_channel=per_channel, init=init)
+
+
+class POT(FixedGrid):
+    """Powers of two, 2**bits - 1 levels, for weights.
+
+    Args:
+        per_channel, init: see `FixedGrid`.
+    """
+
+    def __init__(
+        self,
+        bits: int,
+        *,
+        signed: bool = True,
+        shape: Sequence[int] = (),
+        per_channel: bool = True,
+        init: Literal["quantile", "mse"] = "quantile",
+    ) -> None:
+        grids.check_bits("POT", bits)
+        grid = grids.symmetric(bits, 2.0)
+        super().__init__(bits, grid, signed=signed, shape=shape, per_channel=per_channel, init=init)
+
+
+class APoT(FixedGrid):
+    """Sums of powers of two, 2**bits - 1 levels, of normalised weights.
+
+    Args:
+        normalize: subtract the layer's mean and divide by its standard deviation first.
+        per_channel, init, grad_scale: see `FixedGrid`; `three_std` needs `normalize`.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        bits: int,
+        *,
+        signed: bool = True,
+        shape: Sequence[int] = (),
+        normalize: bool = True,
+        per_channel: bool = True,
+        init: Init = "three_std",
+        grad_scale: Literal["count", "one"] = "one",
+    ) -> None:
+        grids.check_bits("APoT", bits)
+        if init == "three_std" and not normalize:
+            raise ValueError("init=three_std is in units of normalised weights: set normalize=true")
+        super().__init__(
+            bits,
+            grids.additive(bits),
+            signed=signed,
+            shape=shape,
+            per_channel=per_channel,
+            init=init,
+            grad_scale=grad_scale,
+            clip_gradient=bits > 2,
+        )
+        self.normalize = normalize
+        self.register_buffer("mean", torch.tensor(0.0))
+        self.register_buffer("std", torch.tensor(1.0))
+
+    @torch.no_grad()
+    def _measure(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the layer's weights, [] each, float32."""
+        std, mean = torch.std_mean(x.detach().float())
+        return mean, std.clamp_min(MIN_SCALE)
+
+    def calibrate(self, x: Tensor) -> None:
+        """Set mean, standard deviation and clip from the weights [C_out, ...]."""
+        if self.normalize:
+            mean, std = self._measure(x)
+            self.mean.copy_(mean)
+            self.std.copy_(std)
+        super().calibrate((x.detach().float() - self.mean) / self.std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, std = self.mean, self.std
+        if self.normalize and self.training:
+            mean, std = self._measure(x)
+            self.mean.copy_(mean)
+            self.std.copy_(std)
+        w_hat = super().forward((x.float() - mean) / std) * std
+        return w_hat.to(x.dtype)
+
+    def codes(self, x: Tensor) -> Tensor:
+        return super().codes((x.float() - self.mean) / self.std)
+
+    def decode(self, codes: Tensor, context: Tensor | None = None) -> Tensor:
+        return super().decode(codes) * self.std
+
+    def levels(self) -> Tensor:
+        return super().levels() * self.std
+
+    def extra_bytes(self) -> int:
+        return super().extra_bytes() + (8 if self.normalize else 0)  # mean and std

@@ -1,0 +1,106 @@
+"""Projection onto a fixed grid under a learned clip, and the clips to start from.
+
+    v = clip(w / scale, -1, 1),   q = the level of `grid` nearest to v,   w_hat = scale * q
+
+`grid` is sorted and runs from -1 to 1, so the nearest level clips by itself. The fused function
+saves w and the clip and looks the levels up again in backward; gradients: see `power.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qexp.quant.calibrate import SEARCH_STEPS
+from qexp.quant.functional import MIN_SCALE, as_rows, from_rows, kernel, midpoints
+
+
+@kernel
+def _project_forward(w: Tensor, scale: Tensor, grid: Tensor, borders: Tensor) -> Tensor:
+    # w [R, M], scale [R, 1], grid [L], borders [L-1]; values outside fall on the end levels
+    q = grid[torch.bucketize(w.float() / scale, borders)]
+    return (scale * q).to(w.dtype)
+
+
+@kernel
+def _project_backward(
+    grad: Tensor, w: Tensor, scale: Tensor, grid: Tensor, borders: Tensor, clip_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    v = w.float() / scale
+    inside = v.abs() <= 1
+    # dL/dw = e * [inside]                                                    [R, M]
+    grad_w = torch.where(inside, grad, torch.zeros_like(grad)) if clip_gradient else grad.clone()
+    # dL/dscale = sum e * (q - [inside] * v); q is sign(w) outside             [R, 1]
+    t = grid[torch.bucketize(v, borders)] - torch.where(inside, v, torch.zeros_like(v))
+    return grad_w, (grad.float() * t).sum(1, keepdim=True)
+
+
+class _Project(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, w: Tensor, scale: Tensor, grid: Tensor, g: float, clip_gradient: bool
+    ) -> Tensor:
+        ctx.save_for_backward(w, scale, grid)
+        ctx.g, ctx.clip_gradient = g, clip_gradient
+        rows = scale.numel()
+        step = scale.reshape(rows, 1).clamp_min(MIN_SCALE)
+        return from_rows(_project_forward(as_rows(w, rows), step, grid, midpoints(grid)), w)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        w, scale, grid = ctx.saved_tensors
+        rows = scale.numel()
+        step = scale.reshape(rows, 1).clamp_min(MIN_SCALE)
+        grad = grads[0]
+        if grad.stride() != w.stride():  # bring it into w's memory order
+            grad = torch.empty_like(w, dtype=grad.dtype).copy_(grad)
+        grad_w, grad_scale = _project_backward(
+            as_rows(grad, rows), as_rows(w, rows), step, grid, midpoints(grid), ctx.clip_gradient
+        )
+        grad_scale = (grad_scale * ctx.g).reshape(scale.shape).to(scale.dtype)
+        return from_rows(grad_w, w), grad_scale, None, None, None  # grid, g, flag are constants
+
+
+def project(
+    w: Tensor, scale: Tensor, grid: Tensor, grad_scale: float = 1.0, clip_gradient: bool = True
+) -> Tensor:
+    """`scale` times the level of `grid` nearest to w / scale, differentiable in w and scale.
+
+    Shape: w [C_out, ...]; scale [] or [C_out, 1, ...]; grid [L] sorted, from -1 to 1; result as w.
+    """
+    return _Project.apply(w, scale, grid, grad_scale, clip_gradient)  # type: ignore[return-value]
+
+
+# ---------------------------------------------------------------------------------------------
+# Initial clips
+
+
+def quantile_clip(w: Tensor, per_row: bool, q: float = 0.99) -> Tensor:
+    """The q-quantile of |w|, interpolated, for rows of any length. Result [C_out] or [1]."""
+    rows = w.detach().float().abs()
+    rows = rows.reshape(w.shape[0], -1) if per_row else rows.reshape(1, -1)
+    # torch.quantile refuses more than 2^24 elements: sort instead
+    position = q * (rows.shape[1] - 1)
+    low = math.floor(position)
+    ordered = rows.sort(dim=1).values
+    high = min(low + 1, rows.shape[1] - 1)
+    return torch.lerp(ordered[:, low], ordered[:, high], position - low)
+
+
+def mse_clip(w: Tensor, grid: Tensor, per_row: bool) -> Tensor:
+    """The clip of least sum (w_hat - w)^2 among i/80 of the range. Result [C_out] or [1]."""
+    rows = w.detach().float()
+    rows = rows.reshape(w.shape[0], -1) if per_row else rows.reshape(1, -1)
+    widest = rows.abs().amax(1).clamp_min(MIN_SCALE)
+    best, best_error = widest.clone(), torch.full_like(widest, torch.inf)
+    borders = midpoints(grid)
+    for i in range(1, SEARCH_STEPS + 1):
+        clip = (widest * (i / SEARCH_STEPS)).clamp_min(MIN_SCALE)
+        w_hat = _project_forward(rows, clip[:, None], grid, borders)
+        error = (w_hat - rows).pow_(2).sum(1)
+        best = torch.where(error < best_error, clip, best)
+        best_error = torch.minimum(error, best_error)
+    return best
