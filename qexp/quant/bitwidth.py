@@ -5,18 +5,29 @@ A policy is built from its YAML and asked once, before the layer swap:
     assign(layers, **context) -> {layer name: Bits(weight, act)}
 
 It names every layer; `Bits(32, 32)` leaves a layer in float. `needs_data` says whether `assign`
-must be given the float model and calibration images. The first and the last layer follow one rule
+must be given the float model and training images. The first and the last layer follow one rule
 in all policies, so that a comparison cannot hide an advantage there:
 
     first_last: 8      W8A8 (the first layer's input is the image); an operand that the policy
                        keeps in float elsewhere stays in float there too
     first_last: fp32   both operands in float
     first_last: same   no exception: as the policy says
+
+Here are `Uniform`, `Pattern` and `Progressive`; `mixed_precision.py` has `Sensitivity`.
+
+A table of bits is written as plain YAML, one line a layer, which `Pattern(file=...)` reads:
+
+    layer1.0.conv1: {weight: 4, act: 4}
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any, Literal
 
 from qexp.quant.convert import Bits
@@ -47,6 +58,33 @@ def check_first_last(rule: FirstLast) -> FirstLast:
     return 8 if str(rule) == "8" else rule
 
 
+def format_bits(bits: Mapping[str, Bits]) -> str:
+    """A table of bits as YAML text."""
+    return "".join(f"{n}: {{weight: {b.weight}, act: {b.act}}}\n" for n, b in bits.items())
+
+
+def parse_bits(text: str) -> dict[str, Bits]:
+    """The table of bits in `text`; comments and blank lines are skipped.
+
+    Raises:
+        ValueError: if a line is not what `format_bits` writes, or a layer comes twice.
+    """
+    bits: dict[str, Bits] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        line = line.split("#")[0].strip()
+        if not line:
+            continue
+        match = re.fullmatch(r"([^\s:]+): *\{ *weight: *(\d+), *act: *(\d+) *\}", line)
+        if match is None:
+            raise ValueError(
+                f"line {number}: expected 'layer: {{weight: 4, act: 4}}', got {line!r}"
+            )
+        if match[1] in bits:
+            raise ValueError(f"line {number}: layer '{match[1]}' comes twice")
+        bits[match[1]] = Bits(check_bits(int(match[2])), check_bits(int(match[3])))
+    return bits
+
+
 def layer_bits(layer: Layer, own: Bits, rule: FirstLast) -> Bits:
     """The bits of a layer for which the policy says `own`, under the first_last rule."""
     if layer.position == "inner" or rule == "same":
@@ -62,14 +100,135 @@ class Uniform:
     Args:
         weight, act: bits of the two operands, 1 to 16, or 32 for float.
         first_last: rule of the first and last layer (module docstring).
+        name: of the policy, in results.
     """
 
     needs_data = False
 
-    def __init__(self, weight: int, act: int, first_last: FirstLast = 8) -> None:
+    def __init__(
+        self, weight: int, act: int, first_last: FirstLast = 8, name: str = "uniform"
+    ) -> None:
+        self.name = name
         self.own = Bits(check_bits(weight, "weight bits"), check_bits(act, "activation bits"))
         self.first_last: FirstLast = check_first_last(first_last)
 
     def assign(self, layers: Sequence[Layer], **context: Any) -> dict[str, Bits]:
         """Bits by layer name."""
         return {layer.name: layer_bits(layer, self.own, self.first_last) for layer in layers}
+
+
+class Pattern:
+    """Bits by globs on layer names: the first that matches wins, else the default.
+
+    Args:
+        weight, act: default bits, for layers that nothing matches.
+        patterns: list of `{match: glob, weight: bits, act: bits}`, or a mapping from glob to
+            `{weight: bits, act: bits}`; an operand left out keeps the default.
+        file: YAML table of bits (module docstring); its names come after `patterns`.
+        first_last: rule of the first and last layer.
+        name: of the policy, in results.
+
+    Raises:
+        ValueError: (also from `assign`) on a glob that matches no layer, with the closest names; on
+            one that asks only the first or last layer for what the first_last rule denies it.
+    """
+
+    needs_data = False
+
+    def __init__(
+        self,
+        weight: int,
+        act: int,
+        patterns: Sequence[Mapping[str, Any]] | Mapping[str, Any] | None = None,
+        file: str | None = None,
+        first_last: FirstLast = 8,
+        name: str = "pattern",
+    ) -> None:
+        self.name = name
+        self.default = Bits(check_bits(weight, "weight bits"), check_bits(act, "activation bits"))
+        self.first_last: FirstLast = check_first_last(first_last)
+        if isinstance(patterns, Mapping):
+            patterns = [{"match": glob, **entry} for glob, entry in patterns.items()]
+        self.entries = [self._entry(entry) for entry in patterns or ()]
+        if file:
+            self.entries += parse_bits(Path(file).read_text()).items()
+
+    def _entry(self, entry: Mapping[str, Any]) -> tuple[str, Bits]:
+        unknown = set(entry) - {"match", "weight", "act"}
+        if unknown or not entry.get("match"):
+            raise ValueError(f"a pattern has match, weight and act; got {dict(entry)}")
+        return entry["match"], Bits(
+            check_bits(entry.get("weight", self.default.weight), f"weight of '{entry['match']}'"),
+            check_bits(entry.get("act", self.default.act), f"act of '{entry['match']}'"),
+        )
+
+    def assign(self, layers: Sequence[Layer], **context: Any) -> dict[str, Bits]:
+        """Bits by layer name."""
+        names = [layer.name for layer in layers]
+        for glob, own in self.entries:
+            matched = [layer for layer in layers if fnmatchcase(layer.name, glob)]
+            if not matched:
+                close = difflib.get_close_matches(glob.replace("*", ""), names, n=3, cutoff=0.0)
+                raise ValueError(f"'{glob}' matches no layer; the closest: {', '.join(close)}")
+            if all(layer_bits(layer, own, self.first_last) != own for layer in matched):
+                raise ValueError(
+                    f"'{glob}' matches only the first or last layer, whose bits are decided by "
+                    f"first_last={self.first_last}; set first_last=same"
+                )
+        return {
+            layer.name: layer_bits(layer, self._own(layer), self.first_last) for layer in layers
+        }
+
+    def _own(self, layer: Layer) -> Bits:
+        matches = (own for glob, own in self.entries if fnmatchcase(layer.name, glob))
+        return next(matches, self.default)
+
+
+class Progressive:
+    """Bits that change while training, 8 -> 4 -> 2; the quantizers' carried states stay.
+
+    Args:
+        stages: list of `{until: when, bits: bits}` in order of time. `until` is an epoch (integer:
+            the stage covers epochs 0 to until - 1) or a fraction of all epochs (between 0 and 1);
+            the last stage has none. A stage never has fewer bits than the last.
+        act: `same` as the weights, or fixed activation bits.
+        first_last: rule of the first and last layer.
+        name: of the policy, in results.
+    """
+
+    needs_data = False
+
+    def __init__(
+        self,
+        stages: Sequence[Mapping[str, Any]],
+        act: int | Literal["same"] = "same",
+        first_last: FirstLast = 8,
+        name: str = "progressive",
+    ) -> None:
+        self.name = name
+        self.act = None if act == "same" else check_bits(act, "activation bits")
+        self.first_last: FirstLast = check_first_last(first_last)
+        if not stages or stages[-1].get("until") is not None:
+            raise ValueError("stages needs at least one entry, and the last has no 'until'")
+        self.bits = [check_bits(s.get("bits"), "bits of a stage") for s in stages]
+        self.until: list[int | float] = [s.get("until", 0) for s in stages[:-1]]
+        for until in self.until:
+            fraction = isinstance(until, float) and 0 < until < 1
+            if not fraction and not (isinstance(until, int) and until >= 1):
+                raise ValueError(f"'until' is an epoch (1, 2, ...) or a fraction; got {until!r}")
+
+    def bits_at(self, epoch: int, epochs: int) -> int:
+        """Bits in `epoch` (from 0) of a training of `epochs`."""
+        ends = [math.floor(u * epochs + 1e-9) if isinstance(u, float) else u for u in self.until]
+        if sorted(ends) != ends:
+            raise ValueError(f"the stages end at epochs {ends} of {epochs}: not in order of time")
+        stage = next((i for i, end in enumerate(ends) if epoch < end), len(ends))
+        return max(self.bits[stage], self.bits[-1])
+
+    def assign(
+        self, layers: Sequence[Layer], *, epoch: int = 0, epochs: int = 1, **context: Any
+    ) -> dict[str, Bits]:
+        """Bits by layer name in `epoch` (from 0) of `epochs`."""
+        bits = self.bits_at(epoch, epochs)
+        own = Bits(bits, bits if self.act is None else self.act)
+        return {layer.name: layer_bits(layer, own, self.first_last) for layer in layers}

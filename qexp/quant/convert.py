@@ -69,19 +69,7 @@ def quantize_(
             report.append(Swap(layer, None, "left in float by the bit-width policy"))
             continue
         module = model.get_submodule(layer.name)
-        outer = layer.position != "inner"
-        make_w = outer_weight if outer and outer_weight is not None else weight
-        make_a = outer_act if outer and outer_act is not None else act
-        wq = (
-            make_w(bits=widths.weight, signed=True, shape=layer.weight_shape)
-            if widths.weight < 32
-            else Identity(shape=layer.weight_shape)
-        )
-        aq = (
-            make_a(bits=widths.act, signed=layer.signed, shape=layer.field)
-            if widths.act < 32
-            else Identity(signed=layer.signed, shape=layer.field)
-        )
+        wq, aq = make_quantizers(layer, widths, weight, act, outer_weight, outer_act)
         if isinstance(module, QUANT_LAYERS):
             raise ValueError(f"layer '{layer.name}' is already quantized; call unquantize_ first")
         if isinstance(module, nn.Conv2d):
@@ -94,6 +82,31 @@ def quantize_(
         _replace(model, layer.name, twin)
         report.append(Swap(layer, widths, type(wq).__name__ + " / " + type(aq).__name__))
     return report
+
+
+def make_quantizers(
+    layer: Layer,
+    bits: Bits,
+    weight: QuantizerFactory,
+    act: QuantizerFactory,
+    outer_weight: QuantizerFactory | None = None,
+    outer_act: QuantizerFactory | None = None,
+) -> tuple[Quantizer, Quantizer]:
+    """A layer's weight and activation quantizer, uncalibrated; arguments as in `quantize_`."""
+    outer = layer.position != "inner"
+    make_w = outer_weight if outer and outer_weight is not None else weight
+    make_a = outer_act if outer and outer_act is not None else act
+    wq = (
+        make_w(bits=bits.weight, signed=True, shape=layer.weight_shape)
+        if bits.weight < 32
+        else Identity(shape=layer.weight_shape)
+    )
+    aq = (
+        make_a(bits=bits.act, signed=layer.signed, shape=layer.field)
+        if bits.act < 32
+        else Identity(signed=layer.signed, shape=layer.field)
+    )
+    return wq, aq
 
 
 def unquantize_(model: nn.Module) -> nn.Module:
@@ -132,16 +145,19 @@ def quantizers(model: nn.Module) -> dict[str, Quantizer]:
 
 
 @torch.no_grad()
-def calibrate_(model: nn.Module, images: Tensor) -> None:
+def calibrate_(model: nn.Module, images: Tensor, *, fresh_only: bool = False) -> None:
     """Set every quantizer: weights from themselves, inputs from one batch of images.
 
     Each layer sees the output of the already quantized layers before it. Batch norm statistics
-    stay as they are. Shape: images [N, C, H, W], normalised, from the training split.
+    stay as they are. `fresh_only` leaves quantizers that are calibrated as they are.
+    Shape: images [N, C, H, W], normalised, from the training split.
     """
     handles = []
 
     def set_input(module: QuantLayer, inputs: tuple[Tensor, ...]) -> None:
         quantizer, x = module.act_quantizer, inputs[0]
+        if fresh_only and bool(quantizer.calibrated):
+            return
         if isinstance(module, QuantConv2d) and quantizer.on_columns:
             x = nn.functional.unfold(
                 x,
@@ -153,7 +169,8 @@ def calibrate_(model: nn.Module, images: Tensor) -> None:
         quantizer.calibrate(x)
 
     for module in quant_layers(model).values():
-        module.weight_quantizer.calibrate(module.weight)
+        if not (fresh_only and bool(module.weight_quantizer.calibrated)):
+            module.weight_quantizer.calibrate(module.weight)
         handles.append(module.register_forward_pre_hook(set_input))
     was_training = model.training
     try:
@@ -210,5 +227,3 @@ def quantizer_parameters(model: nn.Module) -> list[nn.Parameter]:
         for parameter in quantizer.parameters():
             found[id(parameter)] = parameter
     return list(found.values())
-
-

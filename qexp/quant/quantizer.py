@@ -44,6 +44,9 @@ class Quantizer(nn.Module):
     # Set True by activation quantizers that work on im2col columns [N, C_in*kh*kw, L].
     on_columns = False
 
+    # Prefixes of state names that mean the same at any width; `rebits_` carries them over.
+    carried: tuple[str, ...] = ()
+
     def __init__(self, bits: int, *, signed: bool = True, shape: Sequence[int] = ()) -> None:
         super().__init__()
         if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 16:

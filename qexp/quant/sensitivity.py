@@ -1,0 +1,190 @@
+"""How much a network suffers when one layer gets few bits: Omega_l(b), weights only.
+
+HAWQ-V2: Z. Dong, Z. Yao, Y. Cai, D. Arfeen, A. Gholami, M. W. Mahoney, K. Keutzer. "HAWQ-V2:
+Hessian Aware trace-Weighted Quantization of Neural Networks." NeurIPS 2020, arXiv 1911.03852.
+HAWQ-V3: Z. Yao et al., "HAWQ-V3: Dyadic Neural Network Quantization." ICML 2021, arXiv 2011.10680.
+
+Around a trained minimum the loss grows by 1/2 dw' H dw when the weights move by dw. With
+dw = Q_b(W_l) - W_l, made by the weight quantizer that the run uses, calibrated at b bits:
+
+  hutchinson     Omega_l(b) = tr(H_l) / n_l * |dw|^2            (HAWQ-V2; H_l: the layer's block)
+                 tr(H_l) = E[v' H v],  v = +-1 with equal odds  (Hutchinson's estimator)
+  fisher         Omega_l(b) = sum_i F_i dw_i^2,   F_i = mean over images of (dL/dw_i)^2
+  loss_increase  Omega_l(b) = L(only layer l at b bits) - L(float)
+  size_only      Omega_l(b) = 4^-b: every layer suffers alike, so a budget of weight bits goes to
+                 the small ones. The control that looks at no data and no weights.
+
+L is the mean cross-entropy over the images, of the network in eval mode (batch norm as an affine
+map), so images do not interact and are taken in chunks. One probe vector spans all layers: one
+second backward gives every layer's v_l' (H v)_l. Its expectation is tr(H_l), for the terms between
+layers vanish; they add variance, which more probes average out. The constant 1/2 is dropped.
+
+Departs from the papers: a trace estimated below zero (the network is not at a minimum, or too few
+probes) counts as zero. Fisher uses the data's labels: the empirical Fisher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qexp.quant.convert import QuantizerFactory
+from qexp.quant.trace import Layer
+
+# Omega_l(b) by layer name and bits.
+Omega = dict[str, dict[int, float]]
+
+CHUNK = 64  # images a pass: bounds the memory of the second backward, not the result
+
+
+@contextmanager
+def _differentiable(model: nn.Module, layers: Sequence[Layer]) -> Iterator[list[Tensor]]:
+    """The layers' weights, requiring gradients, with the network in eval mode inside the block."""
+    weights: list[Tensor] = [model.get_submodule(layer.name).weight for layer in layers]  # type: ignore[misc]
+    required = [w.requires_grad for w in weights]
+    was_training = model.training
+    model.eval()
+    for w in weights:
+        w.requires_grad_(True)
+    try:
+        yield weights
+    finally:
+        model.train(was_training)
+        for w, before in zip(weights, required, strict=True):
+            w.requires_grad_(before)
+
+
+def _rademacher(weights: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
+    """Vectors of +-1, drawn on the CPU so that a seed means the same on every device."""
+    return [
+        (torch.randint(0, 2, w.shape, generator=generator) * 2 - 1).to(w.device, w.dtype)
+        for w in weights
+    ]
+
+
+def hutchinson_trace(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    images: Tensor,
+    labels: Tensor,
+    *,
+    probes: int = 50,
+    seed: int = 0,
+    chunk: int = CHUNK,
+) -> dict[str, float]:
+    """tr(H_l) / n_l of the mean cross-entropy, by layer name.
+
+    Shape: images [N, C, H, W], labels [N]. Source: HAWQ-V2, section 3.1.
+    """
+    with _differentiable(model, layers) as weights:
+        total = torch.zeros(len(weights), dtype=torch.float64, device=images.device)
+        for x, y in zip(images.split(chunk), labels.split(chunk), strict=True):
+            loss = F.cross_entropy(model(x), y, reduction="sum") / len(images)
+            grads = torch.autograd.grad(loss, weights, create_graph=True)
+            # The same probes for every chunk: v' H v is linear in H, so the chunks add up.
+            generator = torch.Generator().manual_seed(seed)
+            for _ in range(probes):
+                v = _rademacher(weights, generator)
+                h_v = torch.autograd.grad(grads, weights, grad_outputs=v, retain_graph=True)
+                total += torch.stack([(a * b).double().sum() for a, b in zip(v, h_v, strict=True)])
+    traces = (total / probes).tolist()
+    return {layer.name: t / layer.weights for layer, t in zip(layers, traces, strict=True)}
+
+
+@torch.no_grad()
+def perturbation(
+    model: nn.Module, layer: Layer, weight_factory: QuantizerFactory, bits: int
+) -> Tensor:
+    """dw = Q_b(W) - W of a layer, by a fresh weight quantizer. Shape: as the weight."""
+    weight: Tensor = model.get_submodule(layer.name).weight.detach()  # type: ignore[assignment,operator]
+    quantizer = weight_factory(bits=bits, signed=True, shape=layer.weight_shape).to(weight.device)
+    quantizer.calibrate(weight)
+    return quantizer.eval()(weight) - weight
+
+
+def hutchinson(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    weight_factory: QuantizerFactory,
+    candidates: Sequence[int],
+    images: Tensor,
+    labels: Tensor,
+    *,
+    probes: int = 50,
+    seed: int = 0,
+) -> Omega:
+    """tr(H_l) / n_l * |dw|^2 (HAWQ-V2, eq. for Omega); a negative trace counts as zero."""
+    traces = hutchinson_trace(model, layers, images, labels, probes=probes, seed=seed)
+    return {
+        layer.name: {
+            b: max(0.0, traces[layer.name])
+            * perturbation(model, layer, weight_factory, b).double().square().sum().item()
+            for b in candidates
+        }
+        for layer in layers
+    }
+
+
+def fisher(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    weight_factory: QuantizerFactory,
+    candidates: Sequence[int],
+    images: Tensor,
+    labels: Tensor,
+) -> Omega:
+    """sum_i F_i dw_i^2 with the empirical Fisher diagonal, from one backward an image."""
+    with _differentiable(model, layers) as weights:
+        diagonal = [torch.zeros_like(w) for w in weights]
+        for x, y in zip(images.split(1), labels.split(1), strict=True):
+            grads = torch.autograd.grad(F.cross_entropy(model(x), y), weights)
+            for f, g in zip(diagonal, grads, strict=True):
+                f.add_(g.square() / len(images))
+    return {
+        layer.name: {
+            b: (f * perturbation(model, layer, weight_factory, b).square()).double().sum().item()
+            for b in candidates
+        }
+        for layer, f in zip(layers, diagonal, strict=True)
+    }
+
+
+@torch.no_grad()
+def loss_increase(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    weight_factory: QuantizerFactory,
+    candidates: Sequence[int],
+    images: Tensor,
+    labels: Tensor,
+) -> Omega:
+    """L(only layer l at b bits) - L(float), nats; below zero if quantizing happens to help."""
+    omega: Omega = {}
+    with _differentiable(model, layers) as weights:
+        before = _mean_loss(model, images, labels)
+        for layer, weight in zip(layers, weights, strict=True):
+            kept, omega[layer.name] = weight.clone(), {}
+            for b in candidates:
+                dw = perturbation(model, layer, weight_factory, b)
+                try:
+                    weight.add_(dw)
+                    omega[layer.name][b] = _mean_loss(model, images, labels) - before
+                finally:
+                    weight.copy_(kept)
+    return omega
+
+
+def _mean_loss(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    total = torch.zeros((), dtype=torch.float64, device=images.device)
+    for x, y in zip(images.split(4 * CHUNK), labels.split(4 * CHUNK), strict=True):
+        total += F.cross_entropy(model(x), y, reduction="sum").double()
+    return total.item() / len(images)
+
+
+def size_only(layers: Sequence[Layer], candidates: Sequence[int]) -> Omega:
+    """4^-b for every layer: the error of a uniform grid, whatever the layer."""
+    return {layer.name: {b: 4.0**-b for b in candidates} for layer in layers}

@@ -1,0 +1,320 @@
+"""Sensitivity against closed forms, allocation against brute force."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from qexp.quant.accounting import account
+from qexp.quant.allocate import allocate, tied
+from qexp.quant.bitwidth import Pattern
+from qexp.quant.convert import Bits, quantize_
+from qexp.quant.lsq import LSQ
+from qexp.quant.mixed_precision import Sensitivity
+from qexp.quant.sensitivity import fisher, hutchinson_trace, loss_increase, perturbation
+from qexp.quant.trace import Layer, trace
+
+CANDIDATES = (2, 3, 4)
+
+
+def network() -> nn.Module:
+    """conv0 and head are the outer layers; the inner three differ in size and place."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 8, 3, padding=1, stride=2),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1, groups=8),
+        nn.ReLU(),
+        nn.Conv2d(8, 12, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(12, 5),
+    )
+
+
+def data(n: int = 24) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(n, 3, 8, 8, generator=generator), torch.arange(n) % 5
+
+
+def assign(model: nn.Module, **own: Any) -> tuple[Sensitivity, dict[str, Bits], list[Layer]]:
+    layers = trace(model, (3, 8, 8))
+    policy = Sensitivity(**{"budget": 3, "probes": 4, "images": 16, **own})
+    images, labels = data()
+    bits = policy.assign(layers, model=model, weight_factory=LSQ, images=images, labels=labels)
+    return policy, bits, layers
+
+
+# ---------------------------------------------------------------------------------------------
+# Metrics
+
+
+def softmax_model() -> tuple[nn.Module, list[Layer], Tensor, Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3))
+    return model, trace(model, (4,)), torch.randn(40, 4), torch.arange(40) % 3
+
+
+def test_hutchinson_approaches_the_exact_trace_of_a_softmax_regression() -> None:
+    model, layers, x, y = softmax_model()
+    # H = mean over images of (diag(p) - p p') kron x x', so tr H = mean (1 - |p|^2) |x|^2.
+    p = model(x).softmax(1)
+    exact = ((1 - p.square().sum(1)) * x.square().sum(1)).mean().item() / 12
+    got = hutchinson_trace(model, layers, x, y, probes=2000)["0"]
+    assert got == pytest.approx(exact, rel=0.05)
+
+
+def test_hutchinson_with_one_probe_is_the_quadratic_form_of_the_hessian() -> None:
+    model, layers, x, y = softmax_model()
+    weight: Tensor = model[0].weight.detach()  # type: ignore[index]
+    bias: Tensor = model[0].bias  # type: ignore[index]
+    hessian: Tensor = torch.autograd.functional.hessian(
+        lambda w: F.cross_entropy(F.linear(x, w, bias), y), weight
+    )  # type: ignore[assignment]
+    v = torch.randint(0, 2, weight.shape, generator=torch.Generator().manual_seed(3)) * 2.0 - 1
+    exact = torch.einsum("ij,ijkl,kl->", v, hessian, v).item() / 12
+    got = hutchinson_trace(model, layers, x, y, probes=1, seed=3)["0"]
+    assert got == pytest.approx(exact, rel=1e-4)
+
+
+def test_hutchinson_does_not_depend_on_the_chunk_and_leaves_the_network_as_it_was() -> None:
+    model = network().train()
+    model[3].weight.requires_grad_(False)  # type: ignore[index,union-attr]
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    layers = trace(model, (3, 8, 8))
+    x, y = data()
+    whole = hutchinson_trace(model, layers, x, y, probes=2, chunk=24)
+    parts = hutchinson_trace(model, layers, x, y, probes=2, chunk=7)
+    assert parts == pytest.approx(whole, rel=1e-3)
+    assert model.training
+    assert not model[3].weight.requires_grad  # type: ignore[index,union-attr]
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_fisher_is_the_mean_squared_gradient_times_the_squared_perturbation() -> None:
+    model, layers, x, y = softmax_model()
+    # dL/dW of one image: (p - onehot) x'.
+    g = (model(x).softmax(1) - F.one_hot(y, 3))[:, :, None] * x[:, None, :]
+    for bits in CANDIDATES:
+        dw = perturbation(model, layers[0], LSQ, bits)
+        exact = (g.square().mean(0) * dw.square()).sum().item()
+        got = fisher(model, layers, LSQ, CANDIDATES, x, y)["0"][bits]
+        assert got == pytest.approx(exact, rel=1e-4)
+
+
+def test_loss_increase_is_the_difference_it_says_and_restores_the_weights() -> None:
+    model = network().eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    layers = trace(model, (3, 8, 8))
+    x, y = data()
+    got = loss_increase(model, layers, LSQ, (2,), x, y)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    with torch.no_grad():
+        base = F.cross_entropy(model(x), y)
+        model[3].weight.add_(perturbation(model, layers[1], LSQ, 2))  # type: ignore[index]
+        moved = F.cross_entropy(model(x), y)
+    assert got["3"][2] == pytest.approx((moved - base).item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("metric", ["hutchinson", "fisher", "loss", "size"])
+def test_every_metric_gives_a_number_for_each_inner_layer_and_candidate(metric: str) -> None:
+    policy, bits, layers = assign(network(), metric=metric)
+    assert set(policy.omega) == {"3", "5", "7"}
+    assert all(set(row) == set(CANDIDATES) for row in policy.omega.values())
+    assert set(bits) == {layer.name for layer in layers}
+    assert set(policy.sensitivity_by_layer) == set(policy.omega)
+    if metric in ("fisher", "size"):  # a sum of squares falls with every bit
+        assert all(row[2] > row[3] > row[4] for row in policy.omega.values())
+
+
+def test_metric_that_needs_data_says_so() -> None:
+    layers = trace(network(), (3, 8, 8))
+    with pytest.raises(ValueError, match="needs the float model"):
+        Sensitivity(3).assign(layers)
+    assert not Sensitivity(3, metric="size").needs_data
+    assert not Sensitivity(3, allocation="random").needs_data
+
+
+# ---------------------------------------------------------------------------------------------
+# Allocation
+
+PROBLEMS = st.lists(
+    st.tuples(
+        st.integers(1, 60),  # weights
+        st.lists(st.floats(0, 1e3), min_size=3, max_size=3),  # Omega at 2, 3, 4 bits
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+def as_tables(problem: Any) -> tuple[dict[str, dict[int, int]], dict[str, dict[int, float]]]:
+    cost = {f"l{i}": {b: n * b for b in CANDIDATES} for i, (n, _) in enumerate(problem)}
+    omega = {f"l{i}": dict(zip(CANDIDATES, w, strict=True)) for i, (_, w) in enumerate(problem)}
+    return cost, omega
+
+
+def total(table: Any, bits: dict[str, int]) -> float:
+    return sum(table[n][b] for n, b in bits.items())
+
+
+@settings(deadline=None, max_examples=30)
+@given(PROBLEMS, st.floats(2, 4))
+def test_ilp_is_optimal_and_no_method_beats_it_or_its_budget(problem: Any, average: float) -> None:
+    cost, omega = as_tables(problem)
+    budget = average * sum(n for n, _ in problem)
+    bits = {m: allocate(cost, budget, omega=omega, method=m) for m in ("ilp", "greedy", "random")}
+    bits["uniform"] = allocate(cost, budget, method="uniform")
+    feasible = (
+        dict(zip(cost, choice, strict=True))
+        for choice in itertools.product(CANDIDATES, repeat=len(cost))
+    )
+    best = min(total(omega, b) for b in feasible if total(cost, b) <= budget)
+    assert total(omega, bits["ilp"]) == pytest.approx(best, rel=1e-6, abs=1e-6)
+    for chosen in bits.values():
+        assert total(cost, chosen) <= budget
+        assert total(omega, bits["ilp"]) <= total(omega, chosen) + 1e-6
+
+
+@settings(deadline=None, max_examples=30)
+@given(PROBLEMS, st.integers(0, 9))
+def test_random_spends_the_budget_until_nothing_fits(problem: Any, seed: int) -> None:
+    cost, _ = as_tables(problem)
+    budget = 3 * sum(n for n, _ in problem)
+    bits = allocate(cost, budget, method="random", seed=seed)
+    left = budget - total(cost, bits)
+    assert all(b == 4 or cost[n][b + 1] - cost[n][b] > left for n, b in bits.items())
+
+
+def test_random_depends_on_its_seed_alone() -> None:
+    cost = {f"l{i}": {b: 10 * b for b in CANDIDATES} for i in range(12)}
+    draws = [allocate(cost, 360, method="random", seed=s) for s in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
+
+
+def test_ilp_beats_random_at_equal_budget_on_the_objective() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes = (10 ** (2 + 2 * torch.rand(20, generator=generator))).int().tolist()
+    scale = (10 ** (-3 * torch.rand(20, generator=generator))).tolist()
+    problem = [(n, [s * 4.0**-b for b in CANDIDATES]) for n, s in zip(sizes, scale, strict=True)]
+    cost, omega = as_tables(problem)
+    budget = 3 * sum(sizes)
+    best = total(omega, allocate(cost, budget, omega=omega))
+    for seed in range(5):
+        assert best < 0.9 * total(omega, allocate(cost, budget, method="random", seed=seed))
+    assert best < total(omega, allocate(cost, budget, method="uniform"))
+
+
+def test_ilp_resolves_tiny_sensitivities_beside_large_ones() -> None:
+    cost = {n: {2: 2, 3: 3} for n in "abc"}
+    omega = {"a": {2: 1.0, 3: 0.0}, "b": {2: 2e-8, 3: 0.0}, "c": {2: 1e-8, 3: 0.0}}
+    assert allocate(cost, 8, omega=omega) == {"a": 3, "b": 3, "c": 2}
+
+
+@settings(deadline=None, max_examples=30)
+@given(PROBLEMS)
+def test_layers_of_a_group_agree(problem: Any) -> None:
+    assume(len(problem) >= 2)
+    cost, omega = as_tables(problem)
+    names = list(cost)
+    groups = [(names[0], names[-1]), *((n,) for n in names[1:-1])]
+    for method in ("ilp", "greedy", "random"):
+        budget = 3 * sum(n for n, _ in problem)
+        bits = allocate(cost, budget, omega=omega, groups=groups, method=method)  # type: ignore[arg-type]
+        assert bits[names[0]] == bits[names[-1]]
+        assert set(bits) == set(cost)
+
+
+def test_budget_below_the_fewest_bits_is_an_error() -> None:
+    with pytest.raises(ValueError, match="more than the budget"):
+        allocate({"a": {2: 20, 3: 30}}, 19, omega={"a": {2: 1.0, 3: 0.5}})
+
+
+def layer(name: str) -> Layer:
+    return Layer(name, "conv", (2, 2, 1, 1), (2, 1, 1), 4, (2, 1, 1), False, "inner")
+
+
+@pytest.mark.parametrize(
+    ("names", "groups"),
+    [
+        (
+            ["layer2.0.conv1", "layer2.0.conv2", "layer2.0.downsample.0", "layer2.1.conv1"],
+            {("layer2.0.conv1", "layer2.0.downsample.0"), ("layer2.0.conv2",), ("layer2.1.conv1",)},
+        ),
+        (
+            ["stage2.0.conv1", "stage2.0.shortcut", "stage2.0.conv2"],
+            {("stage2.0.conv1", "stage2.0.shortcut"), ("stage2.0.conv2",)},
+        ),
+        (
+            ["b.block1-0.proj.0", "b.block1-0.f.a.0", "b.block1-0.f.b.0"],
+            {("b.block1-0.f.a.0", "b.block1-0.proj.0"), ("b.block1-0.f.b.0",)},
+        ),
+        (["downsample.0", "attn.proj"], {("downsample.0",), ("attn.proj",)}),
+    ],
+)
+def test_shortcut_is_tied_to_the_first_convolution_of_its_block(names: Any, groups: Any) -> None:
+    assert set(tied([layer(n) for n in names])) == groups
+
+
+# ---------------------------------------------------------------------------------------------
+# The policy
+
+
+def test_average_bits_budget_holds_in_the_accounting() -> None:
+    for allocation in ("ilp", "greedy", "random", "uniform"):
+        model = network()
+        _, bits, layers = assign(model, budget=2.6, allocation=allocation)
+        quantize_(model, layers, bits, LSQ, LSQ)
+        assert account(model, layers).weight_by_param <= 2.6
+
+
+def test_bops_budget_is_of_the_whole_network() -> None:
+    model = network()
+    layers = trace(model, (3, 8, 8))
+    outer = sum(x.macs * 64 for x in layers if x.position != "inner")
+    inner = sum(x.macs for x in layers if x.position == "inner")
+    for act, least in (("same", 4), (3, 6)):
+        model = network()
+        budget = outer + 1.5 * least * inner
+        _, bits, _ = assign(model, budget=budget, budget_kind="bops", metric="size", act=act)
+        quantize_(model, layers, bits, LSQ, LSQ)
+        assert account(model, layers).bops <= budget
+        assert max(bits[n].weight for n in ("3", "5", "7")) > 2
+
+
+def test_bytes_budget_counts_float_outer_layers_at_four_bytes_a_weight() -> None:
+    model = network()
+    layers = trace(model, (3, 8, 8))
+    outer = sum(4 * x.weights for x in layers if x.position != "inner")
+    least = sum(-(-x.weights * 2 // 8) for x in layers if x.position == "inner")
+    own: Any = {"budget_kind": "bytes", "first_last": "fp32", "metric": "size"}
+    _, bits, _ = assign(model, budget=outer + least, **own)
+    assert {bits[n] for n in ("3", "5", "7")} == {Bits(2, 2)}
+    with pytest.raises(ValueError, match="budget"):
+        assign(model, budget=outer + least - 1, **own)
+
+
+def test_saved_bits_load_through_a_pattern_file(tmp_path: Path) -> None:
+    path = tmp_path / "bits.yaml"
+    model = network()
+    _, bits, layers = assign(model, budget=2.6, metric="size", act=4, save=str(path))
+    assert {b.weight for b in bits.values()} > {8}
+    assert Pattern(8, 8, file=str(path)).assign(layers) == bits
+
+
+def test_first_last_same_allocates_all_layers() -> None:
+    policy, bits, layers = assign(network(), first_last="same", metric="size")
+    assert set(policy.omega) == {x.name for x in layers}
+    assert all(b.weight in CANDIDATES for b in bits.values())
