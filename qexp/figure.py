@@ -1,0 +1,93 @@
+"""The canvas that all figures share: panels, labels, one legend, one way to save. No window."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLUMNS = 4
+DPI = 130
+SMALL = 8  # points
+# Okabe and Ito's palette: distinct for colour-blind readers, and in grey.
+BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#8a8a8a"
+PALETTE = (BLUE, RED, GREEN, ORANGE, "#CC79A7", "#56B4E9", "#5a3d8a", "#7a5c2e", "#000000", GREY)
+
+
+def panels(
+    count: int, *, columns: int = COLUMNS, width: float = 3.1, height: float = 2.15
+) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` equal panels, `width` x `height` inches each; no window, no backend."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    columns = max(1, min(columns, count))
+    rows = max(1, -(-count // columns))
+    style: dict[Any, Any] = {
+        "font.size": SMALL,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
+    with rc_context(style):
+        size = (max(width * columns, 4.5), height * rows + 0.7)
+        figure = Figure(figsize=size, layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False)
+    axes: list[Axes] = list(grid.flat)
+    for unused in axes[count:]:
+        unused.remove()
+    return figure, axes[:count]
+
+
+def label(figure: Figure, axes: Sequence[Axes], x: str, y: str) -> None:
+    """Labels at the lowest panel of each column, and once at the left."""
+    for axis in axes[-COLUMNS:]:
+        axis.set_xlabel(x)
+    figure.supylabel(y, fontsize=SMALL)
+
+
+def legend(figure: Figure, *entries: tuple[Any, str, str]) -> None:
+    """One legend for all panels, below them."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    handles: list[Any] = []
+    for style, color, label in entries:
+        if style == "fill":
+            handles.append(Patch(color=color, alpha=0.5, label=label))
+        elif style == "^":
+            handles.append(Line2D([], [], color=color, marker="^", linestyle="", label=label))
+        else:
+            handles.append(Line2D([], [], color=color, linestyle=style, label=label))
+    columns = len(handles) if figure.get_figwidth() > 8 else 2
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=SMALL
+    )
+
+
+def save(figure: Figure, path: Path | IO[bytes], title: str, note: str = "") -> None:
+    """Write `figure` with a title and a note below it; the path's ending is the format."""
+    figure.suptitle("\n".join(filter(None, (title, note))), fontsize=SMALL + 1)
+    figure.savefig(path, dpi=DPI)
+
+
+def flat(values: Any) -> np.ndarray:
+    """A float array of one axis."""
+    return array(values).ravel()
+
+
+def array(values: Any) -> np.ndarray:
+    """A float array of what may be a tensor on any device, without importing torch."""
+    if hasattr(values, "detach"):
+        values = values.detach().float().cpu().numpy()
+    return np.asarray(values, dtype=float)
+
+
+def number(value: Any) -> float | None:
+    """A CSV cell or a number as float; None for what is empty or missing."""
+    return None if value is None or value == "" else float(value)

@@ -1,0 +1,257 @@
+"""Figures of a run: what was learned, and where the levels went.
+
+One function, one figure, one file; the file's ending picks the format (PNG, SVG, PDF). Data comes
+in as plain rows, arrays or tensors, gathered by whoever has them; nothing here knows a network, a
+quantizer or a run's folder. Figures of tables of runs are in `report_plot.py`.
+
+A figure shows at most `MAX_PANELS` layers, evenly spaced over the depth, and says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qexp.figure import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    RED,
+    SMALL,
+    array,
+    flat,
+    label,
+    legend,
+    number,
+    panels,
+    save,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MAX_PANELS = 24
+MAX_LINES = 16  # more levels than this are drawn as ticks at the foot of a panel
+
+
+@dataclass(frozen=True)
+class WeightPlot:
+    """A layer's weights before and after training. Levels: sorted, [L] or per channel [C, L]."""
+
+    name: str
+    before: Any
+    after: Any
+    levels_before: Any
+    levels_after: Any
+    bits: float
+
+
+@dataclass(frozen=True)
+class ActivationPlot:
+    """A layer's input: values of any shape; thresholds [L-1] and levels [L], sorted."""
+
+    name: str
+    values: Any
+    thresholds: Any
+    levels: Any
+    bits: float
+
+
+@dataclass(frozen=True)
+class FactorPlot:
+    """Per-sample factors [N] of an adaptive step."""
+
+    name: str
+    factors: Any
+
+
+@dataclass(frozen=True)
+class TrajectoryPlot:
+    """A codebook over training: epochs [T], levels [T, L]."""
+
+    name: str
+    epochs: Any
+    levels: Any
+
+
+def curves(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "") -> None:
+    """Loss, top-1 and learning rate per epoch.
+
+    Args:
+        rows: one an epoch: `epoch` and `loss`; where known `top1`, `train_top1`, `val_top1`
+            (percent), `test_loss`, `lr`.
+        path: where to; its ending is the format.
+        title: above the figure.
+    """
+    figure, axes = panels(3, columns=3, width=4.0, height=3.2)
+    lines = (
+        (("loss", "train", BLUE), ("test_loss", "test", RED)),
+        (("train_top1", "train", BLUE), ("val_top1", "validation", GREEN), ("top1", "test", RED)),
+        (("lr", "weights", GREY),),
+    )
+    labels = ("loss [nats]", "top-1 [%]", "learning rate")
+    for axis, keys, name in zip(axes, lines, labels, strict=True):
+        for key, split, color in keys:
+            points = [(r["epoch"], r[key]) for r in rows if r.get(key) is not None]
+            if points:
+                mark = "o" if len(points) <= 30 else None
+                axis.plot(*zip(*points, strict=True), color=color, label=split, marker=mark, ms=3)
+        axis.set(xlabel="epoch", ylabel=name)
+        axis.set_title(name.partition(" [")[0], fontsize=SMALL + 1)
+        axis.grid(alpha=0.25)
+        axis.locator_params(axis="x", integer=True)
+        if len(axis.lines) > 1:
+            axis.legend(frameon=False, fontsize=SMALL)
+    axes[2].set_ylim(bottom=0)
+    last = [r["top1"] for r in rows if r.get("top1") is not None][-1:]
+    if last:
+        axes[1].set_title(f"top-1, last epoch: {last[0]:.2f} %", fontsize=SMALL + 1)
+    save(figure, path, title)
+
+
+def weight_levels(items: Sequence[WeightPlot], path: Path, title: str = "") -> None:
+    """Histogram of each layer's weights with its levels, before and after training."""
+    shown = _evenly(items)
+    figure, axes = panels(len(shown))
+    for axis, item in zip(axes, shown, strict=True):
+        before, after = flat(item.before), flat(item.after)
+        low, high = np.percentile(np.concatenate([before, after]), [0.05, 99.95])
+        edges = np.linspace(low, high, 81)
+        axis.hist(before, edges, density=True, color=GREY, alpha=0.45)
+        axis.hist(after, edges, density=True, color=BLUE, histtype="step", linewidth=1.1)
+        _draw_levels(axis, item.levels_before, GREY, ":")
+        _draw_levels(axis, item.levels_after, ORANGE, "-")
+        _frame(axis, f"{item.name}, {item.bits:.3g} bit", low, high)
+    label(figure, axes, "weight", "density")
+    legend(
+        figure,
+        ("fill", GREY, "weights before training"),
+        ("-", BLUE, "after"),
+        (":", GREY, "levels before"),
+        ("-", ORANGE, "after (band: 10th to 90th percentile over channels)"),
+    )
+    save(figure, path, title or "Weights and their levels", _part(shown, items))
+
+
+def activation_thresholds(items: Sequence[ActivationPlot], path: Path, title: str = "") -> None:
+    """Histogram of each layer's input with the thresholds between its codes, and its levels."""
+    shown = _evenly(items)
+    figure, axes = panels(len(shown))
+    for axis, item in zip(axes, shown, strict=True):
+        values, levels = flat(item.values), flat(item.levels)
+        low, high = np.percentile(values, [0.05, 99.95])
+        low, high = min(low, levels.min()), max(high, levels.max())
+        axis.hist(values, np.linspace(low, high, 101), density=True, color=BLUE, alpha=0.55)
+        axis.set_yscale("log")  # after ReLU the zeros dwarf everything else
+        _draw_levels(axis, item.thresholds, RED, "--")
+        if len(levels) <= MAX_LINES:
+            foot = np.full(len(levels), 0.03)
+            axis.plot(levels, foot, "^", color=ORANGE, ms=4, transform=axis.get_xaxis_transform())
+        _frame(axis, f"{item.name}, {item.bits:.3g} bit", low, high)
+    label(figure, axes, "input", "density, log scale")
+    legend(figure, ("fill", BLUE, "inputs"), ("--", RED, "thresholds"), ("^", ORANGE, "levels"))
+    save(figure, path, title or "Inputs, thresholds and levels", _part(shown, items))
+
+
+def factors(items: Sequence[FactorPlot], path: Path, title: str = "") -> None:
+    """Distribution over samples of each layer's step factor; 1 is the plain learned step."""
+    figure, (axis,) = panels(1, columns=1, width=max(5.0, 0.42 * len(items) + 1.5), height=4.2)
+    axis.axhline(1.0, color=GREY, linestyle="--", linewidth=1)
+    axis.boxplot(
+        [flat(item.factors) for item in items],
+        whis=(1, 99),
+        showfliers=False,
+        patch_artist=True,
+        boxprops={"facecolor": "#cfe3f1", "edgecolor": BLUE},
+        medianprops={"color": RED},
+        whiskerprops={"color": BLUE},
+        capprops={"color": BLUE},
+    )
+    axis.set_xticks(range(1, len(items) + 1), [item.name for item in items], rotation=90)
+    axis.set(ylabel="step factor of a sample")
+    axis.grid(axis="y", alpha=0.25)
+    note = "box: quartiles; whiskers: 1st to 99th percentile"
+    save(figure, path, title or "Adaptive step: factor over samples", note)
+
+
+def codebook_trajectories(items: Sequence[TrajectoryPlot], path: Path, title: str = "") -> None:
+    """Each level of each layer's codebook over the epochs."""
+    shown = _evenly(items)
+    figure, axes = panels(len(shown))
+    for axis, item in zip(axes, shown, strict=True):
+        axis.plot(array(item.epochs), array(item.levels), color=BLUE, linewidth=1)
+        axis.set_title(item.name, fontsize=SMALL)
+        axis.locator_params(axis="x", integer=True)
+        axis.grid(alpha=0.25)
+    label(figure, axes, "epoch", "level")
+    save(figure, path, title or "Codebooks over training", _part(shown, items))
+
+
+def sensitivity(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "") -> None:
+    """Sensitivity (log scale) above, bits below, one column a layer.
+
+    Args:
+        rows: in execution order, as in layers.csv: `name`, `w_bits`, `a_bits`, `sensitivity`
+            (None or empty where it was not measured); strings are read as numbers.
+        path: where to; its ending is the format.
+        title: above the figure.
+    """
+    width = max(5.5, 0.42 * len(rows) + 1.8)
+    figure, (top, foot) = panels(2, columns=1, width=width, height=2.3)
+    place = np.arange(len(rows))
+    measured = [number(row.get("sensitivity")) for row in rows]
+    top.bar(place, [m if m and m > 0 else np.nan for m in measured], color=BLUE, width=0.7)
+    if any(m and m > 0 for m in measured):
+        top.set_yscale("log")
+    top.set(ylabel="sensitivity")
+    top.set_xticks(place, [""] * len(rows))
+    for key, color, shift, side in (("w_bits", ORANGE, -0.2, "W"), ("a_bits", GREEN, 0.2, "A")):
+        bits = [number(row.get(key)) or 0.0 for row in rows]
+        bars = foot.bar(place + shift, np.minimum(bits, 8), width=0.4, color=color, label=side)
+        foot.bar_label(bars, [f"{b:.3g}" for b in bits], fontsize=6, padding=1)
+    foot.set_xticks(place, [str(row["name"]) for row in rows], rotation=90)
+    foot.set(ylabel="bits", ylim=(0, 9.5))
+    foot.legend(frameon=False, fontsize=SMALL, ncols=2, loc="lower right", bbox_to_anchor=(1, 0.95))
+    top.set_xlim(foot.get_xlim())
+    wide = any((number(row.get(k)) or 0) > 8 for row in rows for k in ("w_bits", "a_bits"))
+    save(figure, path, title or "Sensitivity and bits", "bars end at 8 bit" if wide else "")
+
+
+def _draw_levels(axis: Axes, levels: Any, color: str, style: str) -> None:
+    """Vertical lines; ticks at the foot when there are too many to tell apart."""
+    rows = np.atleast_2d(array(levels))
+    middle = np.median(rows, axis=0)
+    if len(middle) > MAX_LINES:
+        axis.vlines(
+            middle, 0, 0.12, color=color, linewidth=0.6, transform=axis.get_xaxis_transform()
+        )
+        return
+    for place in middle:
+        axis.axvline(place, color=color, linestyle=style, linewidth=0.9)
+    if len(rows) > 1 and style == "-":
+        for low, high in np.percentile(rows, [10, 90], axis=0).T:
+            axis.axvspan(low, high, color=color, alpha=0.18, linewidth=0)
+
+
+def _frame(axis: Axes, title: str, low: float, high: float) -> None:
+    """Title, limits with a margin, no ticks on an axis of densities."""
+    margin = 0.03 * (high - low)
+    axis.set_title(title, fontsize=SMALL)
+    axis.set_xlim(low - margin, high + margin)
+    axis.set_yticks([])
+    axis.minorticks_off()
+
+
+def _evenly(items: Sequence[Any]) -> Sequence[Any]:
+    if len(items) <= MAX_PANELS:
+        return items
+    return [items[i] for i in np.linspace(0, len(items) - 1, MAX_PANELS).round().astype(int)]
+
+
+def _part(shown: Sequence[Any], items: Sequence[Any]) -> str:
+    return "" if len(shown) == len(items) else f"{len(shown)} of {len(items)} layers"
