@@ -38,3 +38,22 @@ def did_you_mean(word: str, options: Iterable[str]) -> str:
     """` Did you mean 'x'?` for the closest option, else an empty string."""
     close = difflib.get_close_matches(word, list(options), n=1, cutoff=0.6)
     return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def origin(error: BaseException) -> BaseException:
+    """The user's error that `error` wraps (Hydra wraps what a constructor raises), or itself."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, QexpError):
+            return cause
+        cause = cause.__cause__
+    return error
+
+
+def one_line(error: BaseException) -> str:
+    """An exception in one line: a user's error says it all, another one needs its type."""
+    error = origin(error)
+    text = " ".join(str(error).split())
+    if isinstance(error, QexpError):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

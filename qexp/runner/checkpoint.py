@@ -59,9 +59,10 @@ def rng_state() -> dict[str, Any]:
     """Random state of python, numpy, torch and every CUDA device, as plain data."""
     version, internal, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    words = torch.from_numpy(np.asarray(keys, dtype="int64"))  # torch cannot save uint32 arrays
     return {
         "python": [version, list(internal), gauss],
-        "numpy": [name, torch.tensor(keys.astype("int64")), position, has_gauss, cached],
+        "numpy": [name, words, position, has_gauss, cached],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -70,7 +71,7 @@ def describe(seed: int | None) -> dict[str, Any]:
 
     commit, dirty = source_version()
     return {
-        "argv": sys.argv,
+        "command": os.environ.get("QEXP_COMMAND") or shlex.join(sys.argv),
         "cwd": os.getcwd(),
         "commit": commit,
         "dirty": dirty,

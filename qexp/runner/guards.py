@@ -1,4 +1,4 @@
-"""What surrounds a run: the disk may refuse a write, SIGTERM may come, global state must not leak."""
+"""What surrounds a run: a disk that refuses a write, SIGTERM, torch's global state."""
 
 from __future__ import annotations
 
@@ -32,13 +32,14 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def os_errors(folder: Path) -> Iterator[None]:
-    """Turn what the disk may refuse, at any write inside the block, into one line."""
+    """Turn what the disk may refuse, at any write to `folder` in the block, into one line."""
     try:
         yield
     except OSError as error:
-        if error.errno not in ADVICE:
+        where = Path(error.filename or folder)
+        ours = where == folder or where in folder.parents or folder in where.parents
+        if error.errno not in ADVICE or not ours:
             raise
-        where = error.filename or folder
         failure = RunError(f"run: {where}: {ADVICE[error.errno]}, then start or resume the run.")
         failure.run_folder = getattr(error, "run_folder", None)  # type: ignore[attr-defined]
         raise failure from error

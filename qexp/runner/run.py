@@ -26,7 +26,7 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from qexp.errors import RunError
+from qexp.errors import RunError, one_line
 from qexp.runner.atomic import finite, write_bytes, write_json
 from qexp.runner.environment import describe
 from qexp.runner.folder import (
@@ -216,14 +216,6 @@ def _record(run: Run, error: BaseException) -> None:
         run.status("interrupted" if interrupted else "failed", error=one_line(error))
     with suppress(OSError):
         run.log("".join(lines))
-
-
-def one_line(error: BaseException) -> str:
-    """An exception as one line: a user's error says it all, another one needs its type."""
-    text = " ".join(str(error).split())
-    if type(error).__module__ == "qexp.errors":
-        return text
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _write_hydra(folder: Path, cfg: DictConfig) -> None:

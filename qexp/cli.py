@@ -1,0 +1,253 @@
+"""The `qexp` command: a sub-command, then Hydra's own command line.
+
+Tasks (train, eval, export, bench) are primary configs run by `hydra.main`; tools (resume, ls,
+report, env) are argparse functions. Everything heavy is imported inside the branch that needs it:
+`--help`, `--cfg job` and shell completion never import torch.
+
+Hydra is told to raise (HYDRA_FULL_ERROR) instead of printing, and `main` alone turns what was
+raised into one line and an exit code: 0 done, 1 the run failed, 2 bad command or config,
+130 interrupted. QEXP_TRACEBACK=1 shows the traceback too.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from qexp import __version__
+from qexp.errors import ConfigError, QexpError, RunError, did_you_mean, one_line, origin
+
+if TYPE_CHECKING:
+    import argparse
+
+
+class Command(NamedTuple):
+    """A Hydra task: its primary config, and what it does in one line."""
+
+    config: str
+    summary: str
+
+
+COMMANDS = {
+    "train": Command("train", "quantize a float network, train it, evaluate it"),
+    "eval": Command("eval", "top-1 of a finished run"),
+    "export": Command("export", "pack a finished run into a file that other programs load"),
+    "bench train": Command("bench_train", "cost of a training step against float"),
+    "bench inference": Command("bench_inference", "cost of a forward pass against float"),
+}
+TOOLS = {
+    "resume": "continue a run, or the unfinished runs of a sweep",
+    "ls": "table of runs",
+    "report": "mean and deviation over seeds, beside the papers' numbers",
+    "env": "versions, devices, and where configs and data are",
+}
+EXAMPLES = """\
+  qexp train quantizer=lsq bits=4
+  qexp train -m quantizer=lsq,asq bits=2,4 seed=0,1,2"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit code. `argv` is without the program's name."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    os.environ["QEXP_COMMAND"] = shlex.join(["qexp", *arguments])
+    try:
+        return _dispatch(arguments)
+    except SystemExit as exit_:  # argparse, and Hydra's --help
+        return exit_.code if isinstance(exit_.code, int) else int(bool(exit_.code))
+    except KeyboardInterrupt as error:
+        folder = getattr(error, "run_folder", None)
+        _complain(f"interrupted. Continue with: qexp resume {folder}" if folder else "interrupted.")
+        return 130
+    except BrokenPipeError:  # `qexp ls | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if os.environ.get("QEXP_TRACEBACK"):
+            traceback.print_exc()
+        _complain(describe(error))
+        cause = origin(error)
+        return cause.exit_code if isinstance(cause, QexpError) else 1
+
+
+def describe(error: Exception) -> str:
+    """The line (for a config, the lines) that says what went wrong."""
+    cause = origin(error)
+    if isinstance(cause, QexpError):
+        return str(cause)
+    folder = getattr(error, "run_folder", None)
+    if folder is not None:
+        return f"run: {one_line(error)} (traceback in {folder}/train.log)"
+    return f"qexp: {one_line(error)} (QEXP_TRACEBACK=1 shows where)"
+
+
+def _complain(text: str) -> None:
+    red = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    sys.stderr.write(f"\033[31m{text}\033[0m\n" if red else f"{text}\n")
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if argv[0] in ("-V", "--version"):
+        print(f"qexp {__version__}")
+        return 0
+    if argv[0] in ("-sc", "--shell-completion", "--shell_completion"):
+        return _completion(argv[1:])
+    if argv[0] in TOOLS:
+        return _tool(argv[0])(argv[1:])
+    name, rest = command_of(argv)
+    return run_task(name, rest)
+
+
+def usage() -> str:
+    """The commands and two examples."""
+    width = max(map(len, [*COMMANDS, *TOOLS]))
+    rows = [*((name, c.summary) for name, c in COMMANDS.items()), *TOOLS.items()]
+    lines = [f"  {name:<{width}}  {summary}" for name, summary in rows]
+    return "\n".join(
+        [
+            "qexp: one bench for low-bit quantization of image classifiers.",
+            "",
+            "usage: qexp COMMAND [key=value ...]",
+            "",
+            *lines,
+            "",
+            "examples:",
+            EXAMPLES,
+            "",
+            "qexp COMMAND --help lists a command's configs and keys; add --cfg job to see the",
+            'config it would run. Tab completion: eval "$(qexp -sc install=bash)"',
+        ]
+    )
+
+
+def command_of(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """The task that `argv` starts with (one word or two), and the rest of the line."""
+    for words in (2, 1):
+        name = " ".join(argv[:words])
+        if name in COMMANDS:
+            return name, list(argv[words:])
+    first = argv[0]
+    kinds = [name.split()[1] for name in COMMANDS if name.startswith(f"{first} ")]
+    if kinds:
+        given = argv[1] if len(argv) > 1 else ""
+        choices = " or ".join(f"qexp {first} {kind}" for kind in kinds)
+        if given in ("", "-h", "--help"):
+            raise ConfigError(f"qexp: say which: {choices}.")
+        raise ConfigError(f"qexp: unknown command '{first} {given}'. Use {choices}.")
+    known = [*dict.fromkeys(name.split()[0] for name in COMMANDS), *TOOLS]
+    hint = did_you_mean(first, known)
+    if "=" in first:
+        hint = f" Did you mean 'qexp train {shlex.join(argv)}'?"
+    raise ConfigError(f"qexp: unknown command '{first}'.{hint or ' Run qexp for the list.'}")
+
+
+def run_task(name: str, argv: Sequence[str]) -> int:
+    """Run a Hydra task; returns the exit code of a sweep, raises what a single job raises."""
+    from qexp.config import configs_dir
+    from qexp.job import Job
+
+    return hydra_main(Job(name), configs_dir(), COMMANDS[name].config, argv)
+
+
+def hydra_main(job: Any, config_path: Path, config_name: str, argv: Sequence[str]) -> int:
+    """Hand `argv` to Hydra, with `job` as the task; its errors of composition become ours."""
+    import hydra
+
+    from qexp import messages, sweep
+
+    known, arguments, overrides = _parse(argv)
+    if _is_dry(overrides):
+        arguments += sweep.nowhere()
+    before, sys.argv = sys.argv, ["qexp", *arguments]
+    sweep.forget()
+    try:
+        hydra.main(version_base="1.3", config_path=str(config_path), config_name=config_name)(job)()
+    except messages.COMPOSITION as error:
+        if isinstance(origin(error), QexpError) or hasattr(error, "run_folder"):
+            raise
+        source = messages.Source(config_path, config_name, overrides, known.config_dir)
+        raise ConfigError(messages.explain(error, source)) from error
+    finally:
+        sys.argv = before
+        failures = sweep.summary()
+    job.raise_error()
+    if failures:
+        raise RunError(failures)
+    return 0
+
+
+def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[str]]:
+    """What argparse reads; `argv` with options first, as Hydra wants it; the overrides in it."""
+    from hydra._internal.utils import get_args_parser
+
+    parser = get_args_parser()
+
+    def refuse(message: str) -> Any:
+        raise ConfigError(f"qexp: {message}. Try: qexp COMMAND --hydra-help")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    known, rest = parser.parse_known_args(list(argv))
+    overrides = [*known.overrides, *(word for word in rest if "=" in word and word[0] != "-")]
+    unknown = [word for word in rest if word not in overrides]
+    if unknown:
+        refuse(f"unknown option {unknown[0]}")
+    options = list(argv)
+    for word in overrides:
+        options.remove(word)
+    return known, [*options, *overrides], overrides
+
+
+def _is_dry(overrides: Sequence[str]) -> bool:
+    return any(o.lower() in ("dry_run=true", "dry_run=1", "dry_run=yes") for o in overrides)
+
+
+def _tool(name: str) -> Callable[[list[str]], int]:
+    if name == "report":
+        from qexp import report
+
+        return report.main
+    from qexp import tools
+
+    return {"resume": tools.resume, "ls": tools.ls, "env": tools.env}[name]
+
+
+def _completion(argv: Sequence[str]) -> int:
+    """Hydra's completion with the sub-command taken off the line; sub-commands by ourselves."""
+    line = os.environ.get("COMP_LINE", "")
+    words = line.split()[1:]
+    if argv and argv[0].startswith("query="):
+        typed = " ".join(words) + (" " if line.endswith(" ") else "")
+        matching = [name for name in (*COMMANDS, *TOOLS) if f"{name} ".startswith(typed)]
+        name = next((name for name in COMMANDS if typed.startswith(f"{name} ")), None)
+        if name is None:
+            skip = len(words) - (not line.endswith(" "))  # whole words already typed
+            print(" ".join(dict.fromkeys(m.split()[skip] for m in matching if m.split()[skip:])))
+            return 0
+        os.environ["COMP_LINE"] = line.replace(name, "", 1) if name in line else line
+        return _query(name, argv)
+    return _query("train", argv)
+
+
+def _query(name: str, argv: Sequence[str]) -> int:
+    import hydra
+
+    from qexp.config import configs_dir
+
+    sys.argv = ["qexp", "-sc", *argv]
+    task = hydra.main(
+        version_base="1.3", config_path=str(configs_dir()), config_name=COMMANDS[name].config
+    )
+    task(lambda cfg: None)()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

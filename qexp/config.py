@@ -1,0 +1,329 @@
+"""Finding the configs, and checking a composed one before anything is built.
+
+`check(cfg, schema)` looks at every value once and raises one ConfigError with all that is wrong,
+one line each. There is one mechanism for all of it: a mapping is compared with a signature, key by
+key, type by type. The signature is
+
+  * for the top level, a dataclass below (`Train`, `Eval`);
+  * for a node with `_target_`, that of the class or function it names;
+  * for a recipe, the dataclass `Settings` of its module, whose `check()` holds the ranges.
+
+So a YAML never needs a second description of itself, and a user's own quantizer, named by its
+`_target_`, is checked like ours. Resolving targets imports torch; `--help`, `--cfg` and completion
+never come here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from qexp.errors import ConfigError, did_you_mean
+from qexp.hints import parameters_of, says, type_hints
+
+PACKAGE = Path(__file__).parent
+
+# Arguments that the program gives when it builds a node: absent from the YAML, and not settable.
+GIVEN = {
+    "quantizer": {"bits", "signed", "shape"},
+    "dataset": {"device", "batch_size", "seed", "rank", "world_size"},
+    "model": {"num_classes", "in_channels"},
+}
+# Keys of a group's own node that are not arguments of its target.
+RESERVED = {"model": {"name", "checkpoint"}}
+MARKERS = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
+
+
+@dataclasses.dataclass
+class Train:
+    """`configs/train.yaml`: the top-level knobs, typed; the groups are checked on their own."""
+
+    bits: int
+    seed: int
+    device: str
+    compile: Literal["off", "kernels", "model", "auto"]
+    threads: int | None
+    out: str
+    folder: str
+    dry_run: bool
+    force: bool
+    max_steps: int | None
+    dataset: Mapping[str, Any]
+    model: Mapping[str, Any]
+    recipe: Mapping[str, Any]
+    float: Mapping[str, Any]
+    quantizer: Mapping[str, Any]
+    bitwidth: Mapping[str, Any]
+
+
+@dataclasses.dataclass
+class Eval:
+    """`configs/eval.yaml`."""
+
+    run: str | None
+    checkpoint: str
+    split: Literal["test", "val", "train"]
+    device: str
+
+
+def configs_dir() -> Path:
+    """The folder of configs: beside the package in a checkout, inside it when installed (P1)."""
+    for folder in (PACKAGE / "configs", PACKAGE.parent / "configs"):
+        if (folder / "train.yaml").is_file():
+            return folder
+    raise ConfigError(f"config: no configs beside {PACKAGE}. Reinstall qexp.")
+
+
+def run_name(*, _root_: DictConfig) -> str:
+    """`asq-w4a4`, `lsq+asq-w2a4`, `fp32`: the resolver `${run_name:}` of a run's folder.
+
+    A quantizer whose parts were chosen on the command line is named by them, not by the method
+    they replace. A policy that mixes widths has its name and budget instead of the widths.
+    """
+    quantizer, policy = _root_.quantizer, _root_.bitwidth
+    if quantizer.get("weight") is None and quantizer.get("act") is None:
+        return str(quantizer.name)
+    name = _mixed_name() or str(quantizer.name)
+    if policy.get("name") not in (None, "uniform"):
+        budget = policy.get("budget")
+        return f"{name}-{policy.name}" + (f"{budget:g}" if budget is not None else "")
+    return f"{name}-w{policy.weight}a{policy.act}"
+
+
+def _mixed_name() -> str | None:
+    """`weight+act` when the command line replaced a part of the chosen method."""
+    from hydra.core.hydra_config import HydraConfig
+
+    if not HydraConfig.initialized():
+        return None
+    keys = {override.partition("=")[0] for override in HydraConfig.get().overrides.task}
+    if not keys & {"quantizer/weight", "quantizer/act"}:
+        return None
+    choices = HydraConfig.get().runtime.choices
+    return f"{choices['quantizer/weight']}+{choices['quantizer/act']}"
+
+
+OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+
+
+def check(cfg: DictConfig, schema: type | None = None) -> None:
+    """Check `cfg` against `schema` and every `_target_` in it against its signature.
+
+    Raises:
+        ConfigError: one line per problem, all of them.
+    """
+    problems = list(_unresolvable(cfg))
+    if not problems:
+        plain: Any = OmegaConf.to_container(cfg, resolve=True)
+        if schema is not None:
+            problems += _against(plain, _Signature.of_dataclass(schema), "", cfg)
+        problems += _ranges(plain)
+        wrong = {line.split()[1] for line in problems}  # `bits` of "config: bits must be ..."
+        for path, node in _targets(plain):
+            problems += [
+                line
+                for line in _check_node(path, node, cfg)
+                if _source(cfg, line.split()[1]) not in wrong  # said once, where it was set
+            ]
+    if problems:
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
+
+
+# ---------------------------------------------------------------------------------------------
+# One mapping against one signature
+
+
+@dataclasses.dataclass
+class _Signature:
+    """Names, types and which are required."""
+
+    hints: dict[str, Any]
+    required: set[str]
+    open: bool = False  # takes **kwargs
+
+    @classmethod
+    def of_dataclass(cls, schema: type) -> _Signature:
+        required = {
+            f.name
+            for f in dataclasses.fields(schema)
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        }
+        return cls({f: type_hints(schema).get(f, Any) for f in _names(schema)}, required)
+
+    @classmethod
+    def of_callable(cls, target: Callable[..., Any]) -> _Signature:
+        parameters, is_open = parameters_of(target)
+        hints = type_hints(target)
+        required = {p.name for p in parameters if p.default is inspect.Parameter.empty}
+        return cls({p.name: hints.get(p.name, Any) for p in parameters}, required, is_open)
+
+    def without(self, names: set[str]) -> _Signature:
+        hints = {name: hint for name, hint in self.hints.items() if name not in names}
+        return _Signature(hints, self.required - names, self.open)
+
+
+def _names(schema: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(schema)]
+
+
+def _against(
+    node: Mapping[str, Any], signature: _Signature, path: str, cfg: DictConfig, owner: str = ""
+) -> Iterator[str]:
+    """Lines for unknown keys, missing keys and wrong types of `node`."""
+    dot = f"{path}." if path else ""
+    for key, value in node.items():
+        if key in signature.hints:
+            hint = signature.hints[key]
+            if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+                nested = _Signature.of_dataclass(hint)  # type: ignore[arg-type]
+                yield from _against(value, nested, f"{dot}{key}", cfg)
+                continue
+            wanted = says(value, hint)
+            if wanted:
+                given = f"{value!r} ({type(value).__name__})"
+                yield f"config: {dot}{key} must be {wanted}, got {given}."
+        elif not signature.open:
+            yield unknown_key(f"{dot}{key}", list(signature.hints), owner)
+    for key in sorted(signature.required - set(node)):
+        yield f"config: {dot}{key} is missing. Set {dot}{key}=..."
+
+
+def unknown_key(path: str, known: list[str], owner: str = "") -> str:
+    """The line about a key that is not there, with those that are."""
+    parent, _, key = path.rpartition(".")
+    name = owner or parent.rpartition(".")[2] or "it"
+    options = ", ".join(sorted(known)) or "no keys"
+    return f"config: no key '{path}' ({name} has: {options}).{did_you_mean(key, known)}"
+
+
+# ---------------------------------------------------------------------------------------------
+# Nodes
+
+
+def _targets(node: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    if isinstance(node, Mapping):
+        if "_target_" in node:
+            yield path, node
+        for key, value in node.items():
+            yield from _targets(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from _targets(value, f"{path}.{index}")
+
+
+def _check_node(path: str, node: Mapping[str, Any], cfg: DictConfig) -> list[str]:
+    group = path.partition(".")[0]
+    try:
+        target = _imported(str(node["_target_"]))
+    except Exception as error:  # whatever importing the user's module raises
+        reason = " ".join(str(error).split())
+        return [f"config: {path}._target_ '{node['_target_']}' cannot be imported: {reason}"]
+    keys = {k: v for k, v in node.items() if k not in MARKERS}
+    settings = getattr(sys.modules.get(target.__module__), "Settings", None)
+    if inspect.isfunction(target) and dataclasses.is_dataclass(settings):
+        problems = list(_against(keys, _Signature.of_dataclass(settings), path, cfg))  # type: ignore[arg-type]
+        return problems or _settings_ranges(settings, node, path)
+    signature = _Signature.of_callable(target).without(GIVEN.get(group, set()))
+    if path == group:  # the group's own node: `name` is for folders and tables
+        ours = RESERVED.get(group, set()) | {"name"}
+        keys = {k: v for k, v in keys.items() if k not in ours or k in signature.hints}
+    if node.get("_partial_"):
+        signature.required = set()
+    return list(_against(keys, signature, path, cfg, _owner(path, node)))
+
+
+def _imported(name: str) -> Any:
+    """The object that a dotted name stands for; raises (Hydra's own look-up logs instead)."""
+    parts = name.split(".")
+    if len(parts) < 2 or not all(parts):
+        raise ConfigError("write it as package.module.name")
+    found: Any = importlib.import_module(parts[0])
+    for index, part in enumerate(parts[1:], 1):
+        if not hasattr(found, part) and inspect.ismodule(found):
+            try:
+                importlib.import_module(".".join(parts[: index + 1]))
+            except ModuleNotFoundError as error:
+                if error.name != ".".join(parts[: index + 1]):
+                    raise  # something that the module itself needs
+                names = [n for n in vars(found) if not n.startswith("_")]
+                raise ConfigError(
+                    f"no '{part}' in {found.__name__}.{did_you_mean(part, names)}"
+                ) from error
+        found = getattr(found, part)
+    return found
+
+
+def _settings_ranges(settings: Any, node: Mapping[str, Any], path: str) -> list[str]:
+    try:
+        settings.of(OmegaConf.create(dict(node))).check()
+    except ConfigError as error:
+        return str(error).replace("config: recipe.", f"config: {path}.").splitlines()
+    return []
+
+
+def _owner(path: str, node: Mapping[str, Any]) -> str:
+    """What the user calls this node: the choice that filled it, else its target's name."""
+    from hydra.core.hydra_config import HydraConfig
+
+    if HydraConfig.initialized():
+        choice = HydraConfig.get().runtime.choices.get(path.replace(".", "/"))
+        if choice:
+            return str(choice)
+    return str(node["_target_"]).rpartition(".")[2]
+
+
+def _source(cfg: DictConfig, path: str) -> str:
+    """The top-level key that the value at `path` is a copy of (`${bits}`), or the path itself."""
+    parent, _, key = path.rpartition(".")
+    node = OmegaConf.select(cfg, parent) if parent else cfg
+    if isinstance(node, DictConfig) and key in node and OmegaConf.is_interpolation(node, key):
+        return str(OmegaConf.to_container(node, resolve=False)[key])[2:-1]  # type: ignore[index]
+    return path
+
+
+def _unresolvable(cfg: DictConfig) -> Iterator[str]:
+    """A line when an interpolation leads nowhere or a mandatory value is missing."""
+    try:
+        OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "?"
+        yield f"config: {key}: {str(error).splitlines()[0]}. Set {key}=..."
+
+
+def _ranges(plain: Mapping[str, Any]) -> Iterator[str]:
+    """Ranges of the top-level scalars; their types are checked elsewhere."""
+    bits, seed, steps = plain.get("bits"), plain.get("seed"), plain.get("max_steps")
+    if _is_int(bits) and not (1 <= bits <= 16 or bits == 32):
+        yield f"config: bits must be an integer from 1 to 16, or 32 for float; got {bits}."
+    if _is_int(seed) and not 0 <= seed < 2**63:
+        yield f"config: seed must be from 0 to 2**63 - 1; got {seed}."
+    if _is_int(steps) and steps < 1:
+        yield f"config: max_steps must be at least 1, or null for no limit; got {steps}."
+    if isinstance(plain.get("device"), str):
+        from qexp.runner.device import pick_device
+
+        try:
+            pick_device(plain["device"])
+        except ConfigError as error:
+            yield str(error)
+    policy = plain.get("bitwidth")
+    if isinstance(policy, Mapping):
+        for side in ("weight", "act"):
+            value = policy.get(side)
+            if _is_int(value) and value != bits and not (1 <= value <= 16 or value == 32):
+                yield (
+                    f"config: bitwidth.{side} must be an integer from 1 to 16, or 32 for float; "
+                    f"got {value}."
+                )
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

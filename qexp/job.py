@@ -1,0 +1,139 @@
+"""What Hydra calls for each job: one run, or one job of a sweep.
+
+A job never raises into Hydra, which would print a headline of its own and, in a sweep, tell only
+of the first failure at the very end. A single run's error is kept for `cli.main`; a sweep's job
+says its error at once, in one line, writes it to the sweep's `jobs.jsonl`, and lets the others go
+on.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from qexp import config, sweep
+from qexp.errors import ConfigError, origin
+
+
+class Job:
+    """A callable for `hydra.main`.
+
+    Args:
+        name: of a command of `cli.COMMANDS`.
+        resume: continue the run in `cfg.folder` instead of starting one.
+    """
+
+    def __init__(self, name: str, *, resume: bool = False) -> None:
+        self.name = name
+        self.resume = resume
+        self.__name__ = name  # hydra.main wraps it like a function
+        self.started = False  # the config was accepted
+        self._error: BaseException | None = None
+
+    def __call__(self, cfg: DictConfig) -> None:
+        task = TASKS[self.name] if not self.resume else resume_run
+        if sweep.is_sweep():
+            sweep.run_job(task, cfg)
+            return
+        try:
+            task(cfg)
+        except Exception as error:
+            self._error = error
+        self.started = not isinstance(self._error, ConfigError)
+
+    def raise_error(self) -> None:
+        """Raise what the single run raised, if it did."""
+        if self._error is not None:
+            raise self._error
+
+
+def train(cfg: DictConfig) -> dict[str, Any]:
+    """`qexp train`: check, then print the plan (`dry_run`) or do the run."""
+    config.check(cfg, config.Train)
+    if cfg.dry_run:
+        print(_function("qexp.recipes.plan", "plan")(cfg))
+        return {"status": "planned"}
+    return _run(cfg, resume=False)
+
+
+def resume_run(cfg: DictConfig) -> dict[str, Any]:
+    """`qexp resume`: the run in `cfg.folder` goes on."""
+    config.check(cfg, config.Train)
+    return _run(cfg, resume=True)
+
+
+def _run(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
+    from hydra.utils import get_method
+
+    from qexp.runner.run import open_run
+
+    recipe = get_method(cfg.recipe._target_)
+    began = time.perf_counter()
+    with open_run(Path(cfg.folder), cfg, resume=resume) as run:
+        run.info(f"run: {run.dir}")
+        result = recipe(cfg, run)
+        run.finish(result)
+    seconds = time.perf_counter() - began
+    return {"status": "done", "top1": result.get("top1"), "seconds": seconds, "folder": run.dir}
+
+
+def evaluate(cfg: DictConfig) -> dict[str, Any]:
+    """`qexp eval`: print a finished run's top-1."""
+    config.check(cfg, config.Eval)
+    score = _function("qexp.recipes.evaluate", "evaluate_run")(cfg)
+    print(
+        f"top-1 {score['top1']:.2f} on {score['split']} of {score['dataset']} | "
+        f"loss {score['loss']:.4f} | {score['images_per_s']:.0f} img/s | "
+        f"{score['run']}/{score['checkpoint']}"
+    )
+    return {"status": "done", "top1": score["top1"], "folder": score["run"]}
+
+
+def export(cfg: DictConfig) -> dict[str, Any]:
+    """`qexp export`: pack a finished run."""
+    config.check(cfg)
+    _function("qexp.export", "export")(cfg)
+    return {"status": "done"}
+
+
+def bench_train(cfg: DictConfig) -> dict[str, Any]:
+    """`qexp bench train`: time a training step."""
+    config.check(cfg)
+    _function("qexp.bench", "bench_train")(cfg)
+    return {"status": "done"}
+
+
+def bench_inference(cfg: DictConfig) -> dict[str, Any]:
+    """`qexp bench inference`: time a forward pass."""
+    config.check(cfg)
+    _function("qexp.bench", "bench_inference")(cfg)
+    return {"status": "done"}
+
+
+TASKS: dict[str, Callable[[DictConfig], dict[str, Any]]] = {
+    "train": train,
+    "eval": evaluate,
+    "export": export,
+    "bench train": bench_train,
+    "bench inference": bench_inference,
+}
+
+
+def _function(module: str, name: str) -> Callable[..., Any]:
+    """A function of a part of qexp; one line instead of a traceback where that part is absent."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ModuleNotFoundError, AttributeError) as error:
+        missing = getattr(error, "name", None)
+        if isinstance(error, ModuleNotFoundError) and not str(missing).startswith("qexp"):
+            raise ConfigError(
+                f"qexp: this needs the package '{missing}'. Try: pip install 'qexp[export]'"
+            ) from origin(error)
+        raise ConfigError(
+            f"qexp: this installation has no {module}.{name}. Reinstall it."
+        ) from error

@@ -1,0 +1,145 @@
+"""Sweeps: skip what is done, go on after a failure, say at the end how each job ended.
+
+The jobs of a sweep live where single runs live, so that `ls` and `report` read one tree. The
+sweep's own folder (`hydra.sweep.dir`) holds `multirun.yaml` (the command) and `jobs.jsonl`, one
+line per job: overrides, status, top1, seconds, folder, error. Each job appends its line itself, so
+it is there whatever launcher ran the job.
+
+A job is skipped when a finished run of the identical config exists under `out`: identity is a hash
+of the resolved config without the keys that say where and how it is computed (runner/folder.py).
+Neither the job's number nor its folder's name plays a part, so a sweep may be repeated, enlarged
+or reordered. `force=true` runs everything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from qexp.errors import one_line
+from qexp.runner.folder import find_done, identity, read_json
+
+JOBS = "jobs.jsonl"
+
+_folder: Path | None = None  # of the sweep that this process launches
+
+
+class Launched(Callback):
+    """Tells this process where the sweep's folder is (`hydra.callbacks` in the primary config)."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Called by Hydra once, before the first job."""
+        global _folder
+        _folder = Path(config.hydra.sweep.dir)
+
+
+def is_sweep() -> bool:
+    """Whether the current job is one of a sweep."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def nowhere() -> list[str]:
+    """Overrides for a sweep that must not leave a folder (`dry_run`)."""
+    return [f"hydra.sweep.dir={Path(tempfile.gettempdir(), 'qexp-dry-run')}"]
+
+
+def run_job(task: Callable[[DictConfig], dict[str, Any]], cfg: DictConfig) -> None:
+    """Run one job; its end goes to jobs.jsonl, its error to stderr."""
+    line: dict[str, Any] = {"overrides": list(HydraConfig.get().overrides.task)}
+    try:
+        done = None if cfg.get("force") or "out" not in cfg else _done(cfg)
+        line.update(done or task(cfg))
+    except BaseException as error:
+        stopped = isinstance(error, KeyboardInterrupt)
+        line.update(status="interrupted" if stopped else "failed", error=one_line(error))
+        line["folder"] = getattr(error, "run_folder", None)
+        if stopped:
+            raise
+        log = f" (traceback in {line['folder']}/train.log)" if line["folder"] else ""
+        _say_failed(f"job {' '.join(line['overrides'])} failed: {line['error']}{log}")
+    finally:
+        if line.get("status") != "planned":
+            _append(Path(HydraConfig.get().runtime.output_dir) / JOBS, line)
+
+
+def _done(cfg: DictConfig) -> dict[str, Any] | None:
+    """The finished run of the identical config, said in one line; None if there is none."""
+    folder = find_done(Path(cfg.out), identity(cfg)) if Path(cfg.out).is_dir() else None
+    if folder is None:
+        return None
+    result = read_json(folder / "result.json")
+    print(f"skipped: {' '.join(HydraConfig.get().overrides.task)} is done in {folder}", flush=True)
+    return {"status": "skipped", "top1": result.get("top1"), "seconds": 0.0, "folder": folder}
+
+
+def _append(path: Path, line: dict[str, Any]) -> None:
+    # One write of one line in append mode: jobs of a parallel launcher do not mix theirs.
+    with open(path, "a") as file:
+        file.write(json.dumps(line, default=str) + "\n")
+
+
+def _say_failed(text: str) -> None:
+    red = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    print(f"\033[31m{text}\033[0m" if red else text, file=sys.stderr, flush=True)
+
+
+def read_jobs(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a sweep's jobs.jsonl; empty when it has none."""
+    try:
+        return [json.loads(line) for line in (folder / JOBS).read_text().splitlines()]
+    except OSError:
+        return []
+
+
+def forget() -> None:
+    """Start anew: the next summary is of the next sweep."""
+    global _folder
+    _folder = None
+
+
+def summary() -> str:
+    """Print the table of the sweep that just ended; returns a line naming the failed jobs."""
+    jobs = read_jobs(_folder) if _folder is not None else []
+    if not jobs:
+        return ""
+    print(table(jobs))
+    failed = [" ".join(job["overrides"]) for job in jobs if job["status"] == "failed"]
+    if not failed:
+        return ""
+    return f"sweep: {len(failed)} of {len(jobs)} jobs failed: {'; '.join(failed)}. See {_folder}."
+
+
+def table(jobs: list[dict[str, Any]]) -> str:
+    """Job, status, top-1 (percent), seconds and folder, in columns."""
+    rows = [("job", "status", "top-1", "seconds", "folder")]
+    for job in jobs:
+        top1, seconds = job.get("top1"), job.get("seconds")
+        rows.append(
+            (
+                " ".join(job["overrides"]) or "-",
+                job["status"],
+                "-" if top1 is None else f"{top1:.2f}",
+                "-" if seconds is None else f"{seconds:.0f}",
+                str(job.get("folder") or job.get("error") or "-"),
+            )
+        )
+    return columns(rows)
+
+
+def columns(rows: list[tuple[str, ...]]) -> str:
+    """Left-aligned text columns."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )

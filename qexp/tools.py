@@ -1,0 +1,223 @@
+"""The commands that are no Hydra tasks: `qexp resume`, `qexp ls`, `qexp env`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from qexp.errors import ConfigError, RunError
+from qexp.job import Job
+from qexp.runner.atomic import write_bytes
+from qexp.runner.folder import STATUS, find_runs, read_status
+from qexp.sweep import columns, read_jobs
+
+# Overrides that earlier `qexp resume` commands gave; a later one keeps them.
+RESUMED = Path(".hydra", "resumed.yaml")
+QUIET = (
+    "hydra.run.dir=.",
+    "hydra.output_subdir=null",
+    "hydra.job.name=resume",
+    "hydra/job_logging=none",
+    "hydra/hydra_logging=none",
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with our one-line errors."""
+
+    def error(self, message: str) -> Any:
+        raise ConfigError(f"qexp: {message}. Try: {self.prog} --help")
+
+
+# ---------------------------------------------------------------------------------------------
+# resume
+
+
+def resume(argv: Sequence[str]) -> int:
+    """`qexp resume RUN [key=value ...]`: continue a run from its last checkpoint.
+
+    The config is composed from RUN/.hydra, so later edits of `configs/` do not reach it.
+    """
+    parser = _Parser(
+        "qexp resume", description="Continue a run, or the unfinished ones of a sweep."
+    )
+    parser.add_argument("run", help="a run's folder, the end of its path, or a sweep's folder")
+    parser.add_argument("overrides", nargs="*", help="changes, for instance recipe.epochs=40")
+    parser.add_argument("--out", default="outputs", help="where runs are looked up (outputs)")
+    args = parser.parse_args(list(argv))
+    folder = locate(args.run, Path(args.out))
+    if not (folder / STATUS).is_file():
+        return _resume_sweep(folder, args.overrides)
+    return _resume_run(folder, args.overrides)
+
+
+def locate(name: str, out: Path) -> Path:
+    """The run or sweep folder that `name` is: a path, or the end of one under `out`."""
+    path = Path(name)
+    if (path / STATUS).is_file() or read_jobs(path):
+        return path
+    found = [run for run in find_runs(out) if str(run).endswith(name.strip("/"))]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ConfigError(f"resume: '{name}' is the end of {len(found)} runs. Give more of it.")
+    raise ConfigError(f"resume: no run '{name}' under '{out}'. List runs with: qexp ls {out}")
+
+
+def _resume_run(folder: Path, overrides: Sequence[str]) -> int:
+    from qexp.cli import hydra_main
+
+    status = read_status(folder)
+    if status.get("state") == "done" and not overrides:
+        top1 = status.get("top1")
+        score = f" (top-1 {top1:.2f})" if isinstance(top1, float) else ""
+        raise ConfigError(
+            f"resume: {folder} is already done{score}. Add recipe.epochs=... to train longer."
+        )
+    if status.get("state") == "running":
+        raise RunError(
+            f"resume: {folder} is still running (pid {status.get('pid')} on {status.get('host')}). "
+            "Wait for it, or stop it first."
+        )
+    if not (folder / ".hydra" / "config.yaml").is_file():
+        raise ConfigError(f"resume: {folder} has no .hydra/config.yaml. Start a new run.")
+    earlier = list(OmegaConf.load(folder / RESUMED)) if (folder / RESUMED).is_file() else []
+    every = [*map(str, earlier), *overrides]
+    place = "folder='" + str(folder).replace("'", "\\'") + "'"
+    arguments = [*QUIET, *every, place, "dry_run=false"]
+    job = Job("train", resume=True)
+    code = 1
+    try:
+        code = hydra_main(job, (folder / ".hydra").resolve(), "config", arguments)
+    finally:
+        if overrides and job.started:  # a refused override must not refuse the next resume
+            write_bytes(folder / RESUMED, OmegaConf.to_yaml(every).encode())
+    return code
+
+
+def _resume_sweep(folder: Path, overrides: Sequence[str]) -> int:
+    """Continue every run of a sweep that has begun and is not done."""
+    runs = [Path(job["folder"]) for job in read_jobs(folder) if job.get("folder")]
+    unfinished = [run for run in dict.fromkeys(runs) if read_status(run).get("state") != "done"]
+    if not unfinished:
+        raise ConfigError(
+            f"resume: every run that {folder} began is done. Repeat its command for those that "
+            "never began."
+        )
+    failed = []
+    for run in unfinished:
+        try:
+            _resume_run(run, overrides)
+        except Exception as error:
+            from qexp.cli import describe
+
+            print(describe(error), flush=True)
+            failed.append(str(run))
+    if failed:
+        raise RunError(f"resume: {len(failed)} of {len(unfinished)} failed: {'; '.join(failed)}.")
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------
+# ls
+
+
+def ls(argv: Sequence[str]) -> int:
+    """`qexp ls [FOLDER]`: a table of the runs below a folder."""
+    parser = _Parser("qexp ls", description="Table of runs, oldest first.")
+    parser.add_argument("folder", nargs="?", default="outputs", help="where to look (outputs)")
+    args = parser.parse_args(list(argv))
+    root = Path(args.folder)
+    runs = find_runs(root) if root.is_dir() else []
+    if not runs:
+        raise ConfigError(f"ls: no runs under '{root}'. Start one with: qexp train")
+    rows = [("name", "status", "top-1", "epoch", "age", "folder")]
+    for run in runs:
+        status = read_status(run)
+        top1 = status.get("top1")
+        rows.append(
+            (
+                f"{run.parent.parent.name}/{run.parent.name}",
+                str(status.get("state", "?")),
+                f"{top1:.2f}" if isinstance(top1, (int, float)) else "-",
+                last_epoch(run),
+                age(status.get("started")),
+                str(run),
+            )
+        )
+    print(columns(rows))
+    return 0
+
+
+def last_epoch(run: Path) -> str:
+    """The last epoch that metrics.jsonl tells of, `-` if none."""
+    try:
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+    except OSError:
+        return "-"
+    for line in reversed(lines):
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue  # the last line of a killed run
+        if "epoch" in event:
+            return str(event["epoch"])
+    return "-"
+
+
+def age(started: object) -> str:
+    """Time since an ISO date, in its largest unit: 42s, 7m, 3h, 12d."""
+    try:
+        seconds = (
+            datetime.now(timezone.utc) - datetime.fromisoformat(str(started))
+        ).total_seconds()
+    except (ValueError, TypeError):
+        return "-"
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
+        if seconds >= size:
+            return f"{seconds / size:.0f}{unit}"
+    return f"{seconds:.0f}s"
+
+
+# ---------------------------------------------------------------------------------------------
+# env
+
+
+def env(argv: Sequence[str]) -> int:
+    """`qexp env`: what a bug report needs."""
+    from qexp.config import configs_dir
+
+    _Parser("qexp env", description="Versions, devices, and where things are.").parse_args(
+        list(argv)
+    )
+    from qexp.runner.device import compiler_available
+    from qexp.runner.environment import describe
+
+    about = describe(None)
+    works, reason = compiler_available("cuda" if about["gpus"] else "cpu")
+    data = Path(os.environ.get("QEXP_DATA", "data"))
+    rows = [
+        ("python", about["python"]),
+        *((name, version or "missing") for name, version in about["packages"].items()),
+        ("commit", f"{about['commit']}{' (dirty)' if about['dirty'] else ''}"),
+        ("platform", about["platform"]),
+        ("cpu", f"{about['cpu']}, {about['cpu_count']} cores, {about['threads']} threads"),
+        ("gpus", ", ".join(about["gpus"]) or "none"),
+        ("torch.compile", f"yes ({reason})" if works else f"no: {reason}"),
+        ("configs", str(configs_dir())),
+        (
+            "data",
+            f"{data.resolve()}{'' if data.is_dir() else ' (absent; QEXP_DATA names another)'}",
+        ),
+        ("time", time.strftime("%Y-%m-%d %H:%M:%S %z")),
+    ]
+    print(columns(rows))
+    return 0
