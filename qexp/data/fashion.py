@@ -1,0 +1,58 @@
+"""Fashion-MNIST (arXiv:1708.07747): the embedded tenth of it, and the official one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qexp.data.memory import Images, InMemory
+from qexp.data.torchvision_files import read_torchvision
+
+MINI = Path(__file__).with_name("fashion_mini.npz")
+
+
+@dataclass(kw_only=True)
+class FashionMini(InMemory):
+    """8,000 training and 2,000 test images of Fashion-MNIST, inside this package.
+
+    Drawn stratified from all 70,000: not the official split, so not comparable with published
+    Fashion-MNIST numbers. Licence: fashion_mini.LICENSE.txt.
+    """
+
+    def read(self) -> Images:
+        with np.load(MINI) as arrays:
+            parts = {key: torch.from_numpy(arrays[key]) for key in arrays}
+        return Images(
+            parts["train_images"][:, None],
+            parts["train_labels"].long(),
+            parts["test_images"][:, None],
+            parts["test_labels"].long(),
+        )
+
+
+@dataclass(kw_only=True)
+class FashionMNIST(InMemory):
+    """The official 60,000 and 10,000 images.
+
+    Args:
+        root: folder that holds `FashionMNIST/raw`.
+        download: fetch it when it is not there.
+    """
+
+    root: str
+    download: bool = False
+
+    def read(self) -> Images:
+        from torchvision import datasets
+
+        parts = read_torchvision(
+            datasets.FashionMNIST, "Fashion-MNIST", self.root, self.download, "FashionMNIST/raw"
+        )
+        images: list[Tensor] = []
+        for part in parts:
+            images += [part.data[:, None], part.targets.long()]
+        return Images(*images)

@@ -1,0 +1,88 @@
+"""From the `model` section of a config to a network.
+
+`_target_` names any callable that takes `num_classes` and returns an `nn.Module`: a class of this
+package, a torchvision builder, or the user's own `package.module.name`. The remaining keys are its
+keywords; `name` and `checkpoint` belong to the bench.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+from qexp.errors import ConfigError, did_you_mean
+
+RESERVED = {"_target_", "name", "checkpoint"}
+
+
+def resolve(target: str) -> Callable[..., Any]:
+    """The callable that a dotted path names.
+
+    Raises:
+        ConfigError: the module cannot be imported or has no such name.
+    """
+    module_name, _, attribute = target.rpartition(".")
+    if not module_name:
+        raise ConfigError(f"config: model._target_={target!r} is not package.module.name.")
+    try:
+        module = import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(
+            f"config: model._target_={target!r} cannot be imported ({error}). "
+            "Install the package or run from the folder that holds it."
+        ) from error
+    if not callable(found := getattr(module, attribute, None)):
+        hint = did_you_mean(attribute, vars(module))
+        raise ConfigError(f"config: {module_name} has no model '{attribute}'.{hint}")
+    return found
+
+
+def build_model(model: Mapping[str, Any], num_classes: int, in_channels: int) -> nn.Module:
+    """Build the network of a config for a data set.
+
+    Args:
+        model: the `model` section: `_target_` and its keywords.
+        num_classes: outputs of the network.
+        in_channels: channels of the images; given to the target if it has such a keyword.
+
+    Returns:
+        The network on the CPU, in training mode, with no in-place activation: hooks may keep what
+        they see.
+
+    Raises:
+        ConfigError: unknown target or keyword, or a target that only takes RGB images.
+    """
+    name = model.get("name", model["_target_"])
+    target = resolve(model["_target_"])
+    keywords = {k: v for k, v in model.items() if k not in RESERVED}
+    if keywords.get("weights") is not None:
+        raise ConfigError(
+            f"config: model.weights={keywords['weights']} would load weights that no run records. "
+            f"Use model.checkpoint={keywords['weights']}."
+        )
+    keywords["num_classes"] = num_classes
+    parameters = inspect.signature(target).parameters
+    if "in_channels" in parameters:
+        keywords["in_channels"] = in_channels
+    elif in_channels != 3:
+        raise ConfigError(
+            f"config: model '{name}' takes images of 3 channels, the data set has {in_channels}. "
+            "Use model=resnet8, or another data set."
+        )
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for key in keywords:
+        if key not in parameters and not open_ended:
+            hint = did_you_mean(key, parameters)
+            raise ConfigError(f"config: {model['_target_']} has no keyword '{key}'.{hint}")
+    try:
+        network = target(**keywords)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"config: model '{name}' cannot be built: {error}.") from error
+    for module in network.modules():
+        if hasattr(module, "inplace"):
+            module.inplace = False  # an in-place ReLU would change what a hook has kept
+    return network

@@ -1,0 +1,184 @@
+"""Float weights from a file or from torchvision: strict, safe to read, with a readable difference.
+
+A file may hold a plain state dict, or one under `state_dict` or `model`, with or without the
+`module.` prefix that DataParallel leaves. It is read with `weights_only=True`, so a checkpoint
+cannot run code. Nothing is copied into the model unless every key and shape fits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qexp.errors import CheckpointError, did_you_mean
+from qexp.models.build import resolve
+
+# `IMAGENET1K_V1`, `DEFAULT`, or `ResNet18_Weights.IMAGENET1K_V1`; a file name has a dot or a slash.
+WEIGHTS_NAME = re.compile(r"(\w+_Weights\.)?[A-Z][A-Z0-9_]*")
+WRAPPERS = ("state_dict", "model")
+
+
+def load_weights(model: nn.Module, target: str, checkpoint: str) -> str:
+    """Load a file or, for a torchvision model, published weights by their name.
+
+    Args:
+        model: receives the weights in place.
+        target: the model's `_target_`, which knows its published weights.
+        checkpoint: a path, or a name such as `IMAGENET1K_V1`.
+
+    Returns:
+        sha256 of the file, hexadecimal.
+
+    Raises:
+        CheckpointError: missing, unreadable, of another model, or not to be fetched.
+    """
+    if WEIGHTS_NAME.fullmatch(str(checkpoint)) and not Path(checkpoint).exists():
+        return load_state(model, fetch_weights(target, str(checkpoint)))
+    return load_state(model, checkpoint)
+
+
+def load_state(model: nn.Module, path: str | Path) -> str:
+    """Load a checkpoint file into a model, all of it or nothing.
+
+    Returns:
+        sha256 of the file, hexadecimal.
+
+    Raises:
+        CheckpointError: missing, truncated, not a checkpoint, or of another model.
+    """
+    path = Path(path)
+    state = read_state(path)
+    if difference := describe_difference(model, state):
+        raise CheckpointError(f"checkpoint: {path} does not fit the model: {difference}")
+    model.load_state_dict(state)
+    return sha256(path)
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file, hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The state dict in a file, on the CPU, without wrapper and `module.` prefix."""
+    if not path.is_file():
+        raise CheckpointError(missing_file(path))
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle, and storage readers each raise their own kinds
+        raise CheckpointError(
+            f"checkpoint: {path} is truncated or not a PyTorch state dict ({first_line(error)}). "
+            "Write it with torch.save(model.state_dict(), path)."
+        ) from error
+    for wrapper in WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    if not isinstance(content, Mapping) or not content or not all_tensors(content):
+        raise CheckpointError(
+            f"checkpoint: {path} holds no state dict (a mapping from names to tensors). "
+            "Write it with torch.save(model.state_dict(), path)."
+        )
+    if all(name.startswith("module.") for name in content):
+        content = {name.removeprefix("module."): value for name, value in content.items()}
+    # A plain dict: without torch's version mark, batch norms of old files may lack their counter.
+    return dict(content)
+
+
+def all_tensors(content: Mapping[Any, Any]) -> bool:
+    """Whether every key is a name and every value a tensor."""
+    return all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
+
+
+def first_line(error: Exception) -> str:
+    """First sentence of an exception, or its class name."""
+    text = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")
+    return text[:100] or type(error).__name__
+
+
+def missing_file(path: Path) -> str:
+    """One line about a checkpoint file that is not there."""
+    if path.is_dir():
+        return f"checkpoint: {path} is a folder. Give a file in it, such as {path / 'last.pt'}."
+    if not path.parent.is_dir():
+        return (
+            f"checkpoint: {path} not found, there is no folder '{path.parent}'. "
+            "Set model.checkpoint=FILE or model.checkpoint=auto."
+        )
+    siblings = {p.name: p for p in sorted(path.parent.iterdir()) if p.is_file()}
+    hint = did_you_mean(path.name, siblings) or " Set model.checkpoint=FILE or auto."
+    return f"checkpoint: {path} not found.{hint}"
+
+
+def describe_difference(model: nn.Module, state: Mapping[str, Tensor]) -> str:
+    """What keeps a state dict from fitting, on one line; empty if it fits."""
+    ours = model.state_dict()
+    missing = [k for k in ours if k not in state and not k.endswith("num_batches_tracked")]
+    unexpected = [k for k in state if k not in ours]
+    wrong = [k for k in ours if k in state and ours[k].shape != state[k].shape]
+    head = last_linear(model)
+    weight = f"{head}.weight"
+    only_head = not missing and not unexpected and all(k.startswith(f"{head}.") for k in wrong)
+    if only_head and weight in wrong and ours[weight].shape[1:] == state[weight].shape[1:]:
+        return (
+            f"checkpoint has {len(state[weight])} classes, dataset has {len(ours[weight])}. "
+            "Use the data set it was trained on, or model.checkpoint=auto."
+        )
+    shapes = [f"{k} {list(state[k].shape)} not {list(ours[k].shape)}" for k in wrong]
+    parts = [
+        f"{len(keys)} {label} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for label, keys in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of wrong shape", shapes),
+        )
+        if keys
+    ]
+    if not parts:
+        return ""
+    return f"{'; '.join(parts)}. Set model=... to the network it was saved from."
+
+
+def last_linear(model: nn.Module) -> str:
+    """Name of the last linear layer in definition order: the classifier."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return names[-1] if names else ""
+
+
+def fetch_weights(target: str, name: str) -> Path:
+    """The file of torchvision's published weights, from its hub cache or downloaded into it."""
+    from torchvision.models import get_model_weights
+
+    builder: Callable[..., Any] = resolve(target)
+    model_name = target.rpartition(".")[2]
+    try:
+        published = {w.name: w for w in get_model_weights(builder)}
+        published["DEFAULT"] = get_model_weights(builder)["DEFAULT"]
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"checkpoint: {model_name} has no torchvision weights '{name}'. "
+            "Set model.checkpoint=FILE or model.checkpoint=auto."
+        ) from error
+    short = name.rpartition(".")[2]
+    if short not in published:
+        raise CheckpointError(
+            f"checkpoint: torchvision has no weights '{short}' of {model_name} "
+            f"(has: {', '.join(sorted(published))}).{did_you_mean(short, published)}"
+        )
+    url: str = published[short].url
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if not path.is_file():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True)
+        except Exception as error:  # urllib, ssl, sockets, and the hash check raise their own
+            raise CheckpointError(
+                f"checkpoint: {url} cannot be fetched ({first_line(error)}). "
+                f"Download it to {path}, or set model.checkpoint=FILE."
+            ) from error
+    return path
