@@ -1,0 +1,143 @@
+"""From a composed config to objects: data, float network, quantized network.
+
+Each function takes the whole config and reads the nodes it names; nothing below this package
+sees a config object.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from qexp.errors import CheckpointError
+from qexp.models.build import build_model
+from qexp.quant.convert import Bits, Swap, quantize_
+from qexp.quant.trace import Layer, trace
+from qexp.runner import checkpoint
+from qexp.runner.device import pick_device
+
+
+@dataclass
+class Network:
+    """A network on its way: float, then quantized in place."""
+
+    model: nn.Module
+    layers: list[Layer]
+    policy: Any  # the bit-width policy, None for a float run
+    bits: dict[str, Bits]
+    swaps: list[Swap]
+
+
+def make_dataset(cfg: DictConfig, device: torch.device) -> Any:
+    """The data set of `cfg.dataset`, on `device`, in batches of `cfg.recipe.batch_size`."""
+    return instantiate(
+        cfg.dataset,
+        _convert_="all",
+        device=device,
+        batch_size=cfg.recipe.batch_size,
+        seed=cfg.seed,
+    )
+
+
+def make_model(cfg: DictConfig, dataset: Any, device: torch.device) -> nn.Module:
+    """The float network of `cfg.model` with random weights."""
+    node: Any = OmegaConf.to_container(cfg.model, resolve=True)
+    model = build_model(node, dataset.num_classes, dataset.input_shape[0])
+    return model.to(device)
+
+
+def factories(cfg: DictConfig) -> dict[str, Any]:
+    """The quantizer factories of `cfg.quantizer`, as keywords of `quantize_`."""
+    node = cfg.quantizer
+    same = str(cfg.bitwidth.get("first_last", "same")) == "same"
+    outer = None if same else node.get("outer")
+    return {
+        "weight": instantiate(node.weight, _convert_="all"),
+        "act": instantiate(node.act, _convert_="all"),
+        "outer_weight": instantiate(outer.weight, _convert_="all") if outer else None,
+        "outer_act": instantiate(outer.act, _convert_="all") if outer else None,
+    }
+
+
+def is_float(cfg: DictConfig) -> bool:
+    """Whether the run quantizes nothing."""
+    return cfg.quantizer.get("weight") is None and cfg.quantizer.get("act") is None
+
+
+def make_network(
+    cfg: DictConfig,
+    model: nn.Module,
+    input_shape: tuple[int, ...],
+    *,
+    context: Mapping[str, Any] | None = None,
+    bits: Mapping[str, Bits] | None = None,
+) -> Network:
+    """Trace `model`, ask the policy for bits, and quantize it in place (uncalibrated).
+
+    Args:
+        context: what a policy may need beside the layers (`epoch`, `epochs`, `images`, ...).
+        bits: widths already decided (a checkpoint's), instead of asking the policy.
+    """
+    layers = trace(model, input_shape)
+    if is_float(cfg):
+        return Network(model, layers, None, {}, [])
+    policy = instantiate(cfg.bitwidth, _convert_="all")
+    chosen = dict(bits) if bits is not None else dict(policy.assign(layers, **(context or {})))
+    swaps = quantize_(model, layers, chosen, **factories(cfg))
+    return Network(model, layers, policy, chosen, swaps)
+
+
+def policy_context(cfg: DictConfig, model: nn.Module, dataset: Any, epochs: int) -> dict[str, Any]:
+    """What a bit-width policy may look at: the epoch, and data if it says `needs_data`."""
+    context: dict[str, Any] = {"epoch": 0, "epochs": epochs}
+    if is_float(cfg) or not cfg.bitwidth.get("images"):
+        return context
+    images, labels = dataset.labelled_images(cfg.bitwidth.images, cfg.seed)
+    return context | {
+        "model": model,
+        "weight_factory": factories(cfg)["weight"],
+        "images": images,
+        "labels": labels,
+    }
+
+
+def load_run(folder: Path, name: str, device: str) -> tuple[nn.Module, Any, DictConfig]:
+    """The trained network of a run folder, its data set and its config.
+
+    Nothing is calibrated: bits and every quantizer's state come from the checkpoint.
+    """
+    cfg = OmegaConf.load(folder / "config.yaml")
+    assert isinstance(cfg, DictConfig)
+    target = pick_device(device)
+    dataset = make_dataset(cfg, target)
+    state = checkpoint.load(folder / name if not Path(name).is_absolute() else Path(name))
+    model = restore(cfg, state, dataset, target)
+    return model, dataset, cfg
+
+
+def restore(
+    cfg: DictConfig, state: Mapping[str, Any], dataset: Any, device: torch.device
+) -> nn.Module:
+    """Rebuild the network that `state` (a checkpoint of the runner) holds."""
+    model = make_model(cfg, dataset, device)
+    if state.get("folded"):
+        from qexp.quant.fold import fold_bn_
+
+        fold_bn_(model)
+    bits = {k: Bits(*v) for k, v in state["bits"].items()}
+    network = make_network(cfg, model, dataset.input_shape, bits=bits)
+    try:
+        network.model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"checkpoint: its tensors do not fit the network of its own config ({error}). "
+            "Was config.yaml edited?"
+        ) from error
+    return network.model

@@ -1,0 +1,122 @@
+"""Optimizer groups, the learning rate as a function of the step, and the weight average."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from qexp.quant.convert import quantizer_parameters
+
+
+def make_optimizer(
+    model: nn.Module,
+    *,
+    optimizer: str,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    quantizer_lr: float | None,
+    quantizer_weight_decay: float,
+) -> torch.optim.Optimizer:
+    """SGD or AdamW with two groups: the network's parameters, and the quantizers'.
+
+    Every parameter that needs a gradient is in exactly one group; each group keeps its peak
+    learning rate as `peak_lr`.
+    """
+    ours = quantizer_parameters(model)
+    mine = {id(p) for p in ours}
+    theirs = [p for p in model.parameters() if p.requires_grad and id(p) not in mine]
+    groups = [{"params": theirs, "lr": lr, "peak_lr": lr, "weight_decay": weight_decay}]
+    if ours:
+        rate = lr if quantizer_lr is None else quantizer_lr
+        groups.append(
+            {
+                "params": ours,
+                "lr": rate,
+                "peak_lr": rate,
+                "weight_decay": quantizer_weight_decay,
+            }
+        )
+    if optimizer == "adamw":
+        return torch.optim.AdamW(groups, foreach=True)
+    return torch.optim.SGD(groups, momentum=momentum, foreach=True)
+
+
+def lr_factor(
+    step: int, steps: int, *, schedule: str, warmup: int, milestones: Sequence[float]
+) -> float:
+    """Learning rate at `step` of `steps`, as a fraction of the peak.
+
+    Args:
+        schedule: `cosine` or `linear` to 0 over all steps after warm-up, `step`, `constant`.
+        warmup: steps of linear warm-up.
+        milestones: for `step`: fractions of the training where the rate falls to a tenth.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    t = (step - warmup) / max(1, steps - warmup)
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * t))
+    if schedule == "linear":
+        return 1 - t
+    if schedule == "step":
+        return 0.1 ** sum(step >= m * steps for m in milestones)
+    return 1.0
+
+
+def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> float:
+    """Set every group to `factor` of its peak; returns the weights' learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+    return optimizer.param_groups[0]["lr"]
+
+
+class WeightAverage:
+    """Exponential moving average of a network's state: avg <- decay * avg + (1-decay) * now.
+
+    Buffers that are not floating point (counters) are copied. Warm start: the decay at step t is
+    min(decay, (1+t)/(10+t)), as in torchvision's and timm's references.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.step = 0
+        self.state = {k: v.detach().clone() for k, v in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Move the average towards the network's present state."""
+        decay = min(self.decay, (1 + self.step) / (10 + self.step))
+        self.step += 1
+        now = model.state_dict()
+        floating = [k for k, v in self.state.items() if v.is_floating_point()]
+        torch._foreach_lerp_(
+            [self.state[k] for k in floating], [now[k] for k in floating], 1 - decay
+        )
+        for k, v in self.state.items():
+            if not v.is_floating_point():
+                v.copy_(now[k])
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """Give `model` the averaged state inside the block."""
+        now = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        model.load_state_dict(self.state)
+        try:
+            yield
+        finally:
+            model.load_state_dict(now)
+
+    def state_dict(self) -> dict[str, Tensor | int | dict[str, Tensor]]:
+        """For the checkpoint."""
+        return {"step": self.step, "state": self.state}
+
+    def load_state_dict(self, saved: dict) -> None:
+        """From the checkpoint."""
+        self.step = saved["step"]
+        for k, v in saved["state"].items():
+            self.state[k].copy_(v)

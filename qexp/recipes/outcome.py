@@ -1,0 +1,178 @@
+"""What a run writes about itself: the plan, an epoch's line, result.json, layers.csv, plots."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+
+from qexp.quant.accounting import account
+from qexp.quant.convert import quantizers
+from qexp.recipes import picture
+from qexp.recipes.build import Network, is_float
+from qexp.recipes.evaluate import Score
+from qexp.recipes.watch import Movement, health
+from qexp.runner import checkpoint
+from qexp.runner.atomic import write_bytes
+from qexp.runner.run import Run
+
+# The protocol is what two rows must share to be compared; the method is what they may differ in.
+NOT_PROTOCOL = ("name", "plots", "save_every")
+
+
+def log_plan(run: Run, network: Network) -> None:
+    """Say what was swapped and what was left alone."""
+    if not network.swaps:
+        return
+    done = [swap for swap in network.swaps if swap.bits is not None]
+    run.info(f"quantized {len(done)} of {len(network.swaps)} layers")
+    for swap in network.swaps:
+        width = "float" if swap.bits is None else f"W{swap.bits.weight}A{swap.bits.act}"
+        signed = "signed" if swap.layer.signed else "unsigned"
+        run.log(f"  {swap.layer.name:32s} {width:8s} {signed:8s} {swap.note}")
+
+
+def log_epoch(
+    run: Run,
+    network: Network,
+    state: dict[str, Any],
+    optimizer: torch.optim.Optimizer,
+    test: Score,
+    val: Score | None,
+    epochs: int,
+    movement: Movement,
+) -> bool:
+    """Close an epoch: history, metrics.jsonl, TensorBoard, one line, warnings.
+
+    Returns whether it is the best epoch so far: on the validation split, else on test.
+    """
+    epoch = state["epoch"]
+    row = {
+        "epoch": epoch,
+        "loss": state["losses"][: state["step"]].mean().item(),
+        "train_top1": 100 * state["hits"].item() / max(1, state["seen"]),
+        "top1": test.top1,
+        "test_loss": test.loss,
+        "val_top1": val.top1 if val else None,
+        "lr": optimizer.param_groups[0]["lr"],
+        "images_per_s": state["trained"] / max(state["train_s"], 1e-9),
+        "bits": network.policy.bits_at(epoch - 1, epochs) if _staged(network) else None,
+        "codebooks": picture.codebooks(network.model),
+    }
+    state["history"].append(row)
+    selected = val.top1 if val else test.top1
+    best = selected > state["best"]["selected"]
+    if best:
+        state["best"] = {"selected": selected, "top1": test.top1, "epoch": epoch}
+    run.event("epoch", **row)
+    for key, value in row.items():
+        if isinstance(value, float):
+            run.scalar(key, value, epoch)
+    eta = round((epochs - epoch) * (state["train_s"] + state["test_s"]))
+    run.info(
+        f"epoch {epoch:03d}/{epochs} | loss {row['loss']:.4f} | top-1 {test.top1:.2f} "
+        f"(best {state['best']['top1']:.2f} @ {state['best']['epoch']:03d}) | "
+        f"lr {row['lr']:.4f} | {row['images_per_s']:.0f} img/s | eta {eta // 60}:{eta % 60:02d}"
+    )
+    stuck = movement.stuck(network.model)
+    if stuck:
+        run.event("stuck", epoch=epoch, parameters=stuck)
+        run.warn(f"{len(stuck)} quantizer parameters did not move in this epoch: {stuck[0]}, ...")
+    for kind, counts in health(network.model).items():
+        run.event("health", what=kind, epoch=epoch, layers=counts)
+        run.warn(f"{kind.replace('_', ' ')}: {sum(counts.values())} in {len(counts)} quantizers")
+    return best
+
+
+def measured(state: Mapping[str, Any], dataset: Any, epochs: int) -> dict[str, Any]:
+    """What training measured: top-1 of the last epoch, the best one and how it was chosen."""
+    history = state["history"]
+    return {
+        "top1": history[-1]["top1"],
+        "val_top1": history[-1]["val_top1"],
+        "top1_best": state["best"]["top1"],
+        "best_epoch": state["best"]["epoch"],
+        "best_selected_on": "val" if dataset.has_val else "test",
+        "epochs": len(history),
+        "images_per_s": sorted(row["images_per_s"] for row in history)[len(history) // 2],
+    }
+
+
+def _staged(network: Network) -> bool:
+    return network.policy is not None and hasattr(network.policy, "bits_at")
+
+
+def weights_only(path: Path) -> dict[str, Any]:
+    """The part of a checkpoint that evaluation needs: no optimizer, no counters."""
+    saved = checkpoint.load(path)
+    return {k: saved[k] for k in ("model", "bits", "average", "epoch", "start")}
+
+
+def protocol(
+    cfg: DictConfig, recipe: Mapping[str, Any], dataset: Any, start: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a comparison must hold fixed."""
+    return {
+        "dataset": cfg.dataset.name,
+        "model": cfg.model.name,
+        **dataset.protocol(),
+        **{k: v for k, v in recipe.items() if k not in NOT_PROTOCOL},
+        "first_last": "float" if is_float(cfg) else str(cfg.bitwidth.get("first_last")),
+        "float_sha256": start["sha256"],
+        "max_steps": cfg.max_steps,
+    }
+
+
+def protocol_hash(fields: Mapping[str, Any]) -> str:
+    """Eight hex digits that two comparable runs share."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def result(
+    cfg: DictConfig,
+    run: Run,
+    network: Network,
+    fields: Mapping[str, Any],
+    *,
+    top1: float,
+    fp32_top1: float | None,
+    **more: Any,
+) -> dict[str, Any]:
+    """The fields of result.json that every recipe shares, and layers.csv beside it."""
+    omega = getattr(network.policy, "sensitivity_by_layer", None)
+    cost = account(network.model, network.layers, omega)
+    write_bytes(run.dir / "layers.csv", ("\n".join(cost.csv_lines()) + "\n").encode())
+    bits = cfg.bitwidth
+    return {
+        "method": cfg.get("method") or cfg.quantizer.name,
+        "dataset": cfg.dataset.name,
+        "model": cfg.model.name,
+        "recipe": cfg.recipe.name,
+        "policy": "float" if is_float(cfg) else bits.get("name"),
+        "w_bits": 32 if is_float(cfg) else bits.get("weight", cfg.bits),
+        "a_bits": 32 if is_float(cfg) else bits.get("act", cfg.bits),
+        "top1": top1,
+        "fp32_top1": fp32_top1,
+        "drop": None if fp32_top1 is None else fp32_top1 - top1,
+        **more,
+        **cost.summary(),
+        "seed": cfg.seed,
+        "protocol": dict(fields),
+        "protocol_hash": protocol_hash(fields),
+        "granularity": granularity(network.model),
+        "health": health(network.model),
+    }
+
+
+def granularity(model: nn.Module) -> dict[str, list[str]]:
+    """The quantizer classes in use, with their options, for W and for A."""
+    found: dict[str, set[str]] = {"weight": set(), "act": set()}
+    for name, quantizer in quantizers(model).items():
+        found["weight" if name.endswith("weight_quantizer") else "act"].add(repr(quantizer))
+    return {side: sorted(names) for side, names in found.items()}

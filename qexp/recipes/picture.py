@@ -1,0 +1,123 @@
+"""The PNG files of a run, drawn from its network: where weights, inputs and levels ended up.
+
+Everything a picture needs from before training is kept small (at most `KEPT` weights a layer), so
+that it fits into the checkpoint and a resumed run draws the same pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qexp import plot
+from qexp.quant.convert import QuantLayer, quant_layers
+from qexp.quant.quantizer import Quantizer
+from qexp.recipes.observe import observe
+from qexp.runner.run import Run
+
+KEPT = 8192  # weights of a layer, evenly spaced
+DRAWN_LEVELS = 32  # a codebook with more levels than this is not followed over the epochs
+
+Before = dict[str, dict[str, Tensor]]
+
+
+@torch.no_grad()
+def weights(model: nn.Module) -> Before:
+    """A sample of each layer's weights and its levels, on the CPU."""
+    return {
+        name: {"values": _sample(layer.weight), "levels": layer.weight_quantizer.levels().cpu()}
+        for name, layer in quant_layers(model).items()
+        if layer.weight_quantizer.bits < 32
+    }
+
+
+@torch.no_grad()
+def codebooks(model: nn.Module) -> dict[str, list[float]]:
+    """Levels of every per-tensor weight grid that is not uniform: those that may drift."""
+    found = {}
+    for name, layer in quant_layers(model).items():
+        quantizer = layer.weight_quantizer
+        if quantizer.bits >= 32 or quantizer.num_levels > DRAWN_LEVELS:
+            continue
+        levels = quantizer.levels().detach().float().cpu()
+        levels = levels.reshape(-1, levels.shape[-1])
+        gaps = levels[0].diff()
+        if len(levels) == 1 and not torch.allclose(gaps, gaps[:1].expand_as(gaps), rtol=1e-3):
+            found[name] = levels[0].tolist()
+    return found
+
+
+@torch.no_grad()
+def draw(
+    run: Run,
+    model: nn.Module,
+    before: Mapping[str, Mapping[str, Tensor]],
+    images: Tensor,
+    history: Sequence[Mapping[str, Any]],
+) -> None:
+    """Write every picture that this network has something for, into the run's folder."""
+    title = f"{run.dir.parent.parent.name}, {run.dir.parent.name}"
+    plot.curves(history, run.dir / "curves.png", title)
+    layers = quant_layers(model)
+    if not layers:
+        return
+    items = [
+        plot.WeightPlot(
+            name,
+            old["values"],
+            _sample(layers[name].weight),
+            old["levels"],
+            layers[name].weight_quantizer.levels().cpu(),
+            layers[name].weight_quantizer.bits,
+        )
+        for name, old in before.items()
+        if name in layers and layers[name].weight_quantizer.bits < 32
+    ]
+    if items:
+        plot.weight_levels(items, run.dir / "weights.png", title)
+    observed = observe(model, images)
+    acts = [
+        _activation(name, layers[name], operands["act"][0])
+        for name, operands in observed.items()
+        if "act" in operands
+    ]
+    if acts:
+        plot.activation_thresholds(acts, run.dir / "activations.png", title)
+    factors = [
+        plot.FactorPlot(name, context.flatten().cpu())
+        for name, operands in observed.items()
+        if "act" in operands
+        and (context := layers[name].act_quantizer.context(operands["act"][0])) is not None
+    ]
+    if factors:
+        plot.factors(factors, run.dir / "factors.png", title)
+    _draw_codebooks(run, history, title)
+
+
+def _activation(name: str, layer: QuantLayer, x: Tensor) -> plot.ActivationPlot:
+    quantizer: Quantizer = layer.act_quantizer
+    levels = quantizer.levels().cpu()
+    return plot.ActivationPlot(
+        name, _sample(x), quantizer.thresholds().cpu(), levels.reshape(-1), quantizer.bits
+    )
+
+
+def _draw_codebooks(run: Run, history: Sequence[Mapping[str, Any]], title: str) -> None:
+    books = [(row["epoch"], row["codebooks"]) for row in history if row.get("codebooks")]
+    if len(books) < 2:
+        return
+    first = books[0][1]
+    items = []
+    for name, levels in first.items():
+        rows = [(e, b[name]) for e, b in books if len(b.get(name, ())) == len(levels)]
+        epochs, path = zip(*rows, strict=True)
+        items.append(plot.TrajectoryPlot(name, torch.tensor(epochs), torch.tensor(path)))
+    plot.codebook_trajectories(items, run.dir / "codebooks.png", title)
+
+
+def _sample(x: Tensor) -> Tensor:
+    flat = x.detach().float().flatten()
+    return flat[:: max(1, len(flat) // KEPT)].cpu()

@@ -1,0 +1,307 @@
+"""Quantization-aware training, top to bottom; without a quantizer, float training.
+
+    data -> float network -> swap layers -> calibrate -> train -> evaluate -> result
+
+The network is calibrated once, on training images, in float order (each layer sees its already
+quantized prefix). Weights and quantizer parameters train together on cross-entropy, optionally
+with distillation. Batch norm is neither folded nor frozen. `top1` is the last epoch's.
+
+A run can stop anywhere and continue bit for bit: batches depend on (seed, epoch, step) alone, the
+learning rate on the step alone, and the checkpoint holds everything else.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from qexp.errors import RunError
+from qexp.quant.convert import Bits, calibrate_, check_calibrated, quantizers
+from qexp.quant.rebits import rebits_
+from qexp.recipes import build, outcome, picture
+from qexp.recipes.compilation import compile_for
+from qexp.recipes.evaluate import Score, evaluate
+from qexp.recipes.observe import log_quantizers
+from qexp.recipes.optimize import WeightAverage, lr_factor, make_optimizer, set_lr
+from qexp.recipes.settings import Settings
+from qexp.recipes.start import FloatStart, float_start
+from qexp.recipes.watch import Movement, first_non_finite
+from qexp.runner import checkpoint
+from qexp.runner.device import pick_device, seed_everything
+from qexp.runner.run import Run
+
+CHECK_EVERY = 200  # steps between looks at the loss for NaN: one host sync each
+OBSERVED_IMAGES = 64  # calibration images that curves of clip rates and histograms look at
+
+
+def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
+    """Run the recipe; returns the fields of result.json."""
+    s = Settings.of(cfg.recipe)
+    s.check()
+    device = pick_device(cfg.device)
+    seed_everything(cfg.seed)
+    last = run.dir / "last.pt"
+    saved = checkpoint.load(last) if run.resumed and last.exists() else None
+
+    # The start: data, a float network and its top-1.
+    dataset = build.make_dataset(cfg, device)
+    start = float_start(cfg, s, dataset, run, device, saved)
+    model = start.model
+
+    # The quantized network.
+    bits = None if saved is None else {k: Bits(*v) for k, v in saved["bits"].items()}
+    context = build.policy_context(cfg, model, dataset, s.epochs) if saved is None else {}
+    network = build.make_network(cfg, model, dataset.input_shape, context=context, bits=bits)
+    images = dataset.calibration_images(s.calibration_images, cfg.seed)
+    if saved is None:
+        calibrate_(model, images)
+        check_calibrated(model)
+        outcome.log_plan(run, network)
+
+    # What trains it.
+    steps = s.epochs * dataset.steps_per_epoch
+    steps = steps if cfg.max_steps is None else min(steps, cfg.max_steps)
+    optimizer = _optimizer(model, s)
+    average = WeightAverage(model, s.ema) if s.ema else None
+    state = _first_state(model, dataset, s, device)
+    if saved is not None:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        if average is not None:
+            average.load_state_dict(saved["average"])
+        for key, value in state.items():
+            state[key] = saved[key].to(device) if isinstance(value, Tensor) else saved[key]
+        checkpoint.set_rng_state(saved["rng"])
+        run.info(f"resumed after epoch {state['epoch']}, step {state['step']}")
+    forward = compile_for(cfg.compile, model, network.layers, steps * s.batch_size, device, run)
+
+    def save() -> None:
+        checkpoint.save(
+            last,
+            {
+                **state,
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "average": average.state_dict() if average else None,
+                "bits": {k: list(v) for k, v in network.bits.items()},
+                "start": start.record(),
+                "rng": checkpoint.rng_state(),
+            },
+        )
+
+    # The loop.
+    while state["epoch"] * dataset.steps_per_epoch < steps:
+        epoch = state["epoch"]
+        if _change_bits(cfg, s, network, images, epoch, run):
+            optimizer = _carry(optimizer, _optimizer(model, s))
+        for quantizer in quantizers(model).values():
+            quantizer.progress(epoch / s.epochs)
+        movement = Movement(model)
+        _train_epoch(forward, model, dataset, optimizer, average, start, s, state, steps, save)
+        if s.bn_reestimate and (epoch + 1) * dataset.steps_per_epoch >= steps:
+            _reestimate_bn(model, dataset, s)
+        began = time.perf_counter()
+        test = _score(model, average, dataset, s, "test")
+        val = _score(model, average, dataset, s, "val") if dataset.has_val else None
+        state["test_s"] = time.perf_counter() - began
+        state["epoch"] = epoch + 1
+        best = outcome.log_epoch(run, network, state, optimizer, test, val, s.epochs, movement)
+        log_quantizers(run, model, images[:OBSERVED_IMAGES], epoch + 1)
+        state["step"] = 0
+        save()
+        if best:
+            checkpoint.save(run.dir / "best.pt", outcome.weights_only(last))
+
+    # The outcome.
+    if average is not None:
+        model.load_state_dict(average.state)
+    fields = outcome.protocol(cfg, asdict(s), dataset, start.record())
+    measured = outcome.measured(state, dataset, s.epochs)
+    fp32_top1 = measured["top1"] if build.is_float(cfg) and s.from_scratch else start.top1
+    if s.plots:
+        picture.draw(run, model, state["before"], images[:OBSERVED_IMAGES], state["history"])
+    return outcome.result(cfg, run, network, fields, fp32_top1=fp32_top1, **measured)
+
+
+def _first_state(
+    model: nn.Module, dataset: Any, s: Settings, device: torch.device
+) -> dict[str, Any]:
+    """What the loop carries from step to step; all of it is in the checkpoint."""
+    return {
+        "epoch": 0,  # finished epochs
+        "step": 0,  # finished steps of the present epoch
+        "losses": torch.zeros(dataset.steps_per_epoch, device=device),
+        "hits": torch.zeros((), device=device, dtype=torch.int64),
+        "seen": 0,  # training images of the present epoch
+        "history": [],
+        "best": {"selected": -1.0, "top1": -1.0, "epoch": -1},
+        "train_s": 0.0,  # of the last epoch, or its last part
+        "trained": 0,  # images in that time
+        "test_s": 0.0,
+        "before": picture.weights(model),
+    }
+
+
+def _train_epoch(
+    forward: Any,
+    model: nn.Module,
+    dataset: Any,
+    optimizer: torch.optim.Optimizer,
+    average: WeightAverage | None,
+    start: FloatStart,
+    s: Settings,
+    state: dict[str, Any],
+    steps: int,
+    save: Callable[[], None],
+) -> None:
+    """One epoch, from state["step"] on. Metrics stay on the device."""
+    model.train()
+    epoch, first, per_epoch = state["epoch"], state["step"], dataset.steps_per_epoch
+    until = min(per_epoch, steps - epoch * per_epoch)  # max_steps may cut the last epoch
+    warmup = round(s.warmup_epochs * per_epoch)
+    if first == 0:
+        state["losses"].zero_()
+        state["hits"].zero_()
+        state["seen"] = 0
+    seen, began = state["seen"], time.perf_counter()
+    bar = tqdm(total=until, initial=first, desc=f"epoch {epoch + 1}", leave=False, disable=None)
+    for i, (x, y) in zip(range(first, until), dataset.train_batches(epoch, first), strict=False):
+        step = epoch * per_epoch + i
+        factor = lr_factor(step, steps, schedule=s.schedule, warmup=warmup, milestones=s.milestones)
+        set_lr(optimizer, factor)
+        optimizer.zero_grad(set_to_none=True)
+        for part, target in zip(x.chunk(s.accumulate), y.chunk(s.accumulate), strict=True):
+            loss, hits = _loss(forward, start.teacher, part, target, s)
+            loss = loss * (len(part) / len(x))
+            loss.backward()
+            state["losses"][i] += loss.detach()
+            state["hits"] += hits
+        if s.grad_clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip, foreach=True)
+        optimizer.step()
+        if average is not None:
+            average.update(model)
+        state["seen"] += len(x)
+        bar.update()
+        if (i + 1) % CHECK_EVERY == 0 or i + 1 == until:
+            _check_finite(model, state["losses"][: i + 1], epoch)
+        if s.save_every and (i + 1) % s.save_every == 0 and i + 1 < until:
+            state["step"] = i + 1
+            save()
+    bar.close()
+    state["step"] = until
+    state["train_s"] = time.perf_counter() - began
+    state["trained"] = state["seen"] - seen
+
+
+def _loss(
+    forward: Any, teacher: nn.Module | None, x: Tensor, y: Tensor, s: Settings
+) -> tuple[Tensor, Tensor]:
+    """Mean loss of a micro-batch, and how many it gets right."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=s.amp):
+        if s.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        logits = forward(x)
+    logits = logits.float()
+    loss = F.cross_entropy(logits, y, label_smoothing=s.label_smoothing)
+    if teacher is not None:
+        with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=s.amp):
+            target = teacher(x).float()
+        t = s.distill.temperature
+        kl = F.kl_div(
+            F.log_softmax(logits / t, 1),
+            F.log_softmax(target / t, 1),
+            reduction="batchmean",
+            log_target=True,
+        )
+        loss = (1 - s.distill.weight) * loss + s.distill.weight * t * t * kl
+    return loss, (logits.detach().argmax(1) == y).sum()
+
+
+def _check_finite(model: nn.Module, losses: Tensor, epoch: int) -> None:
+    """Stop the run at a non-finite loss, naming step and layer."""
+    bad = ~torch.isfinite(losses)
+    if not bool(bad.any()):
+        return
+    step = int(bad.nonzero()[0])
+    kind = "NaN" if bool(losses[step].isnan()) else "infinite"
+    kept = f"last good checkpoint is last.pt (epoch {epoch})" if epoch else "no checkpoint yet"
+    where = first_non_finite(model)
+    raise RunError(
+        f"run: loss is {kind} at epoch {epoch + 1}, step {step + 1}{where}; {kept}. "
+        "Lower recipe.lr or set recipe.grad_clip."
+    )
+
+
+def _optimizer(model: nn.Module, s: Settings) -> torch.optim.Optimizer:
+    return make_optimizer(
+        model,
+        optimizer=s.optimizer,
+        lr=s.lr,
+        momentum=s.momentum,
+        weight_decay=s.weight_decay,
+        quantizer_lr=s.quantizer_lr,
+        quantizer_weight_decay=s.quantizer_weight_decay,
+    )
+
+
+def _change_bits(
+    cfg: DictConfig, s: Settings, network: build.Network, images: Tensor, epoch: int, run: Run
+) -> bool:
+    """Give the layers the widths of this epoch, when the policy changes them over time."""
+    if network.policy is None or not hasattr(network.policy, "bits_at"):
+        return False
+    bits = dict(network.policy.assign(network.layers, epoch=epoch, epochs=s.epochs))
+    if bits == network.bits:
+        return False
+    rebits_(network.model, network.layers, bits, **build.factories(cfg), images=images)
+    network.bits = bits
+    run.info(f"epoch {epoch}: bits are now {network.policy.bits_at(epoch, s.epochs)}")
+    return True
+
+
+def _carry(old: torch.optim.Optimizer, new: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Keep the momentum of every parameter that both optimizers have."""
+    for group in new.param_groups:
+        for parameter in group["params"]:
+            if parameter in old.state:
+                new.state[parameter] = old.state[parameter]
+    return new
+
+
+@torch.no_grad()
+def _reestimate_bn(model: nn.Module, dataset: Any, s: Settings) -> None:
+    """Replace batch norm statistics by the plain average over `bn_reestimate` training images."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [m.momentum for m in norms]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # cumulative average
+        norm.train()
+    seen = 0
+    for x, _ in dataset.train_batches(s.epochs):
+        model(x)
+        seen += len(x)
+        if seen >= s.bn_reestimate:
+            break
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+def _score(
+    model: nn.Module, average: WeightAverage | None, dataset: Any, s: Settings, split: str
+) -> Score:
+    """Score the network, or its weight average when there is one."""
+    if average is None:
+        return evaluate(model, dataset.eval_batches(split), amp=s.amp)
+    with average.applied(model):
+        return evaluate(model, dataset.eval_batches(split), amp=s.amp)

@@ -1,0 +1,109 @@
+"""The typed form of `configs/recipe/qat.yaml`, with its ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from qexp.errors import ConfigError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Distill:
+    """loss = (1 - weight) * cross-entropy + weight * T^2 * KL(teacher || student)."""
+
+    weight: float = 0.0
+    temperature: float = 1.0
+    teacher: str = "float"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Knobs of the training recipe; the YAML file explains each."""
+
+    name: str = "qat"
+    from_scratch: bool = False
+    epochs: int = 6
+    batch_size: int = 128
+    accumulate: int = 1
+    optimizer: str = "sgd"
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    quantizer_lr: float | None = None
+    quantizer_weight_decay: float = 0.0
+    schedule: str = "cosine"
+    warmup_epochs: float = 0.0
+    milestones: Sequence[float] = (0.5, 0.75)
+    label_smoothing: float = 0.0
+    distill: Distill = field(default_factory=Distill)
+    ema: float = 0.0
+    grad_clip: float | None = None
+    amp: bool = False
+    channels_last: bool = False
+    calibration_images: int = 256
+    bn_reestimate: int = 0
+    save_every: int = 0
+    plots: bool = True
+
+    @classmethod
+    def of(cls, node: DictConfig) -> Settings:
+        """From the `recipe` node of a composed config; raises ConfigError on unknown keys."""
+        values: dict[str, Any] = dict(OmegaConf.to_container(node, resolve=True))  # type: ignore[arg-type]
+        values.pop("_target_", None)
+        known = {f.name for f in fields(cls)}
+        for key in values:
+            if key not in known:
+                hint = did_you_mean(key, known)
+                raise ConfigError(
+                    f"config: no key 'recipe.{key}' (has: {', '.join(sorted(known))}).{hint}"
+                )
+        if isinstance(values.get("distill"), dict):
+            values["distill"] = Distill(**values["distill"])
+        return cls(**values)
+
+    def check(self) -> None:
+        """Raise one ConfigError that lists every value out of range."""
+        rules = [
+            (self.epochs >= 1, "epochs", "at least 1"),
+            (self.batch_size >= 1, "batch_size", "at least 1"),
+            (1 <= self.accumulate <= self.batch_size, "accumulate", "1 to batch_size"),
+            (self.optimizer in ("sgd", "adamw"), "optimizer", "sgd or adamw"),
+            (self.lr > 0, "lr", "positive"),
+            (self.quantizer_lr is None or self.quantizer_lr >= 0, "quantizer_lr", "null or >= 0"),
+            (0 <= self.momentum < 1, "momentum", "in [0, 1)"),
+            (self.weight_decay >= 0, "weight_decay", ">= 0"),
+            (self.quantizer_weight_decay >= 0, "quantizer_weight_decay", ">= 0"),
+            (
+                self.schedule in ("cosine", "linear", "step", "constant"),
+                "schedule",
+                "cosine, linear, step or constant",
+            ),
+            (0 <= self.warmup_epochs < self.epochs, "warmup_epochs", "from 0 to below epochs"),
+            (all(0 < m < 1 for m in self.milestones), "milestones", "fractions of the training"),
+            (0 <= self.label_smoothing < 1, "label_smoothing", "in [0, 1)"),
+            (0 <= self.distill.weight <= 1, "distill.weight", "in [0, 1]"),
+            (self.distill.temperature > 0, "distill.temperature", "positive"),
+            (0 <= self.ema < 1, "ema", "in [0, 1)"),
+            (self.grad_clip is None or self.grad_clip > 0, "grad_clip", "null or positive"),
+            (self.calibration_images >= 1, "calibration_images", "at least 1"),
+            (self.bn_reestimate >= 0, "bn_reestimate", ">= 0"),
+            (self.save_every >= 0, "save_every", ">= 0"),
+        ]
+        wrong = [
+            f"config: recipe.{name}={getattr_path(self, name)} is out of range: it must be {rule}."
+            for ok, name, rule in rules
+            if not ok
+        ]
+        if wrong:
+            raise ConfigError("\n".join(wrong))
+
+
+def getattr_path(obj: object, path: str) -> object:
+    """`obj.a.b` for the path `a.b`."""
+    for part in path.split("."):
+        obj = getattr(obj, part)
+    return obj

@@ -1,0 +1,81 @@
+"""Where training starts: the float network, its top-1, and the teacher."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+
+from qexp.models.load import load_weights
+from qexp.recipes.baseline import float_checkpoint
+from qexp.recipes.build import is_float, make_model
+from qexp.recipes.evaluate import evaluate
+from qexp.recipes.settings import Settings
+from qexp.runner.run import Run
+
+
+@dataclass
+class FloatStart:
+    """The float network a run starts from.
+
+    Attributes:
+        top1: its top-1 on the test split in percent, measured in this run; None if untrained.
+        sha256: of the checkpoint file; None from random weights.
+        source: path or weights name.
+        teacher: a frozen copy for distillation, or None.
+    """
+
+    model: nn.Module
+    top1: float | None
+    sha256: str | None
+    source: str | None
+    teacher: nn.Module | None
+
+    def record(self) -> dict[str, Any]:
+        """What the checkpoint keeps."""
+        return {"top1": self.top1, "sha256": self.sha256, "source": self.source}
+
+
+def float_start(
+    cfg: DictConfig,
+    s: Settings,
+    dataset: Any,
+    run: Run,
+    device: torch.device,
+    saved: Mapping[str, Any] | None,
+) -> FloatStart:
+    """Build the float network and load its weights; when resuming, only what is still needed."""
+    model = make_model(cfg, dataset, device)
+    if s.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    spec = None if s.from_scratch else cfg.model.get("checkpoint")
+    start = FloatStart(model, None, None, spec, None)
+    if spec == "auto":
+        start.source = str(float_checkpoint(cfg, run))
+    if saved is not None:
+        start.top1, start.sha256 = saved["start"]["top1"], saved["start"]["sha256"]
+    if start.source is not None and (saved is None or s.distill.weight > 0):
+        start.sha256 = load_weights(model, cfg.model._target_, start.source)
+    if saved is None and start.source is not None:
+        start.top1 = evaluate(model, dataset.eval_batches("test"), amp=s.amp).top1
+        run.info(f"float network: top-1 {start.top1:.2f} ({start.source})")
+    if s.distill.weight > 0:
+        start.teacher = _teacher(cfg, s, model, dataset, device)
+    if is_float(cfg) and start.source is None:
+        run.info("float network: from random weights")
+    return start
+
+
+def _teacher(
+    cfg: DictConfig, s: Settings, model: nn.Module, dataset: Any, device: torch.device
+) -> nn.Module:
+    teacher = copy.deepcopy(model)
+    if s.distill.teacher != "float":
+        teacher = make_model(cfg, dataset, device)
+        load_weights(teacher, cfg.model._target_, s.distill.teacher)
+    return teacher.eval().requires_grad_(False)

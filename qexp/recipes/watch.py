@@ -1,0 +1,50 @@
+"""What must not go wrong silently: parameters that stand still, values that are not finite."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from qexp.quant.convert import quantizers
+
+
+class Movement:
+    """Which learned quantizer parameters an epoch did not move."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._before = {n: p.detach().clone() for n, p in _learned(model)}
+
+    def stuck(self, model: nn.Module) -> list[str]:
+        """Names of parameters that are bit for bit what they were."""
+        named = [(n, p) for n, p in _learned(model) if n in self._before]
+        if not named:
+            return []
+        same = torch.stack([(p == self._before[n]).all() for n, p in named]).tolist()
+        return [n for (n, _), still in zip(named, same, strict=True) if still]
+
+
+def _learned(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [
+        (f"{name}.{own}", parameter)
+        for name, quantizer in quantizers(model).items()
+        for own, parameter in quantizer.named_parameters()
+        if parameter.requires_grad
+    ]
+
+
+def first_non_finite(model: nn.Module) -> str:
+    """` in layer 'x'`: the first layer, in module order, with a non-finite value; or nothing."""
+    for name, tensor in list(model.named_parameters()) + list(model.named_buffers()):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            return f", layer '{name.rpartition('.')[0]}' first"
+    return ""
+
+
+def health(model: nn.Module) -> dict[str, dict[str, int]]:
+    """Counts that are not zero, by kind and quantizer: `{"dead_levels": {"conv1...": 2}}`."""
+    found: dict[str, dict[str, int]] = {}
+    for name, quantizer in quantizers(model).items():
+        for kind, count in quantizer.health().items():
+            if int(count):
+                found.setdefault(kind, {})[name] = int(count)
+    return found
