@@ -91,6 +91,9 @@ class Quantizer(nn.Module):
         """Sorted decision borders between codes, [L-1], for plots."""
         raise NotImplementedError
 
+    def progress(self, fraction: float) -> None:
+        """Told at the start of each epoch which fraction of the training is done, [0, 1)."""
+
     def extra_bytes(self) -> int:
         """Bytes stored besides the codes: float32 steps, codebooks, adapters, borders."""
         return 4 * sum(p.numel() for p in self.parameters())
