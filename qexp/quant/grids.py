@@ -50,8 +50,8 @@ MAX_BITS = 8
 
 def check_bits(name: str, bits: int) -> None:
     """Raise unless `name` defines a grid of this width (2 to 8 bits)."""
-    if not 2 <= bits <= MAX_BITS:
-        raise ValueError(f"{name} is defined for 2 to {MAX_BITS} bits, got {bits}")
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= MAX_BITS:
+        raise ValueError(f"{name} is defined for bits from 2 to {MAX_BITS}, got {bits!r}")
 
 
 def _signed(magnitudes: list[float], *, zero: bool) -> Tensor:

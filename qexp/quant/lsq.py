@@ -162,13 +162,14 @@ class LSQPlus(Quantizer):
     def forward(self, x: Tensor) -> Tensor:
         g = grad_scale(x, 1, self.qmax, self.count)
         offset = scale_grad(self.offset, g)
-        shifted = x - offset.to(x.dtype)
+        shifted = x.float() - offset  # float32, so that x_hat is rounded to bfloat16 once
         # fake_quantize passes e * [inside] to `shifted`, hence -that to the offset; adding the
         # offset back gives e: together e * [clipped], as in the paper.
-        return fake_quantize(shifted, self.scale, self.qmin, self.qmax, g) + offset.to(x.dtype)
+        x_hat = fake_quantize(shifted, self.scale, self.qmin, self.qmax, g) + offset
+        return x_hat.to(x.dtype)
 
     def codes(self, x: Tensor) -> Tensor:
-        shifted = x - self.offset.to(x.dtype)
+        shifted = x.float() - self.offset
         return quantize(shifted, self.scale.clamp_min(MIN_SCALE), self.qmin, self.qmax)
 
     def decode(self, codes: Tensor, context: Tensor | None = None) -> Tensor:

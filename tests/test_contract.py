@@ -1,0 +1,349 @@
+"""What every quantizer keeps, whatever its method: one table of cases, one test per invariant.
+
+To add a method, append a `Case` to CASES. A flag is turned off only where the method's own
+definition contradicts the property, with the reason beside it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from qexp.quant.asq import ASQ
+from qexp.quant.functional import compile_kernels
+from qexp.quant.lsq import LSQ, LSQPlus
+from qexp.quant.power import POST, POT, APoT, POSTReleased
+from qexp.quant.quantizer import Quantizer
+
+FIELD = (8, 3, 3)  # C_in, kh, kw
+WEIGHT = (6, 8, 3, 3)
+INPUT = (4, 8, 5, 5)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A quantizer to hold to the contract.
+
+    role: `weight`, `relu` (unsigned input) or `signed` (signed input).
+    overflows: has more than 2**bits levels, and says so by name.
+    idempotent: Q(Q(x)) = Q(x) in eval mode.
+    equivariant: calibrated on 8x, Q(8x) = 8 Q(x).
+    refines: calibrated for the least error, a wider one has no more error.
+    """
+
+    name: str
+    make: Callable[..., Quantizer]
+    role: str
+    widths: tuple[int, ...] = (2, 3, 4, 8)
+    overflows: bool = False
+    idempotent: bool = True
+    monotone: bool = True
+    equivariant: bool = True
+    refines: bool = False
+
+    def build(self, bits: int) -> Quantizer:
+        shape = WEIGHT if self.role == "weight" else FIELD
+        return self.make(bits, signed=self.role != "relu", shape=shape)
+
+    def sample(self, seed: int = 0) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        if self.role == "weight":
+            return torch.randn(WEIGHT, generator=generator) * 0.05
+        x = torch.randn(INPUT, generator=generator)
+        return x.relu() if self.role == "relu" else x
+
+    def calibrated(self, bits: int, seed: int = 0) -> tuple[Quantizer, Tensor]:
+        torch.manual_seed(seed)
+        q, x = self.build(bits), self.sample(seed)
+        q.calibrate(x)
+        return q.eval(), x
+
+
+CASES = [
+    Case("lsq-weight", LSQ, "weight"),
+    Case("lsq-weight-channel", partial(LSQ, per_channel=True), "weight"),
+    Case("lsq-weight-mse", partial(LSQ, init="mse"), "weight", refines=True),
+    Case("lsq-act", partial(LSQ, count="sample"), "relu"),
+    Case("lsq-act-signed", partial(LSQ, count="sample"), "signed"),
+    Case("lsqplus-act", LSQPlus, "relu", refines=True),
+    Case("lsqplus-act-signed", LSQPlus, "signed", refines=True),
+    Case("post", POST, "weight"),
+    Case("post-mse", partial(POST, init="mse"), "weight", refines=True),
+    Case("post-layer-symmetric", partial(POST, per_channel=False, levels="symmetric"), "weight"),
+    Case("post-nozero", partial(POST, levels="no_zero", base=2.0), "weight"),
+    Case("post-released", POSTReleased, "weight", overflows=True),
+    Case("pot", partial(POT, init="mse"), "weight", refines=True),
+    # APoT takes the mean out and does not put it back: a second pass sees another mean.
+    Case("apot", APoT, "weight", idempotent=False),
+    Case("apot-plain", partial(APoT, normalize=False, init="mse"), "weight", refines=True),
+    # ASQ's factor depends on the input: another input, another grid.
+    *(
+        Case(f"asq-{f}", partial(ASQ, factor=f), "relu", idempotent=False, equivariant=False)
+        for f in ("relu", "softplus", "exp")
+    ),
+    Case("asq-statistics", partial(ASQ, factor="statistics"), "relu", idempotent=False),
+    Case("asq-frozen", partial(ASQ, factor="frozen"), "relu"),
+    Case("asq-signed", ASQ, "signed", idempotent=False, equivariant=False),
+    Case(
+        "asq-plain",
+        partial(ASQ, dequantize="plain", scale_factor_grad=True),
+        "relu",
+        idempotent=False,
+        equivariant=False,
+    ),
+]
+
+each = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+
+
+def widths(flag: str = "name") -> pytest.MarkDecorator:
+    """Every case that has `flag`, at each of its widths."""
+    pairs = [(c, b) for c in CASES if getattr(c, flag) for b in c.widths]
+    return pytest.mark.parametrize(
+        ("case", "bits"), pairs, ids=[f"{c.name}-{b}bit" for c, b in pairs]
+    )
+
+
+def rows(x: Tensor, q: Quantizer) -> Tensor:
+    """The parts that own a grid each: channels of a weight, samples of an input, [R, M]."""
+    return x.flatten(1)
+
+
+@widths()
+def test_decoded_codes_equal_forward_bit_for_bit(case: Case, bits: int) -> None:
+    q, x = case.calibrated(bits)
+    with torch.no_grad():
+        codes = q.codes(x)
+        assert codes.dtype == torch.int32
+        assert codes.shape == x.shape
+        assert torch.equal(q.decode(codes, q.context(x)), q(x))
+
+
+@widths()
+def test_no_tensor_holds_more_levels_than_its_bits_number(case: Case, bits: int) -> None:
+    q, _ = case.calibrated(bits)
+    torch.manual_seed(1)
+    shape = WEIGHT if case.role == "weight" else INPUT
+    x = torch.randn(shape) * (0.1 if case.role == "weight" else 3)
+    with torch.no_grad():
+        codes, x_hat = q.codes(x), q(x)
+    assert (q.num_levels > 2**bits) == case.overflows
+    assert q.effective_bits == pytest.approx(
+        max(bits, torch.tensor(float(q.num_levels)).log2().item())
+    )
+    assert codes.min() >= q.qmin
+    assert codes.max() <= q.qmax
+    for row in rows(x_hat, q):
+        assert row.unique().numel() <= q.num_levels
+
+
+@each
+def test_weight_levels_are_sorted_distinct_and_contain_the_output(case: Case) -> None:
+    if case.role != "weight":
+        pytest.skip("levels() is for weights")
+    for bits in case.widths:
+        q, w = case.calibrated(bits)
+        levels = q.levels()
+        assert levels.shape[-1] == q.num_levels
+        assert (levels.diff(dim=-1) > 0).all()
+        with torch.no_grad():
+            w_hat = rows(q(w), q)
+        for i, row in enumerate(w_hat):
+            assert torch.isin(row, levels[i if levels.shape[0] > 1 else 0]).all()
+
+
+@each
+def test_calibration_keeps_the_shape_of_the_state(case: Case) -> None:
+    q = case.build(case.widths[0])
+    before = {k: (v.shape, v.dtype) for k, v in q.state_dict().items()}
+    assert not q.calibrated
+    q.calibrate(case.sample())
+    assert q.calibrated
+    assert before == {k: (v.shape, v.dtype) for k, v in q.state_dict().items()}
+    assert all(v.dtype == torch.float32 for v in q.parameters())
+
+
+@each
+def test_state_dict_and_deepcopy_reproduce_the_output(case: Case) -> None:
+    q, x = case.calibrated(case.widths[-1])
+    q.train()(x)  # a training step may move buffers
+    q.eval()
+    torch.manual_seed(7)
+    other = case.build(case.widths[-1]).eval()
+    other.load_state_dict(q.state_dict(), strict=True)
+    with torch.no_grad():
+        expected = q(x)
+        assert torch.equal(other(x), expected)
+        assert torch.equal(copy.deepcopy(q)(x), expected)
+
+
+@widths()
+def test_gradients_reach_the_input_and_every_parameter(case: Case, bits: int) -> None:
+    q, x = case.calibrated(bits)
+    x.requires_grad_()
+    (q.train()(x) * torch.linspace(0.5, 1.5, x.numel()).view_as(x)).sum().backward()
+    assert x.grad is not None
+    assert x.grad.abs().sum() > 0
+    assert x.grad.isfinite().all()
+    for name, parameter in q.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+
+
+@widths("idempotent")
+def test_quantizing_twice_changes_nothing(case: Case, bits: int) -> None:
+    q, x = case.calibrated(bits)
+    with torch.no_grad():
+        once = q(x)
+        assert torch.equal(q(once), once)
+
+
+@widths("monotone")
+def test_output_is_monotone_in_the_input(case: Case, bits: int) -> None:
+    q, x = case.calibrated(bits)
+    ascending = rows(x, q).sort(dim=1).values.view_as(x)
+    with torch.no_grad():
+        assert (rows(q(ascending), q).diff(dim=1) >= 0).all()
+
+
+@each
+@given(exponent=st.integers(-6, 6), seed=st.integers(0, 2**16))
+@settings(deadline=None, max_examples=5)
+def test_scaling_the_input_scales_the_output(case: Case, exponent: int, seed: int) -> None:
+    if not case.equivariant:
+        return
+    c = 2.0**exponent  # exact in float32
+    for bits in case.widths[:3]:
+        q, x = case.calibrated(bits, seed)
+        scaled = case.build(bits).eval()
+        scaled.calibrate(c * x)
+        with torch.no_grad():
+            torch.testing.assert_close(scaled(c * x), c * q(x), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.refines], ids=lambda c: c.name)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_more_bits_never_mean_more_error(case: Case, seed: int) -> None:
+    errors = []
+    for bits in case.widths:
+        q, x = case.calibrated(bits, seed)
+        with torch.no_grad():
+            errors.append((q(x) - x).square().mean().item())
+    for narrow, wide in zip(errors, errors[1:], strict=False):
+        assert wide <= narrow * (1 + 1e-3)  # POT stops gaining: its end gap is fixed
+
+
+@widths()
+@pytest.mark.parametrize("value", [0.0, 0.25], ids=["zeros", "constant"])
+def test_constant_tensors_stay_finite(case: Case, bits: int, value: float) -> None:
+    q = case.build(bits)
+    x = torch.full_like(case.sample(), value)
+    q.calibrate(x)
+    x.requires_grad_()
+    y = q.train()(x)
+    y.sum().backward()
+    assert y.isfinite().all()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in q.parameters())
+
+
+@each
+def test_bfloat16_in_gives_bfloat16_out_and_float32_state(case: Case) -> None:
+    for bits in case.widths:
+        q, x = case.calibrated(bits)
+        x16 = x.bfloat16().requires_grad_()
+        y = q.train()(x16)
+        y.float().sum().backward()
+        assert y.dtype == torch.bfloat16
+        assert x16.grad is not None
+        assert x16.grad.dtype == torch.bfloat16
+        q.eval()
+        with torch.no_grad():
+            decoded = q.decode(q.codes(x16), q.context(x16))
+            assert torch.equal(decoded.bfloat16(), q(x16))
+        assert all(p.dtype == torch.float32 for p in q.parameters())
+
+
+@each
+def test_channels_last_changes_no_value_and_no_gradient(case: Case) -> None:
+    q, x = case.calibrated(case.widths[1])
+    weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
+    results = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        v = x.clone(memory_format=memory_format).requires_grad_()
+        q.zero_grad()
+        y = q(v)
+        assert y.is_contiguous(memory_format=memory_format)
+        (y * weight).sum().backward()
+        results.append((y.detach(), v.grad, [p.grad.clone() for p in q.parameters()]))
+        assert torch.equal(q.codes(v.detach()), q.codes(x))
+    (y0, g0, p0), (y1, g1, p1) = results
+    torch.testing.assert_close(y1, y0, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(g1, g0, rtol=1e-4, atol=1e-6)
+    for a, b in zip(p1, p0, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@each
+def test_a_training_step_never_waits_for_the_device(case: Case) -> None:
+    with FakeTensorMode():  # a fake tensor has no value: .item() and bool() raise
+        q = case.build(case.widths[1]).train()
+        x = torch.randn(WEIGHT if case.role == "weight" else INPUT, requires_grad=True)
+        q(x).sum().backward()
+        assert x.grad is not None
+        q.health()
+
+
+@pytest.mark.parametrize("bits", [0, 17, 2.5, True])
+@each
+def test_a_width_outside_the_contract_is_refused(case: Case, bits: object) -> None:
+    with pytest.raises(ValueError, match="bits"):
+        case.build(bits)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------------------------------
+# Compiled against eager
+
+
+def step(q: Quantizer, fn: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
+    """Output and all gradients of one training step."""
+    q.zero_grad()
+    v = x.clone().requires_grad_()
+    y = fn(v)
+    (y * torch.linspace(0.5, 1.5, x.numel()).view_as(x)).sum().backward()
+    assert v.grad is not None
+    return [y.detach(), v.grad, *(p.grad.clone() for p in q.parameters() if p.grad is not None)]
+
+
+@pytest.mark.slow
+@each
+def test_whole_graph_compiles_and_equals_eager(case: Case) -> None:
+    q, x = case.calibrated(4 if 4 in case.widths else case.widths[0])
+    torch._dynamo.reset()
+    expected = step(q, q, x)
+    for a, b in zip(step(q, torch.compile(q, fullgraph=True), x), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@each
+def test_compiled_kernels_equal_eager(case: Case) -> None:
+    q, x = case.calibrated(4 if 4 in case.widths else case.widths[0])
+    expected = step(q, q, x)
+    compile_kernels(True)
+    try:
+        got = step(q, q, x)
+    finally:
+        compile_kernels(False)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
