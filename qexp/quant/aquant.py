@@ -1,0 +1,322 @@
+"""Activations whose rounding border is a function of the activation.
+
+Z. Li, C. Guo, Z. Zhu, Y. Zhou, Y. Qiu, X. Gao, J. Leng, M. Guo. "Efficient Activation Quantization
+via Adaptive Rounding Border for Post-Training Quantization" (AQuant), arXiv 2208.11945.
+
+The idea: learned rounding of weights lowers the error of a layer's output; activations are known
+only at run time, so instead of a decision each gets a border: round up from B(u), not from 1/2.
+
+Forward.  u = x / scale,  t = u / (qmax - qmin),  v = a0 + a1 t + a2 t^2,  B = clip(1/2 + v, 0, 1)
+    x_int = clip(floor(u) + 1[u - floor(u) >= B] + zero, qmin, qmax)
+          = clip(floor(u + 1 - B) + zero, qmin, qmax)      the cheap form: an offset before floor
+    x_hat = (x_int - zero) * scale.    B = 1/2 is round-to-nearest (nearest.py), bit for bit.
+
+Who shares a border (`per`).  row: one function for each (input channel, kernel position), the same
+    for all output channels and positions; the same pixel may round differently in each window, so
+    inputs are quantized after im2col. channel: one for each input channel, one quantized tensor as
+    usual. tensor: one for all.
+
+`border`.  constant (a0), linear (a0, a1), quadratic (a0, a1, a2).
+
+`fusion`, rows only: the k*k rows of one input channel in a window see each other through a learned
+    matrix M [C, k*k, k*k].
+    none      v as above
+    window    v'_i = sum_j M_ij v_j,            M starts as the identity
+    residual  v'_i = v_i + sum_j M_ij e_j,      e_j = u_j - floor(u_j + 1/2) the nearest errors of
+              the window: the global term, whose exact form needs all rows. `see_weights` starts it
+              at M_ij = -G_ij / (2 G_ii), j != i, with G = w_hat^T w_hat summed over outputs: half
+              the closed form, as all rows correct the same error at once.
+
+Closed form (`init: closed_form`).  The u that minimises sum_o (w_hat_oi q - w_oi u)^2 rounds at
+    B_i(u) = 1/2 + (1 - rho_i) u,   rho_i = <w_hat_i, w_i> / |w_hat_i|^2, i.e. a1 = (1 - rho_i) *
+    (qmax - qmin), a0 = a2 = 0. It needs no data. `init: zero` starts as nearest.
+
+Gradients, e = dL/dx_hat, inside = [x_int not clipped], free = [0 < 1/2 + v < 1].
+    dL/dB     = -e * scale * inside
+    dL/da_k   = sum dL/dB * free * t^k                                 over samples and positions
+    dL/dx     = e * inside * (1 - B'(u)),   B'(u) = free * (a1 + 2 a2 t) / (qmax - qmin)
+    dL/dscale = sum e * ((x_int - zero) - inside * (1 - B'(u)) * u)
+    The hard forward is differentiated straight through floor.
+
+State counted in the size: one float32 step, the coefficients, M.
+
+Departs from the paper: its function, granularity, initialisation, rates and tables are in no text
+we could read, and no code was released. All above is our reading of the three abstracts; the
+closed forms are our derivation. Inputs with negative values get a zero point; t keeps its sign.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from qexp.quant.functional import MIN_SCALE, kernel
+from qexp.quant.nearest import Estimator, activation_sample, estimate_grid
+from qexp.quant.quantizer import Quantizer
+
+DEGREE = {"constant": 0, "linear": 1, "quadratic": 2}
+GRID = 64  # points of [0, 1) per code at which a border is looked at for health and plots
+
+# ---------------------------------------------------------------------------------------------
+# Polynomial borders, fused
+
+
+@kernel
+def _border_forward(
+    x: Tensor, scale: Tensor, zero: Tensor, a: Tensor, qmin: int, qmax: int
+) -> Tensor:
+    # x [A, R, M]; scale, zero [1, 1, 1]; a [3, 1, R, 1]
+    u = x.float() / scale
+    t = u * (1.0 / (qmax - qmin))
+    border = (0.5 + (a[0] + t * (a[1] + t * a[2]))).clamp(0, 1)
+    x_int = ((u + (1 - border)).floor() + zero).clamp(qmin, qmax)
+    return ((x_int - zero) * scale).to(x.dtype)
+
+
+@kernel
+def _border_backward(
+    grad: Tensor, x: Tensor, scale: Tensor, zero: Tensor, a: Tensor, qmin: int, qmax: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    u = x.float() / scale
+    t = u * (1.0 / (qmax - qmin))
+    raw = 0.5 + (a[0] + t * (a[1] + t * a[2]))
+    border = raw.clamp(0, 1)
+    x_int = (u + (1 - border)).floor() + zero
+    e = grad.float()
+    passed = torch.where((x_int >= qmin) & (x_int <= qmax), e, 0.0)  # e * inside
+    free = (raw > 0) & (raw < 1)
+    # dL/dx = e * inside * (1 - B'(u))                                    [A, R, M]
+    slope = torch.where(free, (a[1] + 2 * t * a[2]) * (1.0 / (qmax - qmin)), 0.0)
+    grad_u = passed * (1 - slope)
+    # dL/da_k = sum dL/dB * free * t^k,  dL/dB = -e * scale * inside      [A, R]
+    down = torch.where(free, -passed * scale, 0.0)
+    # dL/dscale = sum e * (x_int - zero) - e * inside * (1 - B'(u)) * u   [A, R]
+    grad_scale = e * (x_int.clamp(qmin, qmax) - zero) - grad_u * u
+    return (
+        grad_u.to(grad.dtype),
+        grad_scale.sum(2),
+        down.sum(2),
+        (down * t).sum(2),
+        (down * t * t).sum(2),
+    )
+
+
+class _PolynomialBorder(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, a: Tensor, zero: Tensor, qmin: int, qmax: int
+    ) -> Tensor:
+        ctx.save_for_backward(x, scale, a, zero)
+        ctx.qmin, ctx.qmax = qmin, qmax
+        return _border_forward(x, *_constants(scale, zero, a), qmin, qmax)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, a, zero = ctx.saved_tensors
+        grad_x, grad_scale, *sums = _border_backward(
+            grads[0], x, *_constants(scale, zero, a), ctx.qmin, ctx.qmax
+        )
+        grad_a = torch.stack([s.sum(0) for s in sums[: a.shape[0]]])  # [degree + 1, R]
+        return grad_x, grad_scale.sum(), grad_a, None, None, None  # zero, bounds: constants
+
+
+def _constants(scale: Tensor, zero: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Broadcast to [A, R, M]; missing coefficients are 0, so that one kernel serves all degrees."""
+    full = a if a.shape[0] == 3 else torch.cat([a, a.new_zeros(3 - a.shape[0], a.shape[1])])
+    step = scale.reshape(1, 1, 1).clamp_min(MIN_SCALE)
+    return step, zero.reshape(1, 1, 1), full[:, None, :, None]
+
+
+# ---------------------------------------------------------------------------------------------
+# Any border
+
+
+class _Border(torch.autograd.Function):
+    """Codes minus zero, floor(u + 1 - B) clipped; straight through floor. Any shape."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, border: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        q = (u + (1 - border)).floor()
+        ctx.save_for_backward((q >= low) & (q <= high))
+        return torch.clamp(q, low, high)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        passed = torch.where(ctx.saved_tensors[0], grads[0], 0.0)
+        return passed, -passed, None, None  # the bounds are constants
+
+
+def border_round(u: Tensor, border: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """clip(floor(u) + 1[frac(u) >= border], low, high), for borders in [0, 1]."""
+    return _Border.apply(u, border, low, high)  # type: ignore[return-value]
+
+
+class AQuant(Quantizer):
+    """Uniform activations with a learned step and a border function.
+
+    Args:
+        border: `constant`, `linear` or `quadratic`.
+        per: who shares a border: `row`, `channel` or `tensor`.
+        fusion: `none`, `window` or `residual`; the last two need `per: row`.
+        init: `closed_form` (from the weights, see `see_weights`) or `zero`.
+        estimator, p, percent: how the step is found (nearest.py).
+    """
+
+    zero: Tensor
+
+    def __init__(
+        self,
+        bits: int,
+        *,
+        signed: bool = True,
+        shape: Sequence[int] = (),
+        border: Literal["constant", "linear", "quadratic"] = "quadratic",
+        per: Literal["row", "channel", "tensor"] = "row",
+        fusion: Literal["none", "window", "residual"] = "none",
+        init: Literal["closed_form", "zero"] = "closed_form",
+        estimator: Estimator = "mse",
+        p: float = 2.4,
+        percent: float = 99.9,
+    ) -> None:
+        super().__init__(bits, signed=signed, shape=shape)
+        _check("border", border, tuple(DEGREE))
+        _check("per", per, ("row", "channel", "tensor"))
+        _check("fusion", fusion, ("none", "window", "residual"))
+        _check("init", init, ("closed_form", "zero"))
+        if fusion != "none" and per != "row":
+            raise ValueError(f"fusion={fusion} needs per=row, got per={per}")
+        self.per, self.fusion, self.init = per, fusion, init
+        self.estimator: Estimator = estimator
+        self.p, self.percent = p, percent
+        channels = self.shape[0] if self.shape else 1
+        self.window = 1  # rows of one input channel
+        for size in self.shape[1:]:
+            self.window *= size
+        # A linear layer has one row a channel and needs no im2col.
+        self.on_columns = per == "row" and len(self.shape) == 3
+        rows = {"row": channels * self.window, "channel": channels, "tensor": 1}[per]
+        self.scale = nn.Parameter(torch.tensor(1.0))
+        self.register_buffer("zero", torch.tensor(0.0))
+        self.border = nn.Parameter(torch.zeros(DEGREE[border] + 1, rows))  # a0, a1, a2
+        if fusion != "none":
+            start = torch.eye(self.window) if fusion == "window" else torch.zeros(self.window)
+            self.mixing = nn.Parameter(start.expand(channels, self.window, self.window).clone())
+
+    @torch.no_grad()
+    def calibrate(self, x: Tensor) -> None:
+        """Set the step from a batch of inputs; columns or images, their distribution is one."""
+        scale, zero = estimate_grid(
+            activation_sample(x),
+            self.qmin,
+            self.qmax,
+            fixed_zero=not self.signed,
+            estimator=self.estimator,
+            p=self.p,
+            percent=self.percent,
+        )
+        self.scale.copy_(scale[0])
+        self.zero.copy_(zero[0])
+        self.calibrated.fill_(True)
+
+    @torch.no_grad()
+    def see_weights(self, weight: Tensor, w_hat: Tensor) -> None:
+        """Start the border from the layer's weights and their quantized values.
+
+        Shape: both [C_out, C_in / groups, kh, kw] or [C_out, C_in].
+        """
+        if self.init == "zero":
+            return
+        w, v = _by_row(weight, self.shape), _by_row(w_hat, self.shape)  # [C_out/g, C_in, window]
+        dims = {"row": (0,), "channel": (0, 2), "tensor": (0, 1, 2)}[self.per]
+        power = v.square().sum(dims)
+        rho = torch.where(power > 0, (v * w).sum(dims) / power.clamp_min(MIN_SCALE**2), 1.0)
+        if self.border.shape[0] > 1:
+            self.border[1] = (1 - rho).reshape(-1) * (self.qmax - self.qmin)
+        if self.fusion == "residual":
+            gram = torch.einsum("oci,ocj->cij", v, v)
+            own = gram.diagonal(dim1=1, dim2=2).clamp_min(MIN_SCALE)  # G_ii      [C, window]
+            self.mixing.copy_(-gram / (2 * own[:, :, None]))
+            self.mixing.diagonal(dim1=1, dim2=2).zero_()
+
+    def _view(self, x: Tensor) -> Tensor:
+        """[A, R, M]: R rows of borders in the middle."""
+        if self.per == "tensor":
+            return x.reshape(1, 1, -1)
+        return x.reshape(*x.shape[:2], -1)
+
+    def _integers(self, x: Tensor) -> Tensor:
+        """x_int - zero for x [A, R, M], through differentiable borders."""
+        scale = self.scale.clamp_min(MIN_SCALE)
+        u = x.float() / scale
+        t = u * (1.0 / (self.qmax - self.qmin))
+        v = self.border[-1][:, None]
+        for row in self.border[:-1].flip(0):
+            v = row[:, None] + t * v
+        if self.fusion != "none":
+            v = v.expand_as(u)
+            by_window = (u.shape[0], -1, self.window, u.shape[2])  # [A, C, window, M]
+            feature = v if self.fusion == "window" else (u - (u + 0.5).floor()).detach()
+            mixed = torch.matmul(self.mixing, feature.reshape(by_window)).reshape(u.shape)
+            v = mixed if self.fusion == "window" else v + mixed
+        border = (0.5 + v).clamp(0, 1)
+        return border_round(u, border, self.qmin - self.zero, self.qmax - self.zero)
+
+    def forward(self, x: Tensor) -> Tensor:
+        view = self._view(x)
+        if self.fusion == "none":
+            x_hat = _PolynomialBorder.apply(
+                view, self.scale, self.border, self.zero, self.qmin, self.qmax
+            )
+        else:
+            x_hat = (self._integers(view) * self.scale.clamp_min(MIN_SCALE)).to(x.dtype)
+        return x_hat.reshape(x.shape)  # type: ignore[union-attr]
+
+    @torch.no_grad()
+    def codes(self, x: Tensor) -> Tensor:
+        return (self._integers(self._view(x)) + self.zero).to(torch.int32).reshape(x.shape)
+
+    def decode(self, codes: Tensor, context: Tensor | None = None) -> Tensor:
+        return (codes.to(self.scale.dtype) - self.zero) * self.scale.clamp_min(MIN_SCALE)
+
+    def _borders(self) -> tuple[Tensor, Tensor]:
+        """`(u, 1/2 + v)` on a grid of all representable u, [G] and [R, G]; without fusion."""
+        steps = self.qmax - self.qmin
+        u = torch.arange(steps * GRID, device=self.zero.device) / GRID + (self.qmin - self.zero)
+        t = (u / steps)[None]
+        a = [row[:, None] for row in self.border.detach()] + [torch.zeros_like(t)] * 2
+        return u, 0.5 + a[0] + t * (a[1] + t * a[2])
+
+    def thresholds(self) -> Tensor:
+        """Borders between codes in units of x, [L-1]: of the average row, without fusion."""
+        u, border = self._borders()
+        mean = border.clamp(0, 1).mean(0).reshape(-1, GRID)  # [L-1, GRID]
+        frac = (u - u.floor()).reshape(-1, GRID)
+        up = torch.cat([frac >= mean, torch.ones_like(mean[:, :1], dtype=torch.bool)], 1)
+        first = up.int().argmax(1) / GRID  # of each code: where rounding up begins
+        return (u.reshape(-1, GRID)[:, 0] + first) * self.scale.detach().clamp_min(MIN_SCALE)
+
+    def health(self) -> dict[str, Tensor]:
+        _, border = self._borders()
+        return {
+            "clamped_steps": (self.scale.detach() <= MIN_SCALE).sum(),
+            "borders_at_bound": ((border <= 0) | (border >= 1)).any(1).sum(),
+        }
+
+    def extra_repr(self) -> str:
+        kind = {1: "constant", 2: "linear", 3: "quadratic"}[self.border.shape[0]]
+        return f"{super().extra_repr()}, {kind} per {self.per}, fusion={self.fusion}"
+
+
+def _by_row(weight: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """[C_out, C_in/g, ...] -> [C_out/g, C_in, window]: what each input row is multiplied with."""
+    groups = shape[0] // weight.shape[1]
+    w = weight.detach().float().reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
+    return w.transpose(0, 1).reshape(w.shape[1], shape[0], -1)
+
+
+def _check(name: str, value: str, options: Sequence[str]) -> None:
+    if value not in options:
+        raise ValueError(f"{name} must be one of {', '.join(options)}, got {value!r}")

@@ -1,0 +1,115 @@
+"""The parts of a network that reconstruction works on one after another.
+
+A block is a module whose own forward adds two branches (a residual or inverted-residual block), or
+another instance of such a class: MobileNetV2's blocks of stride 2 have no shortcut and are blocks
+all the same. Blocks are read off the traced graph, so any network that torch.fx can trace has them.
+A layer outside all blocks, or every layer with `granularity: layer`, is a unit of its own. Its
+output is compared after the activation that reads it, when it is the only reader.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from qexp.quant.fold import trace_graph
+
+Granularity = Literal["layer", "block"]
+
+ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+ACTIVATIONS: dict[Any, Callable[[Tensor], Tensor]] = {
+    F.relu: F.relu,
+    torch.relu: torch.relu,
+    F.relu6: F.relu6,
+    "relu": torch.relu,
+    nn.ReLU: F.relu,
+    nn.ReLU6: F.relu6,
+}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One part of the network: a module and the layers inside it.
+
+    Attributes:
+        name: path of the module.
+        layers: paths of its convolutions and linear layers, in execution order.
+        activation: applied to its output before outputs are compared.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    activation: Callable[[Tensor], Tensor] | None = None
+
+
+def find_units(model: nn.Module, layers: Sequence[str], granularity: Granularity) -> list[Unit]:
+    """The units of a float network (batch norms folded), in execution order.
+
+    Args:
+        model: network that `layers` names the convolutions and linear layers of.
+        layers: paths in execution order.
+        granularity: `block`, or `layer` for one unit a layer.
+
+    Raises:
+        ValueError: unknown granularity, or a network that torch.fx cannot trace.
+    """
+    if granularity not in ("layer", "block"):
+        raise ValueError(f"granularity must be 'layer' or 'block', got {granularity!r}")
+    graph = trace_graph(model)
+    blocks = find_blocks(model, graph) if granularity == "block" else []
+    grouped: dict[str, list[str]] = {}
+    for layer in layers:
+        owner = next((b for b in blocks if layer.startswith(b + ".")), layer)
+        grouped.setdefault(owner, []).append(layer)
+    after = activations_after(model, graph)
+    return [Unit(name, tuple(inside), after.get(name)) for name, inside in grouped.items()]
+
+
+def find_blocks(model: nn.Module, graph: fx.Graph) -> list[str]:
+    """Paths of the outermost residual blocks, in module order."""
+    modules = dict(model.named_modules())
+    classes = set()
+    for node in graph.nodes:
+        if node.op in ("call_function", "call_method") and node.target in ADDITIONS:
+            branches = [a for a in node.args if isinstance(a, fx.Node)]
+            stack = node.meta.get("nn_module_stack")
+            owner = next(reversed(stack)) if stack else ""
+            if len(branches) == 2 and owner:
+                classes.add(type(modules[owner]))
+    found: list[str] = []
+    for name, module in modules.items():
+        inside = any(name.startswith(b + ".") for b in found)
+        if name and not inside and type(module) in classes:
+            found.append(name)
+    return found
+
+
+def activations_after(model: nn.Module, graph: fx.Graph) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Layer -> the ReLU or ReLU6 that alone reads its output (folded norms are looked through)."""
+    modules = dict(model.named_modules())
+    found = {}
+    for node in graph.nodes:
+        if node.op != "call_module" or not isinstance(
+            modules[str(node.target)], (nn.Conv2d, nn.Linear)
+        ):
+            continue
+        reader = _only_reader(node)
+        while reader is not None and _kind(reader, modules) is nn.Identity:
+            reader = _only_reader(reader)
+        if reader is not None and _kind(reader, modules) in ACTIVATIONS:
+            found[str(node.target)] = ACTIVATIONS[_kind(reader, modules)]
+    return found
+
+
+def _only_reader(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _kind(node: fx.Node, modules: dict[str, nn.Module]) -> Any:
+    return type(modules[str(node.target)]) if node.op == "call_module" else node.target

@@ -1,0 +1,76 @@
+"""Random replacement of quantized values by float ones while a network is reconstructed.
+
+QDrop (X. Wei et al., ICLR 2022, arXiv 2203.05740): each element of a quantized activation is its
+float value with probability `drop`, so that the learned weight rounding fits a flat neighbourhood
+of the quantized activations instead of one point. At test time every element is quantized.
+
+The gradient follows the choice: to the quantizer where its value was used, else straight to x. The
+mask is a byte an element, compared with drop * 256: drop has a resolution of 1/256.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qexp.quant.functional import kernel
+
+
+def random_bytes(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Uniform bytes of the shape of `like` [...], 8 for one draw of the generator."""
+    n = like.numel()
+    words = torch.empty(-(-n // 8), dtype=torch.int64, device=like.device)
+    words.random_(-(2**63), None, generator=generator)
+    return words.view(torch.uint8)[:n].view(like.shape)
+
+
+@kernel
+def _mix_forward(x: Tensor, x_hat: Tensor, dice: Tensor, threshold: int) -> Tensor:
+    return torch.where(dice < threshold, x, x_hat)
+
+
+@kernel
+def _mix_backward(grad: Tensor, dice: Tensor, threshold: int) -> tuple[Tensor, Tensor]:
+    zero = torch.zeros_like(grad)
+    to_x = dice < threshold
+    return torch.where(to_x, grad, zero), torch.where(to_x, zero, grad)
+
+
+class _Mix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, x_hat: Tensor, dice: Tensor, threshold: int) -> Tensor:
+        ctx.save_for_backward(dice)
+        ctx.threshold = threshold
+        return _mix_forward(x, x_hat, dice, threshold)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x, grad_x_hat = _mix_backward(grads[0], ctx.saved_tensors[0], ctx.threshold)
+        return grad_x, grad_x_hat, None, None  # the dice are constants
+
+
+def mix(x: Tensor, x_hat: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+    """Each element from `x` with `probability`, else from `x_hat`. Shape: all alike."""
+    dice = random_bytes(x, generator)
+    return _Mix.apply(x, x_hat, dice, round(probability * 256))  # type: ignore[return-value]
+
+
+@contextmanager
+def dropping(
+    quantizers: Iterable[nn.Module], probability: float, generator: torch.Generator
+) -> Iterator[None]:
+    """Inside, every quantizer returns its float input with `probability`, element by element."""
+
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], x_hat: Tensor) -> Tensor:
+        return mix(inputs[0], x_hat, probability, generator)
+
+    handles = [q.register_forward_hook(hook) for q in quantizers] if probability > 0 else []
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,122 @@
+"""What a reconstruction learns (the method), and for how long (the schedule).
+
+          granularity  quantized_inputs  steps   drop  mix
+nearest   none
+AdaRound  layer        false             fixed   0     0
+BRECQ     block        false             after   0     0
+QDrop     block        true              joint   0.5   0.5
+AQuant    block        true              joint   0.5   0.5    and its borders, joint
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+When = Literal["joint", "after", "fixed"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is learned, and from what.
+
+    Attributes:
+        granularity: parts that are learned one by one: `none`, `layer` or `block`.
+        quantized_inputs: activations are quantized while the rounding is learned.
+        steps: activation steps are learned with the rounding (`joint`), in a second pass over all
+            units (`after`), or stay as calibrated (`fixed`).
+        borders: the same for what else activation quantizers learn (AQuant).
+        drop: probability that an element of a layer's input is left in float.
+        mix: probability that an element of a unit's input is the float network's.
+        fisher: weight the error by the gradient of the network's output (BRECQ eq. 10).
+        bias_correction: at the end, set each layer's bias so that its mean output is the float one.
+    """
+
+    granularity: Literal["none", "layer", "block"] = "block"
+    quantized_inputs: bool = True
+    steps: When = "joint"
+    borders: When = "joint"
+    drop: float = 0.5
+    mix: float = 0.5
+    fisher: bool = False
+    bias_correction: bool = False
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast.
+
+    Attributes:
+        iterations: minibatches a unit in the first pass.
+        step_iterations: in the second pass, if there is one.
+        minibatch: images an iteration.
+        lr: Adam's rate by name of parameter (`rounding`, `scale`, `border`, `mixing`).
+        step_lr: rate of `scale` in the second pass.
+        step_p: exponent of the error in the second pass.
+        penalty: factor of the rounding regulariser.
+        beta: its exponent, first and last.
+        warmup: fraction of the iterations without regulariser.
+    """
+
+    iterations: int = 20000
+    step_iterations: int = 5000
+    minibatch: int = 32
+    lr: Mapping[str, float] = field(
+        default_factory=lambda: {"rounding": 1e-3, "scale": 4e-5, "border": 1e-3, "mixing": 1e-3}
+    )
+    step_lr: float = 4e-4
+    step_p: float = 2.4
+    penalty: float = 0.01
+    beta: Sequence[float] = (20.0, 2.0)
+    warmup: float = 0.2
+
+
+class Pass(NamedTuple):
+    """One sweep over all units: what it learns, and how.
+
+    Attributes:
+        name: `rounding` or `steps`.
+        learned: names of the parameters.
+        inputs: activations are quantized.
+        iterations: minibatches a unit.
+        lr: rates by name of parameter.
+        p: exponent of the error.
+    """
+
+    name: str
+    learned: frozenset[str]
+    inputs: bool
+    iterations: int
+    lr: Mapping[str, float]
+    p: float
+
+
+def passes(method: Method, schedule: Schedule) -> list[Pass]:
+    """The sweeps of a method: none, one, or a second one for what is learned after.
+
+    What is `joint` needs quantized inputs; without them it moves to the second pass.
+    """
+    if method.granularity == "none":
+        return []
+    others = set(schedule.lr) - {"rounding", "scale"}
+    when = {"scale": method.steps} | dict.fromkeys(others, method.borders)
+    joint = {k for k, w in when.items() if w == "joint" and method.quantized_inputs}
+    late = {k for k, w in when.items() if w != "fixed"} - joint
+    first = Pass(
+        name="rounding",
+        learned=frozenset(joint | {"rounding"}),
+        inputs=method.quantized_inputs,
+        iterations=schedule.iterations,
+        lr=schedule.lr,
+        p=2.0,
+    )
+    second = Pass(
+        name="steps",
+        learned=frozenset(late),
+        inputs=True,
+        iterations=schedule.step_iterations,
+        lr={**schedule.lr, "scale": schedule.step_lr},
+        p=schedule.step_p,
+    )
+    return [first, second] if late else [first]

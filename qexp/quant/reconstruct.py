@@ -1,0 +1,274 @@
+"""Post-training reconstruction: each unit learns to give the float network's output.
+
+AdaRound (arXiv 2004.10568) learns the rounding of one layer, BRECQ (Y. Li et al., ICLR 2021, arXiv
+2102.05426) of one residual block, QDrop (X. Wei et al., ICLR 2022, arXiv 2203.05740) of one block
+while its activations are quantized and randomly dropped. They are settings of one procedure:
+
+    for each unit, in execution order:
+        x_hat   its input from the quantized prefix, for all calibration images
+        x, y    its input and output in the float network
+        minimise over V (weight rounding), steps and borders, on random minibatches:
+            sum_c |unit(mix(x_hat, x)) - y|^p, averaged over images and positions
+            + penalty * f(V; beta)                             (adaround.py; none during warm-up)
+    V becomes a decision; the next unit sees the result.
+
+              granularity  quantized_inputs  steps   drop  mix
+    AdaRound  layer        false             fixed   0     0     weights only, then calibrated steps
+    BRECQ     block        false             after   0     0     a second pass learns the steps
+    QDrop     block        true              joint   0.5   0.5
+
+Optional Fisher weighting (BRECQ eq. 10): the squared error of each output element is multiplied
+with (1 + |g|)^2, g the gradient of KL(float || quantized) of the logits at that element.
+
+Adam; the rate of rounding is constant, those of steps and borders fall as a cosine. Every random
+draw comes from generators seeded by (seed, pass, unit): a run that stops between two units
+continues bit for bit.
+
+Departs from the papers: the residual sum stays in float (nearest.py, point 3); the last unit's
+input is not held back; the first and last layer are learned only if their quantizers have
+something to learn.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from qexp.quant.adaround import AdaRound
+from qexp.quant.blocks import Unit
+from qexp.quant.cache import Store, record, rows
+from qexp.quant.convert import float_operands, frozen_weights, quant_layers
+from qexp.quant.drop import dropping, mix
+from qexp.quant.fisher import output_weights
+from qexp.quant.modules import QuantLayer
+from qexp.quant.plan import Method, Pass, Schedule
+
+
+class Data(NamedTuple):
+    """Calibration images, and held-out ones that errors are reported on; [N, C, H, W]."""
+
+    images: Tensor
+    held_out: Tensor
+
+
+def unit_quantizers(layers: Sequence[QuantLayer]) -> Iterator[nn.Module]:
+    """Weight and activation quantizers of some layers."""
+    for layer in layers:
+        yield layer.weight_quantizer
+        yield layer.act_quantizer
+
+
+def learned_parameters(
+    layers: Sequence[QuantLayer], names: frozenset[str]
+) -> dict[str, list[nn.Parameter]]:
+    """What a pass learns in a unit, by name. A weight's step is never learned."""
+    found: dict[str, list[nn.Parameter]] = {}
+    for layer in layers:
+        for quantizer in (layer.weight_quantizer, layer.act_quantizer):
+            for name, parameter in quantizer.named_parameters():
+                if name in names and not (name == "scale" and quantizer is layer.weight_quantizer):
+                    found.setdefault(name, []).append(parameter)
+    return found
+
+
+def beta_at(progress: float, beta: Sequence[float], warmup: float) -> float | None:
+    """Exponent of the regulariser at a progress in [0, 1): None during warm-up, then linear."""
+    if progress < warmup:
+        return None
+    return beta[0] + (beta[1] - beta[0]) * (progress - warmup) / (1 - warmup)
+
+
+def output_error(y_hat: Tensor, y: Tensor, p: float, weight: Tensor | None = None) -> Tensor:
+    """sum over channels of |y_hat - y|^p, averaged over images and positions, []."""
+    error = (y_hat - y).square() if p == 2.0 else (y_hat - y).abs().pow(p)
+    if weight is not None:
+        error = error * weight
+    return error.sum() * (y.shape[1] / y.numel())
+
+
+@torch.no_grad()
+def relative_error(
+    unit: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, batch_size: int, device: torch.device
+) -> float:
+    """sum |unit(x) - y|^2 / sum y^2 over all images."""
+    total, power = torch.zeros((), device=device), torch.zeros((), device=device)
+    for first in range(0, len(x), batch_size):
+        target = y[first : first + batch_size].to(device)
+        out = unit(x[first : first + batch_size].to(device))
+        total += (out - target).square().sum()
+        power += target.square().sum()
+    return float(total / power.clamp_min(1e-30))
+
+
+def reconstruct_unit(
+    model: nn.Module,
+    reference: nn.Module,
+    unit: Unit,
+    data: Data,
+    sweep: Pass,
+    method: Method,
+    schedule: Schedule,
+    store: Store,
+    *,
+    later: Sequence[str] = (),
+    seed: int = 0,
+    batch_size: int = 128,
+    tick: Callable[[int], object] = lambda iteration: None,
+) -> dict[str, Any]:
+    """Learn one unit of `model` in place.
+
+    Args:
+        model: quantized, calibrated network, up to this unit already reconstructed.
+        reference: the float network.
+        later: names of the layers behind this unit (for the Fisher weights).
+        seed: of this unit and pass.
+        batch_size: images a forward pass when inputs and outputs are recorded.
+        tick: called after each iteration.
+
+    Returns:
+        What happened, or {} if the unit has nothing to learn.
+    """
+    layers = [quant_layers(model)[name] for name in unit.layers if name in quant_layers(model)]
+    groups = learned_parameters(layers, sweep.learned)
+    if not groups:
+        return {}
+    began = time.perf_counter()
+    device = data.images.device
+    module, target_module = model.get_submodule(unit.name), reference.get_submodule(unit.name)
+    finish = unit.activation or (lambda y: y)
+
+    def run(x: Tensor) -> Tensor:
+        return finish(module(x))
+
+    store.clear()
+    with ExitStack() as stack:
+        if not sweep.inputs:
+            stack.enter_context(float_operands(model, weight=False))
+        if sweep.name == "rounding":
+            _see_weights(layers)
+        arrays = []
+        for images in data:
+            with frozen_weights(model):
+                x_hat, _ = record(model, module, images, batch_size, store, output=False)
+            x, y = record(reference, target_module, images, batch_size, store, output=True)
+            assert y is not None
+            arrays.append((x_hat, x, _apply(finish, y, batch_size)))
+        fisher = None
+        if method.fisher:
+            fisher = output_weights(model, reference, unit, later, data.images, batch_size, store)
+        check = (arrays[1][0], arrays[1][2], batch_size, device)
+        before = relative_error(run, *check)
+        with _trainable(model, groups):
+            loss = _learn(
+                run, layers, groups, arrays[0], fisher, sweep, method, schedule, seed, tick
+            )
+        after = relative_error(run, *check)
+    rounding = [q for q in unit_quantizers(layers) if isinstance(q, AdaRound)]
+    weights = sum(q.rounding.numel() for q in rounding)
+    return {
+        "unit": unit.name,
+        "pass": sweep.name,
+        "iterations": sweep.iterations,
+        "loss": loss,
+        "error_before": before,
+        "error": after,
+        "converged": 1 - sum(int(q.undecided()) for q in rounding) / weights if weights else None,
+        "wall_s": time.perf_counter() - began,
+        "cache_bytes": store.used + store.spilled,
+        "spilled_bytes": store.spilled,
+    }
+
+
+@torch.no_grad()
+def _see_weights(layers: Sequence[QuantLayer]) -> None:
+    """Let activation quantizers that start from the weights do so."""
+    for layer in layers:
+        see = getattr(layer.act_quantizer, "see_weights", None)
+        if see is not None:
+            see(layer.weight, layer.quantized_weight())
+
+
+@torch.no_grad()
+def _apply(fn: Callable[[Tensor], Tensor], array: Tensor, batch_size: int) -> Tensor:
+    """`fn` on an array in place, batch by batch."""
+    for part in array.split(batch_size):
+        part.copy_(fn(part))
+    return array
+
+
+@contextmanager
+def _trainable(model: nn.Module, groups: Mapping[str, Sequence[nn.Parameter]]) -> Iterator[None]:
+    """Only the parameters of `groups` require gradients, inside the block."""
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    for p, _ in before:
+        p.requires_grad_(False)
+    for group in groups.values():
+        for p in group:
+            p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for p, required in before:
+            p.requires_grad_(required)
+            p.grad = None
+
+
+def _learn(
+    run: Callable[[Tensor], Tensor],
+    layers: Sequence[QuantLayer],
+    groups: Mapping[str, list[nn.Parameter]],
+    arrays: tuple[Tensor, Tensor, Tensor],
+    fisher: Tensor | None,
+    sweep: Pass,
+    method: Method,
+    schedule: Schedule,
+    seed: int,
+    tick: Callable[[int], object],
+) -> float:
+    """The optimisation of one unit; returns the mean reconstruction loss of the last tenth."""
+    device = next(iter(groups.values()))[0].device
+    draw = torch.Generator().manual_seed(seed)
+    dice = torch.Generator(device).manual_seed(seed + 1)
+    x_hat, x_float, y = arrays
+    rounding = [q for q in unit_quantizers(layers) if isinstance(q, AdaRound)]
+    soft = rounding if "rounding" in groups else []
+    optimizer = torch.optim.Adam(
+        [{"params": ps, "lr": sweep.lr[name], "name": name} for name, ps in groups.items()],
+        fused=True,
+    )
+    late: list[Tensor] = []
+    drop = method.drop if sweep.inputs and sweep.name == "rounding" else 0.0
+    with dropping([la.act_quantizer for la in layers if la.act_enabled], drop, dice):
+        for q in soft:
+            q.soft = True
+        for i in range(sweep.iterations):
+            progress = i / sweep.iterations
+            for group in optimizer.param_groups:
+                if group["name"] != "rounding":
+                    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+                    group["lr"] = sweep.lr[group["name"]] * cosine
+            index = torch.randint(len(y), (schedule.minibatch,), generator=draw)
+            x = rows(x_hat, index, device)
+            if method.mix > 0 and sweep.name == "rounding":
+                x = mix(rows(x_float, index, device), x, method.mix, dice)
+            weight = None if fisher is None else rows(fisher, index, device)
+            error = output_error(run(x), rows(y, index, device), sweep.p, weight)
+            beta = beta_at(progress, schedule.beta, schedule.warmup) if soft else None
+            loss = error
+            if beta is not None:
+                loss = error + schedule.penalty * torch.stack([q.penalty(beta) for q in soft]).sum()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            if progress >= 0.9:
+                late.append(error.detach())
+            tick(i)
+        for q in soft:
+            q.soft = False
+    return float(torch.stack(late).mean()) if late else math.nan
