@@ -164,20 +164,22 @@ def hydra_main(job: Any, config_path: Path, config_name: str, argv: Sequence[str
     from qexp import messages, sweep
 
     known, arguments, overrides = _parse(argv)
-    if _is_dry(overrides):
-        arguments += sweep.nowhere()
-    before, sys.argv = sys.argv, ["qexp", *arguments]
-    sweep.forget()
-    try:
-        hydra.main(version_base="1.3", config_path=str(config_path), config_name=config_name)(job)()
-    except messages.COMPOSITION as error:
-        if isinstance(origin(error), QexpError) or hasattr(error, "run_folder"):
-            raise
-        source = messages.Source(config_path, config_name, overrides, known.config_dir)
-        raise ConfigError(messages.explain(error, source)) from error
-    finally:
-        sys.argv = before
-        failures = sweep.summary()
+    main_ = hydra.main(version_base="1.3", config_path=str(config_path), config_name=config_name)
+    before = sys.argv
+    failures = ""
+    with sweep.folder_for(dry=_is_dry(overrides)) as extra:
+        sys.argv = ["qexp", *arguments, *extra]
+        sweep.forget()
+        try:
+            main_(job)()
+        except messages.COMPOSITION as error:
+            source = messages.Source(config_path, config_name, overrides, known.config_dir)
+            raise ConfigError(messages.explain(error, source)) from error
+        except ValueError as error:  # options that do not go together; a job itself never raises
+            raise ConfigError(f"qexp: {error}. Try: qexp COMMAND --hydra-help") from error
+        finally:
+            sys.argv = before
+            failures = sweep.summary()
     job.raise_error()
     if failures:
         raise RunError(failures)

@@ -19,15 +19,15 @@ import dataclasses
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qexp.errors import ConfigError, did_you_mean
-from qexp.hints import parameters_of, says, type_hints
+from qexp.signature import Signature, against
 
 PACKAGE = Path(__file__).parent
 
@@ -111,7 +111,15 @@ def _mixed_name() -> str | None:
     return f"{choices['quantizer/weight']}+{choices['quantizer/act']}"
 
 
+def gpu_of_job(count: int) -> str:
+    """`cuda:N` for a sweep's job, round robin over `count` GPUs: the resolver `${gpu_of_job:4}`."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return f"cuda:{HydraConfig.get().job.num % count}"
+
+
 OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+OmegaConf.register_new_resolver("gpu_of_job", gpu_of_job, replace=True)
 
 
 def check(cfg: DictConfig, schema: type | None = None) -> None:
@@ -124,7 +132,7 @@ def check(cfg: DictConfig, schema: type | None = None) -> None:
     if not problems:
         plain: Any = OmegaConf.to_container(cfg, resolve=True)
         if schema is not None:
-            problems += _against(plain, _Signature.of_dataclass(schema), "", cfg)
+            problems += against(plain, Signature.of_dataclass(schema), "")
         problems += _ranges(plain)
         wrong = {line.split()[1] for line in problems}  # `bits` of "config: bits must be ..."
         for path, node in _targets(plain):
@@ -135,73 +143,6 @@ def check(cfg: DictConfig, schema: type | None = None) -> None:
             ]
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
-
-
-# ---------------------------------------------------------------------------------------------
-# One mapping against one signature
-
-
-@dataclasses.dataclass
-class _Signature:
-    """Names, types and which are required."""
-
-    hints: dict[str, Any]
-    required: set[str]
-    open: bool = False  # takes **kwargs
-
-    @classmethod
-    def of_dataclass(cls, schema: type) -> _Signature:
-        required = {
-            f.name
-            for f in dataclasses.fields(schema)
-            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        }
-        return cls({f: type_hints(schema).get(f, Any) for f in _names(schema)}, required)
-
-    @classmethod
-    def of_callable(cls, target: Callable[..., Any]) -> _Signature:
-        parameters, is_open = parameters_of(target)
-        hints = type_hints(target)
-        required = {p.name for p in parameters if p.default is inspect.Parameter.empty}
-        return cls({p.name: hints.get(p.name, Any) for p in parameters}, required, is_open)
-
-    def without(self, names: set[str]) -> _Signature:
-        hints = {name: hint for name, hint in self.hints.items() if name not in names}
-        return _Signature(hints, self.required - names, self.open)
-
-
-def _names(schema: type) -> list[str]:
-    return [f.name for f in dataclasses.fields(schema)]
-
-
-def _against(
-    node: Mapping[str, Any], signature: _Signature, path: str, cfg: DictConfig, owner: str = ""
-) -> Iterator[str]:
-    """Lines for unknown keys, missing keys and wrong types of `node`."""
-    dot = f"{path}." if path else ""
-    for key, value in node.items():
-        if key in signature.hints:
-            hint = signature.hints[key]
-            if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-                nested = _Signature.of_dataclass(hint)  # type: ignore[arg-type]
-                yield from _against(value, nested, f"{dot}{key}", cfg)
-                continue
-            wanted = says(value, hint)
-            if wanted:
-                given = f"{value!r} ({type(value).__name__})"
-                yield f"config: {dot}{key} must be {wanted}, got {given}."
-        elif not signature.open:
-            yield unknown_key(f"{dot}{key}", list(signature.hints), owner)
-    for key in sorted(signature.required - set(node)):
-        yield f"config: {dot}{key} is missing. Set {dot}{key}=..."
-
-
-def unknown_key(path: str, known: list[str], owner: str = "") -> str:
-    """The line about a key that is not there, with those that are."""
-    parent, _, key = path.rpartition(".")
-    name = owner or parent.rpartition(".")[2] or "it"
-    options = ", ".join(sorted(known)) or "no keys"
-    return f"config: no key '{path}' ({name} has: {options}).{did_you_mean(key, known)}"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -229,15 +170,15 @@ def _check_node(path: str, node: Mapping[str, Any], cfg: DictConfig) -> list[str
     keys = {k: v for k, v in node.items() if k not in MARKERS}
     settings = getattr(sys.modules.get(target.__module__), "Settings", None)
     if inspect.isfunction(target) and dataclasses.is_dataclass(settings):
-        problems = list(_against(keys, _Signature.of_dataclass(settings), path, cfg))  # type: ignore[arg-type]
+        problems = list(against(keys, Signature.of_dataclass(settings), path))  # type: ignore[arg-type]
         return problems or _settings_ranges(settings, node, path)
-    signature = _Signature.of_callable(target).without(GIVEN.get(group, set()))
+    signature = Signature.of_callable(target).without(GIVEN.get(group, set()))
     if path == group:  # the group's own node: `name` is for folders and tables
         ours = RESERVED.get(group, set()) | {"name"}
         keys = {k: v for k, v in keys.items() if k not in ours or k in signature.hints}
     if node.get("_partial_"):
         signature.required = set()
-    return list(_against(keys, signature, path, cfg, _owner(path, node)))
+    return list(against(keys, signature, path, _owner(path, node)))
 
 
 def _imported(name: str) -> Any:
@@ -325,5 +266,5 @@ def _ranges(plain: Mapping[str, Any]) -> Iterator[str]:
                 )
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_int(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)  # true is no number

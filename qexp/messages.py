@@ -12,8 +12,8 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qexp.config import unknown_key
 from qexp.errors import ConfigError, did_you_mean
+from qexp.signature import unknown_key
 
 COMPOSITION = (HydraException, OmegaConfBaseException)
 

@@ -17,7 +17,8 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,14 @@ def is_sweep() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
-def nowhere() -> list[str]:
-    """Overrides for a sweep that must not leave a folder (`dry_run`)."""
-    return [f"hydra.sweep.dir={Path(tempfile.gettempdir(), 'qexp-dry-run')}"]
+@contextmanager
+def folder_for(*, dry: bool) -> Iterator[list[str]]:
+    """The override that sends a dry run's sweep folder, which Hydra insists on, into oblivion."""
+    if not dry:
+        yield []
+        return
+    with tempfile.TemporaryDirectory(prefix="qexp-dry-run-") as folder:
+        yield [f"hydra.sweep.dir={folder}"]
 
 
 def run_job(task: Callable[[DictConfig], dict[str, Any]], cfg: DictConfig) -> None:
@@ -113,7 +119,8 @@ def summary() -> str:
     if not jobs:
         return ""
     print(table(jobs))
-    failed = [" ".join(job["overrides"]) for job in jobs if job["status"] == "failed"]
+    names = zip(jobs, varying(jobs), strict=True)
+    failed = [name for job, name in names if job["status"] == "failed"]
     if not failed:
         return ""
     return f"sweep: {len(failed)} of {len(jobs)} jobs failed: {'; '.join(failed)}. See {_folder}."
@@ -122,11 +129,11 @@ def summary() -> str:
 def table(jobs: list[dict[str, Any]]) -> str:
     """Job, status, top-1 (percent), seconds and folder, in columns."""
     rows = [("job", "status", "top-1", "seconds", "folder")]
-    for job in jobs:
+    for job, name in zip(jobs, varying(jobs), strict=True):
         top1, seconds = job.get("top1"), job.get("seconds")
         rows.append(
             (
-                " ".join(job["overrides"]) or "-",
+                name,
                 job["status"],
                 "-" if top1 is None else f"{top1:.2f}",
                 "-" if seconds is None else f"{seconds:.0f}",
@@ -134,6 +141,12 @@ def table(jobs: list[dict[str, Any]]) -> str:
             )
         )
     return columns(rows)
+
+
+def varying(jobs: list[dict[str, Any]]) -> list[str]:
+    """Each job by the overrides that not all of them share."""
+    shared = set.intersection(*(set(job["overrides"]) for job in jobs))
+    return [" ".join(o for o in job["overrides"] if o not in shared) or "-" for job in jobs]
 
 
 def columns(rows: list[tuple[str, ...]]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -50,7 +49,9 @@ def resume(argv: Sequence[str]) -> int:
         "qexp resume", description="Continue a run, or the unfinished ones of a sweep."
     )
     parser.add_argument("run", help="a run's folder, the end of its path, or a sweep's folder")
-    parser.add_argument("overrides", nargs="*", help="changes, for instance recipe.epochs=40")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], help="changes, for instance recipe.epochs=40"
+    )
     parser.add_argument("--out", default="outputs", help="where runs are looked up (outputs)")
     args = parser.parse_args(list(argv))
     folder = locate(args.run, Path(args.out))
@@ -217,7 +218,6 @@ def env(argv: Sequence[str]) -> int:
             "data",
             f"{data.resolve()}{'' if data.is_dir() else ' (absent; QEXP_DATA names another)'}",
         ),
-        ("time", time.strftime("%Y-%m-%d %H:%M:%S %z")),
     ]
     print(columns(rows))
     return 0

@@ -1,13 +1,84 @@
-"""Type hints read as rules for YAML values: `says(4.5, int)` -> "an integer"."""
+"""Mappings from YAML against signatures: unknown keys, missing keys, wrong types, in words.
+
+A `Signature` is read from a dataclass or from a callable's parameters and annotations;
+`against` compares a mapping with one; `says(4.5, int)` -> "an integer" is the rule for a value.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union
+
+from qexp.errors import did_you_mean
+
+
+@dataclasses.dataclass
+class Signature:
+    """Names, types and which are required."""
+
+    hints: dict[str, Any]
+    required: set[str]
+    open: bool = False  # takes **kwargs
+
+    @classmethod
+    def of_dataclass(cls, schema: type) -> Signature:
+        required = {
+            f.name
+            for f in dataclasses.fields(schema)
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        }
+        return cls({f: type_hints(schema).get(f, Any) for f in _names(schema)}, required)
+
+    @classmethod
+    def of_callable(cls, target: Callable[..., Any]) -> Signature:
+        parameters, is_open = parameters_of(target)
+        hints = type_hints(target)
+        required = {p.name for p in parameters if p.default is inspect.Parameter.empty}
+        return cls({p.name: hints.get(p.name, Any) for p in parameters}, required, is_open)
+
+    def without(self, names: set[str]) -> Signature:
+        hints = {name: hint for name, hint in self.hints.items() if name not in names}
+        return Signature(hints, self.required - names, self.open)
+
+
+def _names(schema: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(schema)]
+
+
+def against(
+    node: Mapping[str, Any], signature: Signature, path: str, owner: str = ""
+) -> Iterator[str]:
+    """Lines for unknown keys, missing keys and wrong types of `node`."""
+    dot = f"{path}." if path else ""
+    for key, value in node.items():
+        if key in signature.hints:
+            hint = signature.hints[key]
+            if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+                nested = Signature.of_dataclass(hint)  # type: ignore[arg-type]
+                yield from against(value, nested, f"{dot}{key}")
+                continue
+            wanted = says(value, hint)
+            if wanted:
+                given = f"{value!r} ({type(value).__name__})"
+                yield f"config: {dot}{key} must be {wanted}, got {given}."
+        elif not signature.open:
+            yield unknown_key(f"{dot}{key}", list(signature.hints), owner)
+    for key in sorted(signature.required - set(node)):
+        yield f"config: {dot}{key} is missing. Set {dot}{key}=..."
+
+
+def unknown_key(path: str, known: list[str], owner: str = "") -> str:
+    """The line about a key that is not there, with those that are."""
+    parent, _, key = path.rpartition(".")
+    name = owner or parent.rpartition(".")[2] or "it"
+    options = ", ".join(sorted(known)) or "no keys"
+    return f"config: no key '{path}' ({name} has: {options}).{did_you_mean(key, known)}"
+
 
 NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
 
