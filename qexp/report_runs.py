@@ -1,0 +1,206 @@
+"""Run folders and papers' numbers, read from the disk for `qexp report`. Imports no torch.
+
+A run folder holds `result.json` or `status.json`. Folders written today hold both, beside
+config.yaml, metrics.jsonl and layers.csv; committed results may hold result.json and config.yaml
+only. What is missing or unreadable becomes a run with an error, never a run that is left out.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from qexp.errors import ConfigError
+from qexp.runner.folder import NOT_IDENTITY, RESULT, STATUS, read_json, read_status
+
+UNIFORM = (None, "float", "uniform", "progressive")  # policies that end at one width for all
+# Two runs that differ in these keys only are the same experiment with another seed or place.
+NOT_EXPERIMENT = (*NOT_IDENTITY, "seed", "root", "download", "plots", "save_every", "save")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run as its folder tells it.
+
+    Attributes:
+        state: done, failed, interrupted, running or dead.
+        error: one line; empty for a done run.
+        result: result.json; empty for a run that did not get there.
+        config: config.yaml, resolved; empty when it is not there.
+    """
+
+    folder: Path
+    state: str
+    error: str
+    result: Mapping[str, Any]
+    config: Mapping[str, Any]
+
+    @property
+    def done(self) -> bool:
+        return self.state == "done"
+
+    @property
+    def dataset(self) -> str:
+        return str(self.result.get("dataset") or _at(self.config, "dataset", "name") or "unknown")
+
+    @property
+    def model(self) -> str:
+        return str(self.result.get("model") or _at(self.config, "model", "name") or "unknown")
+
+    @property
+    def method(self) -> str:
+        named = self.config.get("method") or _at(self.config, "quantizer", "name")
+        return str(self.result.get("method") or named or "unknown")
+
+    @property
+    def policy(self) -> str | None:
+        return self.result.get("policy") or _at(self.config, "bitwidth", "name")
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all inner layers end at one width."""
+        return self.policy in UNIFORM
+
+    @property
+    def is_float(self) -> bool:
+        return self.method == "fp32" or self.width("weight") == self.width("act") == 32
+
+    def width(self, operand: str) -> float | None:
+        """Nominal bits of `weight` or `act`; of a mixed run, the measured average by parameter
+        (weights) or by layer (inputs), to two digits."""
+        bits = _at(
+            self.result, "bits", "weight_by_param" if operand == "weight" else "act_by_layer"
+        )
+        nominal = self.result.get("w_bits" if operand == "weight" else "a_bits")
+        for value in (nominal, _at(self.config, "bitwidth", operand), self.config.get("bits")):
+            if self.uniform and isinstance(value, (int, float)):
+                return float(value)
+        return None if bits is None else round(float(bits), 2)
+
+    @property
+    def seed(self) -> Any:
+        return self.result.get("seed", self.config.get("seed"))
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """The protocol with nested keys as `distill.weight`."""
+        return dict(flatten(self.result.get("protocol") or {}))
+
+    @property
+    def protocol_hash(self) -> str:
+        return str(self.result.get("protocol_hash") or "")
+
+    @cached_property
+    def variant(self) -> dict[str, Any]:
+        """What tells two quantizers of one name apart: their options and their policy's."""
+        keys = ("quantizer", "bitwidth")
+        own = {k: self.config[k] for k in keys if self.config.get(k)}
+        return {k: v for k, v in flatten(own) if k.rpartition(".")[2] not in NOT_EXPERIMENT}
+
+    @cached_property
+    def experiment(self) -> str:
+        """Hash of the config without seed and place; empty without a config."""
+        if not self.config:
+            return ""
+        kept = {k: v for k, v in flatten(self.config) if not _is_place(k)}
+        return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+
+    def layers(self) -> list[dict[str, str]]:
+        """Rows of layers.csv; none when it is not there."""
+        path = self.folder / "layers.csv"
+        if not path.is_file():
+            return []
+        with path.open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    def epochs(self) -> list[dict[str, Any]]:
+        """The epochs of metrics.jsonl, each once (a resumed run repeats none), in order."""
+        found: dict[int, dict[str, Any]] = {}
+        path = self.folder / "metrics.jsonl"
+        for line in path.read_text().splitlines() if path.is_file() else ():
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue  # the line a killed run was writing
+            if event.get("event") == "epoch" and isinstance(event.get("epoch"), int):
+                found[event["epoch"]] = event
+        return [found[epoch] for epoch in sorted(found)]
+
+
+def read_runs(roots: Sequence[Path]) -> list[RunRecord]:
+    """Every run folder at or below `roots`, each once, in the order of their paths.
+
+    Raises:
+        ConfigError: a root that does not exist or is a file.
+    """
+    found: dict[Path, RunRecord] = {}
+    for root in roots:
+        if not root.is_dir():
+            why = "is a file" if root.exists() else "does not exist"
+            raise ConfigError(
+                f"report: folder '{root}' {why}. Give folders of runs: qexp report DIR"
+            )
+        for place, folders, files in os.walk(root):
+            folders[:] = sorted(f for f in folders if not f.startswith("."))
+            if STATUS in files or RESULT in files:
+                folder = Path(place)
+                found.setdefault(folder.resolve(), read_run(folder))
+    return list(found.values())
+
+
+def read_run(folder: Path) -> RunRecord:
+    """One run folder, whatever state it is in."""
+    result = read_json(folder / RESULT)
+    status = read_status(folder) if (folder / STATUS).is_file() else {"state": "done"}
+    state = str(status.get("state"))
+    error = str(status.get("error") or "")
+    if state == "done" and not isinstance(result.get("top1"), (int, float)):
+        state = "failed"
+        there = (folder / RESULT).is_file()
+        error = f"{RESULT} {'holds no finite top1' if there else 'is missing'}"
+    elif state != "done":
+        result = {}
+        error = error or {"running": "not finished yet", "dead": "its process is gone"}.get(
+            state, ""
+        )
+    return RunRecord(folder, state, error, result, _read_config(folder / "config.yaml"))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (OSError, YAMLError, OmegaConfBaseException, UnicodeDecodeError):
+        return {}
+    return {str(k): v for k, v in config.items()} if isinstance(config, dict) else {}
+
+
+def _is_place(key: str) -> bool:
+    parts = key.split(".")
+    return parts[0] in NOT_EXPERIMENT or parts[-1] in NOT_EXPERIMENT
+
+
+def flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """`(a.b, value)` for every leaf; lists are leaves."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _at(tree: Mapping[str, Any], *path: str) -> Any:
+    node: Any = tree
+    for key in path:
+        node = node.get(key) if isinstance(node, Mapping) else None
+    return node
