@@ -6,11 +6,14 @@ view of the padded images, which moves H*W bytes per image.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from qexp.data.sampling import generator
+from qexp.errors import ConfigError
 
 
 def pad_images(images: Tensor, pad: int) -> Tensor:
@@ -45,3 +48,20 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     Shape: images uint8 [B, C, H, W], mean and std [C, 1, 1] -> float32 [B, C, H, W].
     """
     return images.float().div_(255).sub_(mean).div_(std)
+
+
+def per_channel(key: str, values: Sequence[float], channels: int, name: str) -> Tensor:
+    """Mean or std of a config as a tensor. Shape: [C, 1, 1].
+
+    Raises:
+        ConfigError: not one value per channel, or a std that is not positive.
+    """
+    if len(values) != channels:
+        raise ConfigError(
+            f"config: dataset.{key} must have {channels} values, one per channel of {name}, "
+            f"got {len(values)}."
+        )
+    tensor = torch.tensor([float(v) for v in values])
+    if key == "std" and not bool((tensor > 0).all()):
+        raise ConfigError(f"config: dataset.std must be positive, got {list(values)}.")
+    return tensor[:, None, None]

@@ -6,6 +6,7 @@ A data set is a subclass that says how to `read` its images; everything else is 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,16 +14,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qexp.data.augment import crop_flip, draw_crops, normalise, pad_images
+from qexp.data.augment import crop_flip, draw_crops, normalise, pad_images, per_channel
 from qexp.data.sampling import (
     SPLIT_SEED,
     choose_images,
+    choose_split,
     epoch_order,
     split_train,
     step_slice,
     steps_in_epoch,
 )
-from qexp.errors import ConfigError, DataError
+from qexp.errors import ConfigError
 
 
 class Images(NamedTuple):
@@ -35,7 +37,7 @@ class Images(NamedTuple):
 
 
 @dataclass(kw_only=True)
-class InMemory:
+class InMemory(ABC):
     """A data set that lives on the device.
 
     Args:
@@ -77,10 +79,8 @@ class InMemory:
         channels, self._height, self._width = images.train_images.shape[1:]
         self.input_shape = (channels, self._height, self._width)
         self.num_classes = int(images.train_labels.max()) + 1
-        self._mean = self._per_channel("mean", self.mean)
-        self._std = self._per_channel("std", self.std)
-        if not bool((self._std > 0).all()):
-            raise ConfigError(f"config: dataset.std={list(self.std)} must be positive.")
+        self._mean = per_channel("mean", self.mean, channels, self.name).to(self.device)
+        self._std = per_channel("std", self.std, channels, self.name).to(self.device)
         train, val = split_train(images.train_labels, self.val_fraction, self.subset)
         self.train_size, self._val_size, self.has_val = len(train), len(val), len(val) > 0
         self.steps_per_epoch = steps_in_epoch(self.train_size, self.batch_size, self.world_size)
@@ -96,17 +96,9 @@ class InMemory:
         ]
         self._splits["train"] = (inner, self._labels)  # a view of the padded images
 
+    @abstractmethod
     def read(self) -> Images:
         """All images and labels, on the CPU."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how to read its images")
-
-    def _per_channel(self, key: str, values: Sequence[float]) -> Tensor:
-        if len(values) != self.input_shape[0]:
-            raise ConfigError(
-                f"config: dataset.{key} has {len(values)} values, the images of {self.name} have "
-                f"{self.input_shape[0]} channels. Give one value per channel."
-            )
-        return torch.tensor([float(v) for v in values], device=self.device)[:, None, None]
 
     def protocol(self) -> dict[str, Any]:
         """What was done to the images, for result.json."""
@@ -140,12 +132,7 @@ class InMemory:
 
         Shape: x [B, C, H, W] float32, y [B] int64.
         """
-        if split not in self._splits:
-            raise DataError(
-                f"data: {self.name} has no split '{split}' (has: {', '.join(self._splits)}). "
-                "Set dataset.val_fraction=0.1 for a val split."
-            )
-        images, labels = self._splits[split]
+        images, labels = choose_split(self._splits, split, self.name)
         images, labels = images[self.rank :: self.world_size], labels[self.rank :: self.world_size]
         for i in range(0, len(labels), self.batch_size):
             part = slice(i, i + self.batch_size)

@@ -9,11 +9,15 @@ same validation images.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from qexp.errors import ConfigError, DataError
+
+Part = TypeVar("Part")
 
 SPLIT_SEED = 0  # of the hold-out and of `subset`: the same for every run
 
@@ -125,3 +129,17 @@ def choose_images(size: int, n: int, seed: int) -> Tensor:
             "Lower the number of calibration images."
         )
     return torch.randperm(size, generator=generator("calibrate", seed))[:n]
+
+
+def choose_split(splits: Mapping[str, Part], split: str, name: str) -> Part:
+    """The part of a data set called `split`.
+
+    Raises:
+        DataError: there is none.
+    """
+    if split not in splits:
+        hold_out = " Set dataset.val_fraction=0.1." if split == "val" else ""
+        raise DataError(
+            f"data: {name} has no split '{split}' (has: {', '.join(splits)}).{hold_out}"
+        )
+    return splits[split]
