@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -19,8 +20,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qexp.quant.asq import ASQ
+from qexp.quant.codebook import Codebook
+from qexp.quant.dorefa import PACT, DoReFaActivation, DoReFaWeight
 from qexp.quant.functional import compile_kernels
 from qexp.quant.lsq import LSQ, LSQPlus
+from qexp.quant.n2uq import N2UQ, N2UQWeight
 from qexp.quant.power import POST, POT, APoT, POSTReleased
 from qexp.quant.quantizer import Quantizer
 
@@ -100,6 +104,29 @@ CASES = [
         idempotent=False,
         equivariant=False,
     ),
+    Case("n2uq-act", N2UQ, "relu", refines=True),
+    Case("n2uq-act-signed", N2UQ, "signed", refines=True),
+    # The scale is that of the weights: quantized ones have another.
+    Case("n2uq-weight", N2UQWeight, "weight", idempotent=False),
+    Case("codebook", Codebook, "weight", refines=True),
+    Case("codebook-kmeans-channel", partial(Codebook, init="kmeans", per_channel=True), "weight"),
+    Case("codebook-uniform-count", partial(Codebook, init="uniform", form="count"), "weight"),
+    Case("codebook-gradient", partial(Codebook, adaptation="gradient"), "weight"),
+    # tanh bends: neither its fixed points nor its scale are the input's.
+    *(
+        Case(
+            f"dorefa-weight-{r}",
+            partial(DoReFaWeight, rescale=r),
+            "weight",
+            idempotent=False,
+            equivariant=False,
+        )
+        for r in ("rms", "max", "none")
+    ),
+    Case("dorefa-act", DoReFaActivation, "relu", refines=True),
+    Case("dorefa-act-signed", DoReFaActivation, "signed"),
+    Case("pact", PACT, "relu", refines=True),
+    Case("pact-signed", PACT, "signed"),
 ]
 
 each = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
@@ -238,7 +265,7 @@ def test_more_bits_never_mean_more_error(case: Case, seed: int) -> None:
         q, x = case.calibrated(bits, seed)
         with torch.no_grad():
             errors.append((q(x) - x).square().mean().item())
-    for narrow, wide in zip(errors, errors[1:], strict=False):
+    for narrow, wide in pairwise(errors):
         assert wide <= narrow * (1 + 1e-3)  # POT stops gaining: its end gap is fixed
 
 

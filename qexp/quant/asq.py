@@ -85,13 +85,14 @@ class _ChannelMeans(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dims: list[int]) -> Tensor:
+        mean = x.mean(dim=dims, dtype=torch.float32)
         ctx.shape, ctx.dims, ctx.dtype = x.shape, dims, x.dtype
-        return x.mean(dim=dims, dtype=torch.float32)
+        ctx.count = x.numel() // mean.numel()
+        return mean
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        count = math.prod(ctx.shape[d] for d in ctx.dims)
-        grad = (grads[0] / count).to(ctx.dtype)  # dL/dx = dL/dmean / count, broadcast
+        grad = (grads[0] / ctx.count).to(ctx.dtype)  # dL/dx = dL/dmean / count, broadcast
         for d in ctx.dims:
             grad = grad.unsqueeze(d)
         return grad.expand(ctx.shape), None  # dims are constants
