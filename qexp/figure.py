@@ -70,10 +70,13 @@ def legend(figure: Figure, *entries: tuple[Any, str, str]) -> None:
     )
 
 
-def save(figure: Figure, path: Path | IO[bytes], title: str, note: str = "") -> None:
-    """Write `figure` with a title and a note below it; the path's ending is the format."""
+def save(
+    figure: Figure, path: Path | IO[bytes], title: str, note: str = "", **save_as: Any
+) -> None:
+    """Write `figure` with a title and a note below it; the path's ending is the format, or
+    `format=` of `save_as` for a stream."""
     figure.suptitle("\n".join(filter(None, (title, note))), fontsize=SMALL + 1)
-    figure.savefig(path, dpi=DPI)
+    figure.savefig(path, dpi=DPI, **save_as)
 
 
 def flat(values: Any) -> np.ndarray:

@@ -1,0 +1,179 @@
+"""The report as one HTML page: tables, figures, every row's layers and runs. Fetches nothing.
+
+Figures are PNG inside the page. Links lead to the run folders, relative to where the page is
+written, so a page committed beside its results keeps working.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from qexp.figure import number
+from qexp.report import COLUMNS, cells, protocol_lines
+from qexp.report_plot import Curve, Point, learning, pareto
+from qexp.report_runs import RunRecord
+from qexp.report_tables import Row, Table
+
+FILES = ("result.json", "config.yaml", "layers.csv", "train.log")
+MAX_CURVES = 200  # lines in a figure of learning curves; more would be one smear
+STYLE = """
+body { font: 14px/1.45 system-ui, sans-serif; color: #1b1b1b; margin: 2rem auto; max-width: 92rem;
+       padding: 0 1.5rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: left;
+         vertical-align: top; }
+th { border-bottom: 2px solid #555; font-weight: 600; }
+td.number, th.number { text-align: right; white-space: nowrap; }
+td.flags { min-width: 16rem; color: #a03000; }
+td.bits { white-space: nowrap; }
+tr.failed td { background: #fdf1ec; }
+.note { color: #555; font-size: .9em; max-width: 75rem; overflow-wrap: anywhere; }
+img { max-width: 100%; height: auto; display: block; margin: 1rem 0; }
+details { margin: .3rem 0; } summary { cursor: pointer; }
+.layers td { padding: .1rem .6rem; }
+.bar { display: inline-block; height: .7em; background: #0072B2; margin-right: .4em; }
+.bar.act { background: #009E73; } .bar.size { background: #E69F00; }
+"""
+
+
+def page(tables: Sequence[Table], beside: Path) -> str:
+    """The whole page; `beside` is the folder it will lie in."""
+    index = "".join(f'<li><a href="#t{i}">{escape(t.title)}</a></li>' for i, t in enumerate(tables))
+    body = "".join(_section(table, f"t{i}", beside) for i, table in enumerate(tables))
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width">'
+        f"<title>qexp report</title><style>{STYLE}</style></head><body><h1>qexp report</h1>"
+        f"<ul>{index}</ul>{body}</body></html>\n"
+    )
+
+
+def _section(table: Table, anchor: str, beside: Path) -> str:
+    notes = "<br>".join(escape(line.strip()) for line in protocol_lines(table))
+    details = "".join(_details(row, beside) for row in table.rows)
+    return (
+        f'<h2 id="{anchor}">{escape(table.title)}</h2>'
+        f'<div class="wide">{_table(table.rows, beside)}</div><p class="note">{notes}</p>'
+        f"{_figures(table)}<h3>Layers and runs</h3>{details}"
+    )
+
+
+def _table(rows: Sequence[Row], beside: Path) -> str:
+    head = "".join(f'<th class="{_kind(name)}">{escape(name)}</th>' for name in COLUMNS)
+    lines = []
+    for row in rows:
+        texts = [escape(text) for text in cells(row)]
+        if row.counted:  # the name leads to the first seed's result, the details below to all
+            link = _relative(row.first.folder / "result.json", beside)
+            texts[0] = f'<a href="{escape(link)}">{texts[0]}</a>'
+        data = "".join(
+            f'<td class="{_kind(name)}">{text}</td>'
+            for name, text in zip(COLUMNS, texts, strict=True)
+        )
+        lines.append(f'<tr class="{"done" if row.counted else "failed"}">{data}</tr>')
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+
+
+def _kind(column: str) -> str:
+    if column in ("method", "paper", "protocol"):
+        return "text"
+    return column if column in ("flags", "bits") else "number"
+
+
+def _figures(table: Table) -> str:
+    rows = [row for row in table.rows if row.top1]
+    costs = {"size [kB]": ("size_bytes", 1e-3), "average weight bits": ("bits", 1.0)}
+    charts = {label: _points(rows, key, unit) for label, (key, unit) in costs.items()}
+    charts = {label: points for label, points in charts.items() if points}
+    curves = [curve for row in rows for run in row.counted for curve in _curve(row, run)]
+    parts = []
+    if charts:
+        parts.append(_image(pareto, charts, f"{table.title}: accuracy against cost"))
+    if curves:
+        shown, title = curves[:MAX_CURVES], f"{table.title}: learning curves"
+        if len(curves) > MAX_CURVES:
+            title += f" (first {MAX_CURVES} of {len(curves)} runs)"
+        parts.append(_image(learning, shown, title))
+    return "".join(parts)
+
+
+def _points(rows: Sequence[Row], key: str, unit: float) -> list[Point]:
+    """The quantized rows; float is far to the right and would press the rest together."""
+    path = ("bits", "weight_with_outer") if key == "bits" else (key,)
+    points = []
+    for row in rows:
+        cost, top1 = row.stat(*path), row.top1
+        if cost and top1 and not row.first.is_float:
+            points.append(Point(row.name, row.bits, cost.mean * unit, top1.mean, top1.std))
+    return points
+
+
+def _curve(row: Row, run: RunRecord) -> list[Curve]:
+    epochs = [e for e in run.epochs() if isinstance(e.get("top1"), (int, float))]
+    if not epochs:
+        return []
+    return [Curve(row.name, row.bits, [e["epoch"] for e in epochs], [e["top1"] for e in epochs])]
+
+
+def _image(draw: Callable[..., None], data: Any, title: str) -> str:
+    out = io.BytesIO()
+    draw(data, out, title, format="png")
+    code = base64.b64encode(out.getvalue()).decode()
+    return f'<img alt="{escape(title)}" src="data:image/png;base64,{code}">'
+
+
+def _details(row: Row, beside: Path) -> str:
+    """A row's runs with their files, and the layers of the first run that has them."""
+    runs = "".join(_run_line(run, beside) for run in row.runs)
+    layers = next((rows for rows in (run.layers() for run in row.counted) if rows), [])
+    title = f"{row.name}, {row.bits}: {len(row.runs)} run{'s' if len(row.runs) > 1 else ''}"
+    return (
+        f"<details><summary>{escape(title)}</summary><ul>{runs}</ul>"
+        f"{_layer_table(layers) if layers else ''}</details>"
+    )
+
+
+def _run_line(run: RunRecord, beside: Path) -> str:
+    files = [
+        f'<a href="{escape(_relative(run.folder / name, beside))}">{name}</a>'
+        for name in FILES
+        if (run.folder / name).is_file()
+    ]
+    top1 = f"top-1 {run.result['top1']:.2f}, " if run.done else ""
+    commit = f"commit {str(run.result['commit'])[:10]}, " if run.result.get("commit") else ""
+    error = f" {run.error}" if run.error else ""
+    told = escape(f"seed {run.seed}: {run.state}{error}, {top1}{commit}")
+    return f"<li>{told}{' '.join(files)}</li>"
+
+
+def _layer_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """layers.csv with bars: bits of weights and inputs, bytes, as shares of the largest."""
+    bars = {"w_bits": "", "a_bits": " act", "size_bytes": " size"}
+    most = {key: max((number(row.get(key)) or 0.0) for row in rows) or 1.0 for key in bars}
+    lines = []
+    for row in rows:
+        data = []
+        for key, text in row.items():
+            bar = ""
+            if key in bars:
+                width = 6 * (number(text) or 0.0) / most[key]
+                bar = f'<span class="bar{bars[key]}" style="width:{width:.2f}em"></span>'
+            data.append(f"<td>{bar}{escape(text or '')}</td>")
+        lines.append(f"<tr>{''.join(data)}</tr>")
+    head = "".join(f"<th>{escape(name)}</th>" for name in rows[0])
+    return (
+        f'<div class="wide"><table class="layers"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def _relative(path: Path, beside: Path) -> str:
+    return Path(os.path.relpath(path.resolve(), beside.resolve())).as_posix()

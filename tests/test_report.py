@@ -1,0 +1,304 @@
+"""`qexp report` on synthetic run folders: grouping, statistics, flags, formats, errors."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import statistics
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qexp.errors import ConfigError, RunError
+from qexp.report import main
+
+PROTOCOL = {
+    "dataset": "cifar10",
+    "model": "resnet20",
+    "epochs": 10,
+    "lr": 0.01,
+    "distill": {"weight": 0.0, "temperature": 1.0},
+    "first_last": "8",
+    "float_sha256": "f00",
+}
+LAYERS = """\
+name,kind,shape,w_bits,a_bits,signed,levels_used,weights,macs,size_bytes,sqnr_db,sensitivity
+conv1,conv,16x3x3x3,8,8,true,250,432,442368,500,40.1,
+layer1.0.conv1,conv,16x16x3x3,4,4,false,16,2304,2359296,1200,19.5,0.3
+fc,linear,10x64,8,8,false,251,640,640,700,41,
+"""
+
+
+def make_run(
+    root: Path,
+    name: str,
+    *,
+    method: str = "lsq",
+    bits: int = 4,
+    seed: int = 0,
+    top1: float | None = 91.0,
+    state: str = "done",
+    error: str = "",
+    quantizer: dict[str, Any] | None = None,
+    protocol: dict[str, Any] | None = None,
+    **result: Any,
+) -> Path:
+    """A run folder as the runner leaves it; `result` replaces fields of result.json."""
+    folder = root / name
+    folder.mkdir(parents=True)
+    status = {"state": state, "error": error} if error else {"state": state}
+    (folder / "status.json").write_text(json.dumps(status))
+    recipe = {"name": "qat", "epochs": (protocol or PROTOCOL)["epochs"]}
+    config = {
+        "seed": seed,
+        "bits": bits,
+        "dataset": {"name": "cifar10", "root": f"data{seed}"},
+        "model": {"name": "resnet20"},
+        "recipe": recipe,
+        "quantizer": {"name": method, **(quantizer or {})},
+        "bitwidth": {"name": "uniform", "weight": bits, "act": bits, "seed": seed},
+    }
+    (folder / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
+    (folder / "layers.csv").write_text(LAYERS)
+    events = [{"event": "epoch", "epoch": e, "loss": 1 / e, "top1": 90 - 20 / e} for e in (1, 2, 3)]
+    lines = [json.dumps({"event": "start"}), *map(json.dumps, events), '{"event": "epo']
+    (folder / "metrics.jsonl").write_text("\n".join(lines))
+    if state == "done":
+        fields: dict[str, Any] = {
+            "method": method, "dataset": "cifar10", "model": "resnet20", "recipe": "qat",
+            "policy": "float" if method == "fp32" else "uniform", "w_bits": bits, "a_bits": bits,
+            "bits": {"weight_by_param": float(bits), "weight_by_layer": float(bits),
+                     "weight_with_outer": bits + 0.1, "act_by_layer": float(bits)},
+            "top1": top1, "top1_best": (top1 or 0) + 0.3, "best_epoch": 7,
+            "best_selected_on": "test", "fp32_top1": 91.73, "drop": 91.73 - (top1 or 0),
+            "size_bytes": 36000 * bits, "bops": 41e6 * bits * bits, "seed": seed,
+            "commit": "abc", "dirty": False, "protocol": protocol or PROTOCOL,
+            "protocol_hash": "p" + str((protocol or PROTOCOL)["epochs"]), "health": {},
+        }  # fmt: skip
+        (folder / "result.json").write_text(json.dumps({**fields, **result}))
+    return folder
+
+
+def report(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    assert main(list(argv)) == 0
+    return capsys.readouterr().out
+
+
+def rows(capsys: pytest.CaptureFixture[str], root: Path, *argv: str) -> list[dict[str, str]]:
+    text = report(capsys, str(root), "--format", "csv", *argv)
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def test_seeds_average_to_mean_and_sample_deviation(tmp_path, capsys) -> None:
+    values = [90.8, 91.4, 91.1]
+    for seed, top1 in enumerate(values):
+        make_run(tmp_path, f"lsq/{seed}", seed=seed, top1=top1)
+    (row,) = rows(capsys, tmp_path)
+    assert float(row["top1_mean"]) == pytest.approx(statistics.mean(values))
+    assert float(row["top1_std"]) == pytest.approx(statistics.stdev(values))
+    assert (row["n"], row["top1_worst"], row["top1_best_seed"]) == ("3", "90.8", "91.4")
+    text = report(capsys, str(tmp_path))
+    assert "| 91.10 ± 0.30 (n=3) | 90.80 to 91.40 |" in text
+    assert "91.40 ± 0.30 (test-selected)" in text
+
+
+def test_one_seed_has_no_deviation(tmp_path, capsys) -> None:
+    make_run(tmp_path, "a")
+    (row,) = rows(capsys, tmp_path)
+    assert (row["n"], row["top1_std"]) == ("1", "")
+    assert "| 91.00 (n=1) | n/a |" in report(capsys, str(tmp_path))
+
+
+def test_a_repeated_seed_counts_once_and_the_newest_wins(tmp_path, capsys) -> None:
+    make_run(tmp_path, "2026-01", top1=80.0)
+    make_run(tmp_path, "2026-02", top1=90.0)
+    (row,) = rows(capsys, tmp_path)
+    assert (row["n"], row["top1_mean"]) == ("1", "90.0")
+    assert "seed 0 ran again: the newest counts" in row["flags"]
+
+
+def test_another_protocol_is_flagged_with_the_keys_that_differ(tmp_path, capsys) -> None:
+    make_run(tmp_path, "a", method="lsq")
+    make_run(tmp_path, "b", method="pact")
+    longer = {**PROTOCOL, "epochs": 60, "distill": {"weight": 0.5, "temperature": 1.0}}
+    make_run(tmp_path, "c", method="asq", protocol=longer)
+    text = report(capsys, str(tmp_path))
+    assert "Protocol p60 differs, do not compare: epochs: 60 instead of 10" in text
+    assert "distill.weight: 0.5 instead of 0.0" in text
+    flagged = {row["method"]: row["flags"] for row in rows(capsys, tmp_path)}
+    assert flagged["asq"] == "protocol differs: epochs, distill.weight"
+    assert flagged["lsq"] == flagged["pact"] == ""
+
+
+def test_a_float_control_is_not_flagged_for_its_first_and_last_layer(tmp_path, capsys) -> None:
+    make_run(tmp_path, "a", method="lsq")
+    control = {**PROTOCOL, "first_last": "float"}
+    make_run(tmp_path, "b", method="fp32", bits=32, protocol=control, protocol_hash="other")
+    listed = rows(capsys, tmp_path)
+    assert [row["bits"] for row in listed] == ["float", "W4A4"]
+    assert [row["flags"] for row in listed] == ["", ""]
+
+
+def test_grouping_by_protocol_makes_tables_without_flags(tmp_path, capsys) -> None:
+    make_run(tmp_path, "a")
+    make_run(tmp_path, "b", protocol={**PROTOCOL, "epochs": 60})
+    listed = rows(capsys, tmp_path, "--group", "dataset,protocol")
+    assert len({row["table"] for row in listed}) == 2
+    assert all(row["flags"] == "" for row in listed)
+
+
+def test_failed_interrupted_and_dead_runs_stay_in_the_table(tmp_path, capsys) -> None:
+    make_run(tmp_path, "a", seed=0)
+    make_run(tmp_path, "b", seed=1, state="failed", error="run: loss is NaN at epoch 3, step 120")
+    make_run(tmp_path, "c", method="asq", state="interrupted")
+    (tmp_path / "c/status.json").write_text('{"state": "running", "pid": 999999999}')
+    by_method = {row["method"]: row for row in rows(capsys, tmp_path)}
+    assert "seed 1 failed: run: loss is NaN at epoch 3" in by_method["lsq"]["flags"]
+    assert by_method["lsq"]["n"] == "1"
+    assert by_method["asq"]["n"] == "0"
+    assert "| asq | W4A4 |" in report(capsys, str(tmp_path))
+
+
+def test_a_result_without_a_finite_top1_is_a_failure(tmp_path, capsys) -> None:
+    make_run(tmp_path, "a", top1=None)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/result.json").write_text('{"top1": 91')
+    flags = " ".join(row["flags"] for row in rows(capsys, tmp_path))
+    assert flags.count("result.json holds no finite top1") == 2
+
+
+def test_quantizer_options_tell_rows_of_one_name_apart(tmp_path, capsys) -> None:
+    make_run(tmp_path, "a", quantizer={"weight": {"per_channel": False}})
+    make_run(tmp_path, "b", quantizer={"weight": {"per_channel": True}}, seed=1)
+    names = sorted(row["method"] for row in rows(capsys, tmp_path))
+    assert names == [
+        "lsq [quantizer.weight.per_channel=False]",
+        "lsq [quantizer.weight.per_channel=True]",
+    ]
+
+
+def test_a_grid_with_too_many_levels_and_uncommitted_code_are_flagged(tmp_path, capsys) -> None:
+    over = {"weight_by_param": 2.32, "weight_by_layer": 2.32, "act_by_layer": 2.0}
+    make_run(tmp_path, "a", method="post_released", bits=2, dirty=True)
+    result = json.loads((tmp_path / "a/result.json").read_text())
+    result.update(bits=over, health={"dead_levels": {"conv1.weight_quantizer": 2}})
+    (tmp_path / "a/result.json").write_text(json.dumps(result))
+    (row,) = rows(capsys, tmp_path)
+    assert "holds more levels than 2 bit: 2.32" in row["flags"]
+    assert "uncommitted code" in row["flags"]
+    assert "dead levels: 2" in row["flags"]
+
+
+def test_a_committed_result_needs_neither_status_nor_config(tmp_path, capsys) -> None:
+    folder = make_run(tmp_path, "a")
+    for name in ("status.json", "config.yaml", "metrics.jsonl", "layers.csv"):
+        (folder / name).unlink()
+    (row,) = rows(capsys, tmp_path)
+    assert (row["method"], row["n"]) == ("lsq", "1")
+    assert "<table" in report(capsys, str(tmp_path), "--format", "html")
+
+
+PAPERS = """\
+method,model,dataset,w_bits,a_bits,policy,top1,float_top1,first_last,distillation,epochs,kind,source,table,verified,notes
+lsq,resnet20,cifar10,4,4,uniform,90.5,91,8,no,200,rerun,someone/repo,README,yes,
+lsq,resnet20,cifar10,4,4,uniform,92.0,,8,no,200,paper,arXiv 1,Table 1,yes,
+lsq,resnet20,cifar10,2,2,uniform,88.0,,8,yes,200,paper,arXiv 1,Table 2,no,
+"""
+
+
+def test_the_papers_number_is_shown_for_exactly_the_same_case_only(tmp_path, capsys) -> None:
+    papers = tmp_path / "papers.csv"
+    papers.write_text(PAPERS)
+    for bits in (2, 3, 4):
+        make_run(tmp_path, f"w{bits}", bits=bits)
+    listed = {r["bits"]: r for r in rows(capsys, tmp_path, "--papers", str(papers))}
+    assert listed["W4A4"]["paper_top1"] == "92.0"  # the paper's own before a re-run
+    assert float(listed["W4A4"]["difference"]) == pytest.approx(-1.0)
+    assert listed["W3A3"]["paper_top1"] == listed["W3A3"]["difference"] == ""
+    assert "paper with distillation" in listed["W2A2"]["flags"]
+    assert "unverified" in report(capsys, str(tmp_path), "--papers", str(papers))
+
+
+class _Structure(HTMLParser):
+    """Checks that every tag closes, and collects what the page would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.fetched: list[str] = []
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.fetched += [values[k] or "" for k in ("src",) if k in values]
+        self.links += [values["href"] or ""] if tag == "a" else []
+        if tag not in ("meta", "img", "br", "link"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_html_page_is_self_contained_and_links_to_each_run(tmp_path, capsys) -> None:
+    for seed in (0, 1):
+        make_run(tmp_path / "runs", f"a{seed}", seed=seed, top1=91 + seed)
+    make_run(tmp_path / "runs", "b", method="<i>", bits=2, state="failed", error="a < b & c")
+    out = tmp_path / "page" / "report.html"
+    assert report(capsys, str(tmp_path / "runs"), "--out", str(out)) == ""
+    text = out.read_text()
+    page = _Structure()
+    page.feed(text)
+    assert page.open == []
+    assert page.fetched
+    assert all(source.startswith("data:image/") for source in page.fetched)
+    assert "&lt;i&gt;" in text
+    assert "a &lt; b &amp; c" in text
+    local = [link for link in page.links if not link.startswith("#")]
+    assert any(link.endswith("a0/result.json") for link in local)
+    assert all((out.parent / link).exists() for link in local)
+
+
+def test_the_format_follows_the_files_ending(tmp_path, capsys) -> None:
+    make_run(tmp_path / "runs", "a")
+    main([str(tmp_path / "runs"), "--out", str(tmp_path / "t.csv")])
+    assert (tmp_path / "t.csv").read_text().startswith("table,dataset,")
+
+
+def test_no_runs_says_how_to_train_one(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunError) as error:
+        main([])
+    assert str(error.value) == (
+        "report: no runs under 'outputs'. Train one with: qexp train quantizer=lsq bits=4."
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["nowhere"], "report: folder 'nowhere' does not exist."),
+        (["--group", "modle"], "report: cannot group by 'modle'."),
+        (["--papers", "none.csv"], "report: no file 'none.csv'."),
+        (["--out", "table.pdf"], "report: 'table.pdf' ends in none of .md, .csv, .html."),
+    ],
+)
+def test_a_wrong_argument_is_one_line_with_exit_code_2(tmp_path, monkeypatch, argv, line) -> None:
+    make_run(tmp_path / "outputs", "a")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as error:
+        main(argv)
+    assert str(error.value).startswith(line)
+    assert "\n" not in str(error.value)
+
+
+def test_importing_report_loads_no_torch() -> None:
+    code = (
+        "import qexp.report, sys; print([m for m in ('torch', 'matplotlib') if m in sys.modules])"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert answer.stdout.strip() == "[]", answer.stderr
