@@ -66,12 +66,13 @@ def softmax_model() -> tuple[nn.Module, list[Layer], Tensor, Tensor]:
     return model, trace(model, (4,)), torch.randn(40, 4), torch.arange(40) % 3
 
 
-def test_hutchinson_approaches_the_exact_trace_of_a_softmax_regression() -> None:
+@pytest.mark.parametrize("chunk", [40, 7])
+def test_hutchinson_approaches_the_exact_trace_of_a_softmax_regression(chunk: int) -> None:
     model, layers, x, y = softmax_model()
     # H = mean over images of (diag(p) - p p') kron x x', so tr H = mean (1 - |p|^2) |x|^2.
     p = model(x).softmax(1)
     exact = ((1 - p.square().sum(1)) * x.square().sum(1)).mean().item() / 12
-    got = hutchinson_trace(model, layers, x, y, probes=2000)["0"]
+    got = hutchinson_trace(model, layers, x, y, probes=2000, chunk=chunk)["0"]
     assert got == pytest.approx(exact, rel=0.05)
 
 
@@ -88,19 +89,38 @@ def test_hutchinson_with_one_probe_is_the_quadratic_form_of_the_hessian() -> Non
     assert got == pytest.approx(exact, rel=1e-4)
 
 
-def test_hutchinson_does_not_depend_on_the_chunk_and_leaves_the_network_as_it_was() -> None:
+def test_hutchinson_repeats_for_a_seed_and_leaves_the_network_as_it_was() -> None:
     model = network().train()
     model[3].weight.requires_grad_(False)  # type: ignore[index,union-attr]
     before = {k: v.clone() for k, v in model.state_dict().items()}
     layers = trace(model, (3, 8, 8))
     x, y = data()
-    whole = hutchinson_trace(model, layers, x, y, probes=2, chunk=24)
-    parts = hutchinson_trace(model, layers, x, y, probes=2, chunk=7)
-    assert parts == pytest.approx(whole, rel=1e-3)
+    first, again, other = (
+        hutchinson_trace(model, layers, x, y, probes=2, chunk=7, seed=s) for s in (0, 0, 1)
+    )
+    assert first == again != other
     assert model.training
     assert not model[3].weight.requires_grad  # type: ignore[index,union-attr]
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_hutchinson_traces_each_layers_own_block_of_the_hessian() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
+    layers = trace(model, (3,))
+    x, y = torch.randn(20, 3), torch.arange(20) % 3
+    got = hutchinson_trace(model, layers, x, y, probes=1500)
+    for layer in layers:
+        params = dict(model.named_parameters())
+
+        def loss(w: Tensor, name: str = f"{layer.name}.weight", params: Any = params) -> Tensor:
+            return F.cross_entropy(torch.func.functional_call(model, {**params, name: w}, x), y)
+
+        weight = params[f"{layer.name}.weight"].detach()
+        hessian: Tensor = torch.autograd.functional.hessian(loss, weight)  # type: ignore[assignment]
+        exact = torch.einsum("ijij->", hessian).item() / layer.weights
+        assert got[layer.name] == pytest.approx(exact, rel=0.1, abs=1e-3)
 
 
 def test_fisher_is_the_mean_squared_gradient_times_the_squared_perturbation() -> None:

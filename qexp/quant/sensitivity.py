@@ -15,9 +15,12 @@ dw = Q_b(W_l) - W_l, made by the weight quantizer that the run uses, calibrated 
                  the small ones. The control that looks at no data and no weights.
 
 L is the mean cross-entropy over the images, of the network in eval mode (batch norm as an affine
-map), so images do not interact and are taken in chunks. One probe vector spans all layers: one
-second backward gives every layer's v_l' (H v)_l. Its expectation is tr(H_l), for the terms between
-layers vanish; they add variance, which more probes average out. The constant 1/2 is dropped.
+map), so images do not interact and are taken in chunks. The chunks' traces add up, so each chunk
+draws probes of its own: together there are as many as asked, and no more image passes than needed.
+A probe spans one layer. One that spans all layers gives every v_l' (H v)_l at once, with the same
+expectation, but the terms between layers are noise: on ResNet-20 (CIFAR-10, 64 images, 12 probes)
+its variance was 2 to 29 times larger, 9 in the median, for a fifth of the time, and small layers
+came out negative. The constant 1/2 is dropped.
 
 Departs from the papers: a trace estimated below zero (the network is not at a minimum, or too few
 probes) counts as zero. Fisher uses the data's labels: the empirical Fisher.
@@ -25,6 +28,7 @@ probes) counts as zero. Fisher uses the data's labels: the empirical Fisher.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -38,7 +42,7 @@ from qexp.quant.trace import Layer
 # Omega_l(b) by layer name and bits.
 Omega = dict[str, dict[int, float]]
 
-CHUNK = 64  # images a pass: bounds the memory of the second backward, not the result
+CHUNK = 64  # images a pass: bounds the memory of the second backward
 
 
 @contextmanager
@@ -58,14 +62,6 @@ def _differentiable(model: nn.Module, layers: Sequence[Layer]) -> Iterator[list[
             w.requires_grad_(before)
 
 
-def _rademacher(weights: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
-    """Vectors of +-1, drawn on the CPU so that a seed means the same on every device."""
-    return [
-        (torch.randint(0, 2, w.shape, generator=generator) * 2 - 1).to(w.device, w.dtype)
-        for w in weights
-    ]
-
-
 def hutchinson_trace(
     model: nn.Module,
     layers: Sequence[Layer],
@@ -78,20 +74,27 @@ def hutchinson_trace(
 ) -> dict[str, float]:
     """tr(H_l) / n_l of the mean cross-entropy, by layer name.
 
-    Shape: images [N, C, H, W], labels [N]. Source: HAWQ-V2, section 3.1.
+    Args:
+        probes: vectors a layer, shared out over the chunks and rounded up.
+        chunk: images a pass. Memory grows with it.
+
+    Shape: images [N, C, H, W], labels [N]. Source: HAWQ-V2, Hutchinson's algorithm.
     """
+    # Drawn on the CPU, so that a seed means the same on every device.
+    generator = torch.Generator().manual_seed(seed)
+    each = math.ceil(probes / math.ceil(len(images) / chunk))
     with _differentiable(model, layers) as weights:
         total = torch.zeros(len(weights), dtype=torch.float64, device=images.device)
         for x, y in zip(images.split(chunk), labels.split(chunk), strict=True):
             loss = F.cross_entropy(model(x), y, reduction="sum") / len(images)
             grads = torch.autograd.grad(loss, weights, create_graph=True)
-            # The same probes for every chunk: v' H v is linear in H, so the chunks add up.
-            generator = torch.Generator().manual_seed(seed)
-            for _ in range(probes):
-                v = _rademacher(weights, generator)
-                h_v = torch.autograd.grad(grads, weights, grad_outputs=v, retain_graph=True)
-                total += torch.stack([(a * b).double().sum() for a, b in zip(v, h_v, strict=True)])
-    traces = (total / probes).tolist()
+            for i, (w, g) in enumerate(zip(weights, grads, strict=True)):
+                for _ in range(each):
+                    v = torch.randint(0, 2, w.shape, generator=generator) * 2 - 1
+                    v = v.to(w.device, w.dtype)
+                    h_v = torch.autograd.grad(g, w, grad_outputs=v, retain_graph=True)[0]
+                    total[i] += (v * h_v).double().sum()  # v' H v
+    traces = (total / each).tolist()
     return {layer.name: t / layer.weights for layer, t in zip(layers, traces, strict=True)}
 
 
