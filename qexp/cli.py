@@ -159,31 +159,48 @@ def run_task(name: str, argv: Sequence[str]) -> int:
 
 def hydra_main(job: Any, config_path: Path, config_name: str, argv: Sequence[str]) -> int:
     """Hand `argv` to Hydra, with `job` as the task; its errors of composition become ours."""
-    import hydra
-
-    from qexp import messages, sweep
+    from qexp import messages
 
     known, arguments, overrides = _parse(argv)
-    main_ = hydra.main(version_base="1.3", config_path=str(config_path), config_name=config_name)
-    before = sys.argv
-    failures = ""
-    with sweep.folder_for(dry=_is_dry(overrides)) as extra:
-        sys.argv = ["qexp", *arguments, *extra]
-        sweep.forget()
-        try:
-            main_(job)()
-        except messages.COMPOSITION as error:
-            source = messages.Source(config_path, config_name, overrides, known.config_dir)
-            raise ConfigError(messages.explain(error, source)) from error
-        except ValueError as error:  # options that do not go together; a job itself never raises
-            raise ConfigError(f"qexp: {error}. Try: qexp COMMAND --hydra-help") from error
-        finally:
-            sys.argv = before
-            failures = sweep.summary()
+    config_name = known.config_name or config_name
+    try:
+        if known.help:
+            from qexp import help as help_
+
+            print(help_.text(config_path, config_name, overrides, known.config_dir))
+            return 0
+        failures = _launch(job, config_path, config_name, arguments, overrides)
+    except messages.COMPOSITION as error:
+        source = messages.Source(config_path, config_name, overrides, known.config_dir)
+        raise ConfigError(messages.explain(error, source)) from error
+    except ValueError as error:  # options that do not go together; a job itself never raises
+        raise ConfigError(f"qexp: {error}. Try: qexp COMMAND --hydra-help") from error
     job.raise_error()
     if failures:
         raise RunError(failures)
     return 0
+
+
+def _launch(
+    job: Any, config_path: Path, config_name: str, argv: Sequence[str], overrides: Sequence[str]
+) -> str:
+    """Run the job, or the jobs; returns a line about those of a sweep that failed."""
+    import hydra
+
+    from qexp import sweep
+
+    task = hydra.main(version_base="1.3", config_path=str(config_path), config_name=config_name)
+    before = sys.argv
+    failures = ""
+    with sweep.folder_for(dry=_is_dry(overrides)) as extra:
+        sys.argv = ["qexp", *argv, *extra]
+        sweep.forget()
+        try:
+            task(job)()
+        finally:
+            sys.argv = before
+            failures = sweep.summary()
+    return failures
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[str]]:
@@ -226,7 +243,7 @@ def _completion(argv: Sequence[str]) -> int:
     line = os.environ.get("COMP_LINE", "")
     words = line.split()[1:]
     if argv and argv[0].startswith("query="):
-        typed = " ".join(words) + (" " if line.endswith(" ") else "")
+        typed = " ".join(words) + (" " if words and line.endswith(" ") else "")
         matching = [name for name in (*COMMANDS, *TOOLS) if f"{name} ".startswith(typed)]
         name = next((name for name in COMMANDS if typed.startswith(f"{name} ")), None)
         if name is None:

@@ -146,7 +146,8 @@ def table(jobs: list[dict[str, Any]]) -> str:
 def varying(jobs: list[dict[str, Any]]) -> list[str]:
     """Each job by the overrides that not all of them share."""
     shared = set.intersection(*(set(job["overrides"]) for job in jobs))
-    return [" ".join(o for o in job["overrides"] if o not in shared) or "-" for job in jobs]
+    own = [[o for o in job["overrides"] if o not in shared] for job in jobs]
+    return [" ".join(o or job["overrides"]) or "-" for o, job in zip(own, jobs, strict=True)]
 
 
 def columns(rows: list[tuple[str, ...]]) -> str:

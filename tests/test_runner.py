@@ -1,0 +1,371 @@
+"""A run's life: folder, status, files that are never half written, what is put back."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from qexp.errors import CheckpointError, ConfigError, RunError
+from qexp.runner import atomic, checkpoint, environment
+from qexp.runner.device import compiler_available, pick_device, seed_everything
+from qexp.runner.folder import claim, find_done, find_runs, identity, owner, read_json, read_status
+from qexp.runner.run import open_run
+
+
+@pytest.fixture
+def cfg(tmp_path: Path) -> DictConfig:
+    return OmegaConf.create({"bits": 4, "seed": 7, "out": str(tmp_path), "double": "${bits}"})
+
+
+def status_of(folder: Path) -> dict:
+    return json.loads((folder / "status.json").read_text())
+
+
+# Folders
+
+
+def test_runs_that_ask_for_one_folder_at_once_each_get_their_own(tmp_path: Path) -> None:
+    barrier, got = threading.Barrier(8), []
+
+    def ask() -> None:
+        barrier.wait()
+        got.append(claim(tmp_path / "run", {"state": "running"}))
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(got)) == 8
+    assert tmp_path / "run" in got
+
+
+def test_a_finished_run_leaves_every_file_of_the_design(tmp_path: Path, cfg: DictConfig) -> None:
+    with open_run(tmp_path / "run", cfg) as run:
+        run.event("epoch", epoch=1, loss=float("nan"))
+        lines = (run.dir / "metrics.jsonl").read_text().splitlines()
+        assert json.loads(lines[-1])["loss"] is None  # flushed, and valid JSON
+        assert status_of(run.dir)["state"] == "running"
+        run.info("half way")
+        run.finish({"top1": 91.5})
+    files = {p.name for p in run.dir.iterdir()}
+    assert files == {
+        "config.yaml",
+        ".hydra",
+        "env.json",
+        "status.json",
+        "metrics.jsonl",
+        "train.log",
+        "result.json",
+    }
+    assert status_of(run.dir)["state"] == "done"
+    assert OmegaConf.load(run.dir / "config.yaml").double == 4
+    assert "${bits}" in (run.dir / ".hydra" / "config.yaml").read_text()
+    assert "half way" in (run.dir / "train.log").read_text()
+    result = read_json(run.dir / "result.json")
+    assert result["top1"] == 91.5
+    assert result["seed"] == 7
+    assert {"commit", "dirty", "wall_s", "overrides"} <= set(result)
+
+
+def test_a_failed_run_has_its_traceback_and_no_result(tmp_path: Path, cfg: DictConfig) -> None:
+    with pytest.raises(ZeroDivisionError) as caught, open_run(tmp_path / "run", cfg):
+        raise ZeroDivisionError("boo")
+    folder = tmp_path / "run"
+    assert caught.value.run_folder == folder  # type: ignore[attr-defined]
+    assert status_of(folder)["state"] == "failed"
+    assert status_of(folder)["error"] == "ZeroDivisionError: boo"
+    assert "Traceback" in (folder / "train.log").read_text()
+    assert not (folder / "result.json").exists()
+
+
+def test_a_run_without_a_result_is_no_success(tmp_path: Path, cfg: DictConfig) -> None:
+    with pytest.raises(RunError, match="without a result"), open_run(tmp_path / "run", cfg):
+        pass
+    assert status_of(tmp_path / "run")["state"] == "failed"
+
+
+def test_sigterm_interrupts_a_run_and_is_given_back(tmp_path: Path, cfg: DictConfig) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), open_run(tmp_path / "run", cfg):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert status_of(tmp_path / "run")["state"] == "interrupted"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_run_whose_process_is_gone_reads_dead(tmp_path: Path) -> None:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    folder = claim(tmp_path / "run", {"state": "running", **owner(), "pid": process.pid})
+    assert read_status(folder)["state"] == "dead"
+
+
+def test_a_pid_given_to_another_process_reads_dead(tmp_path: Path) -> None:
+    if owner()["pid_started"] is None:
+        pytest.skip("no /proc here")
+    folder = claim(tmp_path / "a", {"state": "running", **owner()})
+    assert read_status(folder)["state"] == "running"
+    folder = claim(tmp_path / "b", {"state": "running", **owner(), "pid_started": 1})
+    assert read_status(folder)["state"] == "dead"
+
+
+def test_a_run_on_another_machine_is_never_called_dead(tmp_path: Path) -> None:
+    status = {"state": "running", **owner(), "pid": 2**22 + 1, "host": "elsewhere"}
+    assert read_status(claim(tmp_path / "run", status))["state"] == "running"
+
+
+def test_resume_continues_in_the_folder_and_adds_the_time(tmp_path: Path, cfg: DictConfig) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt), open_run(folder, cfg):
+        raise KeyboardInterrupt
+    before = (folder / ".hydra" / "config.yaml").read_text()
+    atomic.write_json(folder / "status.json", {**status_of(folder), "wall_s": 100.0})
+    cfg.bits = 3
+    with open_run(folder, cfg, resume=True) as run:
+        assert run.resumed
+        assert run.dir == folder
+        run.finish({"top1": 1.0})
+    assert read_json(folder / "result.json")["wall_s"] >= 100
+    assert "error" not in status_of(folder)
+    assert OmegaConf.load(folder / "config.yaml").bits == 3
+    assert (folder / ".hydra" / "config.yaml").read_text() == before
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    events = [json.loads(line)["event"] for line in lines]
+    assert events == ["start", "resume"]
+
+
+def test_a_running_run_cannot_be_resumed(tmp_path: Path, cfg: DictConfig) -> None:
+    with open_run(tmp_path / "run", cfg) as run:
+        with (
+            pytest.raises(RunError, match="still running"),
+            open_run(run.dir, cfg, resume=True),
+        ):
+            pass
+        run.finish({})
+    assert status_of(run.dir)["state"] == "done"
+
+
+def test_tensorboard_is_opened_only_when_used(tmp_path: Path, cfg: DictConfig) -> None:
+    with open_run(tmp_path / "run", cfg) as run:
+        assert not list(run.dir.glob("events.*"))
+        run.scalar("loss", 0.5, 1)
+        run.histogram("w", torch.randn(4, 4), 1)
+        assert list(run.dir.glob("events.*"))
+        run.finish({})
+
+
+# What a run may not leave behind
+
+
+def test_torch_global_state_is_put_back(tmp_path: Path, cfg: DictConfig) -> None:
+    with open_run(tmp_path / "outer", cfg) as outer:
+        with open_run(tmp_path / "inner", cfg) as run:
+            torch.set_default_dtype(torch.float64)
+            torch.use_deterministic_algorithms(True)
+            torch.set_float32_matmul_precision("medium")
+            torch.backends.cudnn.benchmark = True
+            run.finish({})
+        assert torch.get_default_dtype() is torch.float32
+        assert not torch.are_deterministic_algorithms_enabled()
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert not torch.backends.cudnn.benchmark
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL  # the outer run's own
+        outer.finish({})
+    assert (
+        status_of(tmp_path / "outer")["state"] == status_of(tmp_path / "inner")["state"] == "done"
+    )
+
+
+# Disk
+
+
+def _save_to(folder: Path, fsync: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(atomic.os, "fsync", fsync)
+    checkpoint.save(folder / "last.pt", {"a": torch.zeros(4)})
+
+
+def _save_small_then_large(folder: Path) -> None:
+    for numbers in (4, 10**6):
+        checkpoint.save(folder / "last.pt", {"a": torch.zeros(numbers)})
+
+
+def test_a_full_disk_is_one_line(
+    tmp_path: Path, cfg: DictConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with (
+        pytest.raises(RunError, match=r"no space left\. Free some"),
+        open_run(tmp_path / "run", cfg) as run,
+    ):
+        _save_to(run.dir, full, monkeypatch)
+    assert not list(tmp_path.rglob(".*.tmp"))
+
+
+def test_a_small_disk_fills_up_in_one_line(tmp_path: Path, cfg: DictConfig) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("needs root and mount to make a small disk")
+    try:
+        with pytest.raises(RunError, match="no space left"), open_run(disk / "run", cfg) as run:
+            _save_small_then_large(run.dir)
+        assert checkpoint.load(disk / "run" / "last.pt")["a"].numel() == 4  # the earlier one
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_no_permission_is_one_line(
+    tmp_path: Path, cfg: DictConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, *args: object, **kwargs: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with (
+        pytest.raises(RunError, match=r"no permission to write\. Set out="),
+        open_run(tmp_path / "run", cfg),
+    ):
+        pass
+
+
+def test_a_file_in_the_way_is_one_line(tmp_path: Path, cfg: DictConfig) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(RunError, match=r"part of the path is a file\. Set out="),
+        open_run(tmp_path / "file" / "run", cfg),
+    ):
+        pass
+
+
+def test_an_unreadable_file_elsewhere_is_not_blamed_on_the_run(
+    tmp_path: Path, cfg: DictConfig
+) -> None:
+    with pytest.raises(PermissionError), open_run(tmp_path / "run", cfg):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/data/images/1.png")
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_crash_during_a_save_leaves_the_previous_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, {"epoch": 1})
+
+    def killed(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(atomic.os, step, killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(path, {"epoch": 2})
+    monkeypatch.undo()
+    assert checkpoint.load(path) == {"epoch": 1}
+    checkpoint.save(path, {"epoch": 2})
+    assert checkpoint.load(path) == {"epoch": 2}
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+@pytest.mark.parametrize("kept", [0, 1, 100, 1000, -1, -200])
+def test_a_truncated_checkpoint_is_one_line(tmp_path: Path, kept: int) -> None:
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, {"w": torch.zeros(1000)})
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    torch.save({"model": torch.nn.Linear(2, 2)}, path)
+    with pytest.raises(CheckpointError, match="plain data"):
+        checkpoint.load(path)
+
+
+def test_a_missing_checkpoint_and_one_that_is_no_dict(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no file"):
+        checkpoint.load(tmp_path / "nix.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(CheckpointError, match="holds a list"):
+        checkpoint.load(tmp_path / "list.pt")
+
+
+def test_random_state_survives_a_checkpoint(tmp_path: Path) -> None:
+    def draw() -> tuple[float, float, float, float]:
+        return random.random(), random.gauss(0, 1), float(np.random.randn()), float(torch.rand(()))
+
+    seed_everything(3)
+    draw()
+    checkpoint.save(tmp_path / "rng.pt", {"rng": checkpoint.rng_state()})
+    expected = [draw(), draw()]
+    checkpoint.set_rng_state(checkpoint.load(tmp_path / "rng.pt")["rng"])
+    assert [draw(), draw()] == expected
+    seed_everything(3)
+    first = draw()
+    seed_everything(3)
+    assert draw() == first
+
+
+# Identity
+
+
+def test_identity_tells_what_is_computed_not_where(cfg: DictConfig) -> None:
+    same = OmegaConf.merge(cfg, {"out": "x", "device": "cuda", "compile": "off", "folder": "y"})
+    assert identity(cfg) == identity(same)  # type: ignore[arg-type]
+    other = OmegaConf.merge(cfg, {"bits": 3})
+    assert identity(cfg) != identity(other)  # type: ignore[arg-type]
+
+
+def test_find_done_wants_a_done_run_of_the_same_config(tmp_path: Path, cfg: DictConfig) -> None:
+    with pytest.raises(ZeroDivisionError), open_run(tmp_path / "a" / "1", cfg):
+        raise ZeroDivisionError
+    assert find_done(tmp_path, identity(cfg)) is None
+    with open_run(tmp_path / "a" / "2", cfg) as run:
+        run.finish({"top1": 1.0})
+    assert find_done(tmp_path, identity(cfg)) == run.dir
+    assert find_done(tmp_path, "other") is None
+    assert find_runs(tmp_path) == [tmp_path / "a" / "1", tmp_path / "a" / "2"]
+
+
+# Machine
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "CPU", "", "cuda:99", "cpu:0"])
+def test_a_device_that_is_not_there_is_a_config_error(name: str) -> None:
+    with pytest.raises(ConfigError, match="config: device"):
+        pick_device(name)
+
+
+def test_auto_is_a_device_that_works() -> None:
+    assert torch.zeros(1, device=pick_device("auto")).item() == 0
+    assert pick_device("cpu").type == "cpu"
+
+
+def test_without_a_compiler_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    works, reason = compiler_available()
+    assert not works
+    assert "no-such-compiler" in reason
+
+
+def test_an_installed_package_reports_its_version_as_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment.qexp, "__file__", str(tmp_path / "qexp" / "__init__.py"))
+    assert environment.source_version() == (environment.qexp.__version__, False)
