@@ -352,6 +352,25 @@ def step(q: Quantizer, fn: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor
     return [y.detach(), v.grad, *(p.grad.clone() for p in q.parameters() if p.grad is not None)]
 
 
+def first_of_each_class() -> list[Case]:
+    """Tracing costs a second: one case a class by default, all of them under `slow`."""
+    found: dict[object, Case] = {}
+    for case in CASES:
+        found.setdefault(getattr(case.make, "func", case.make), case)
+    return list(found.values())
+
+
+@pytest.mark.parametrize("case", first_of_each_class(), ids=lambda c: c.name)
+def test_a_training_step_traces_as_one_graph(case: Case) -> None:
+    q, x = case.calibrated(case.widths[0])
+    twin = copy.deepcopy(q.train())  # a training step may move buffers
+    torch._dynamo.reset()
+    graph = torch.compile(q, fullgraph=True, backend="aot_eager")
+    got = step(q, graph, x)  # type: ignore[arg-type]
+    for a, b in zip(got, step(twin, twin, x), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.slow
 @each
 def test_whole_graph_compiles_and_equals_eager(case: Case) -> None:
