@@ -94,10 +94,15 @@ def make_network(
     return Network(model, layers, policy, chosen, swaps)
 
 
+def needs_data(cfg: DictConfig) -> bool:
+    """Whether the bit-width policy looks at training images."""
+    return bool(instantiate(cfg.bitwidth, _convert_="all").needs_data)
+
+
 def policy_context(cfg: DictConfig, model: nn.Module, dataset: Any, epochs: int) -> dict[str, Any]:
     """What a bit-width policy may look at: the epoch, and data if it says `needs_data`."""
     context: dict[str, Any] = {"epoch": 0, "epochs": epochs}
-    if is_float(cfg) or not cfg.bitwidth.get("images"):
+    if is_float(cfg) or not needs_data(cfg):
         return context
     images, labels = dataset.labelled_images(cfg.bitwidth.images, cfg.seed)
     return context | {

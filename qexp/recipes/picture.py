@@ -28,7 +28,10 @@ Before = dict[str, dict[str, Tensor]]
 def weights(model: nn.Module) -> Before:
     """A sample of each layer's weights and its levels, on the CPU."""
     return {
-        name: {"values": _sample(layer.weight), "levels": layer.weight_quantizer.levels().cpu()}
+        name: {
+            "values": _sample(layer.weight),
+            "levels": layer.weight_quantizer.levels().cpu().clone(),
+        }
         for name, layer in quant_layers(model).items()
         if layer.weight_quantizer.bits < 32
     }
@@ -120,4 +123,4 @@ def _draw_codebooks(run: Run, history: Sequence[Mapping[str, Any]], title: str) 
 
 def _sample(x: Tensor) -> Tensor:
     flat = x.detach().float().flatten()
-    return flat[:: max(1, len(flat) // KEPT)].cpu()
+    return flat[:: max(1, len(flat) // KEPT)].cpu().clone()  # a view would train on

@@ -39,7 +39,7 @@ def plan(cfg: DictConfig) -> str:
     """The plan as text: a line a layer, totals, steps, estimated time, folder."""
     card = _card(cfg)
     model = build.make_model(cfg, card, torch.device("cpu"))
-    data_policy = cfg.bitwidth.get("images") and not build.is_float(cfg)
+    data_policy = not build.is_float(cfg) and build.needs_data(cfg)
     bits = None
     if data_policy:
         layers = build.trace(model, card.input_shape)

@@ -61,7 +61,8 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
     bits = None if saved is None else {k: Bits(*v) for k, v in saved["bits"].items()}
     context = build.policy_context(cfg, model, dataset, s.epochs) if saved is None else {}
     network = build.make_network(cfg, model, dataset.input_shape, context=context, bits=bits)
-    images = dataset.calibration_images(s.calibration_images, cfg.seed)
+    count = s.calibration_images if network.bits else min(OBSERVED_IMAGES, dataset.train_size)
+    images = dataset.calibration_images(count, cfg.seed)
     if saved is None:
         calibrate_(model, images)
         check_calibrated(model)

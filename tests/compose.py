@@ -1,0 +1,40 @@
+"""Compose a training config in a test, without the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from qexp.config import configs_dir
+
+# A ResNet-8 of width 4 on 32 made images of 8x8: a step takes milliseconds.
+TINY = (
+    "dataset=synthetic",
+    "dataset.image_size=8",
+    "dataset.train_images=48",
+    "dataset.test_images=32",
+    "dataset.classes=4",
+    "model=resnet8",
+    "model.width=0.25",
+    "recipe.batch_size=16",
+    "recipe.calibration_images=16",
+    "recipe.plots=false",
+    "float.batch_size=16",
+    "float.epochs=2",
+    "float.plots=false",
+    "device=cpu",
+    "compile=off",
+)
+
+
+def tiny(out: Path, *overrides: str) -> DictConfig:
+    """The tiny training config with `overrides`, resolved, its folder under `out`."""
+    with initialize_config_dir(str(configs_dir()), version_base="1.3"):
+        cfg = compose("train", overrides=[*TINY, f"out={out}", *overrides])
+    with open_dict(cfg):
+        cfg.folder = str(out / "run")
+    plain = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    assert isinstance(plain, DictConfig)
+    return plain

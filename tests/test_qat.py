@@ -1,0 +1,278 @@
+"""The training recipe: its start, its loop, its checkpoints, its result."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compose import tiny
+from omegaconf import DictConfig
+
+from qexp.errors import RunError
+from qexp.recipes import qat as qat_module
+from qexp.recipes.evaluate import evaluate_run
+from qexp.recipes.optimize import WeightAverage, lr_factor, make_optimizer
+from qexp.recipes.qat import qat
+from qexp.runner import checkpoint
+from qexp.runner.run import open_run
+
+
+def train(cfg: DictConfig, *, resume: bool = False) -> tuple[dict[str, Any], Path]:
+    with open_run(Path(cfg.folder), cfg, resume=resume) as run:
+        result = qat(cfg, run)
+        run.finish(result)
+    return result, run.dir
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two checkpoints' values are equal, tensors bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+@pytest.fixture
+def float_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One finished float network that the tests of this file start from."""
+    out = tmp_path_factory.getbasetemp() / "float"
+    found = list(out.glob("**/last.pt"))
+    if not found:
+        train(tiny(out, "quantizer=fp32", "recipe=float", "recipe.epochs=2"))
+        found = list(out.glob("**/last.pt"))
+    return found[0]
+
+
+def test_qat_writes_the_documented_result(tmp_path: Path, float_run: Path) -> None:
+    cfg = tiny(tmp_path, f"model.checkpoint={float_run}", "recipe.epochs=2", "recipe.plots=true")
+    result, folder = train(cfg)
+    written = json.loads((folder / "result.json").read_text())
+    expected = {"top1", "top1_best", "fp32_top1", "drop", "bits", "size_bytes", "bops", "protocol"}
+    assert expected <= written.keys()
+    assert written["drop"] == pytest.approx(written["fp32_top1"] - written["top1"])
+    assert written["protocol"]["float_sha256"] == result["protocol"]["float_sha256"]
+    assert written["bits"]["weight_by_param"] == 4
+    names = {p.name for p in folder.iterdir()}
+    assert {"layers.csv", "last.pt", "best.pt", "curves.png", "weights.png"} <= names
+    assert any(n.startswith("events.out.tfevents") for n in names)
+
+
+def test_eval_of_a_run_gives_its_last_epoch_again(tmp_path: Path, float_run: Path) -> None:
+    result, folder = train(tiny(tmp_path, f"model.checkpoint={float_run}", "recipe.epochs=2"))
+    node = {"run": str(folder), "checkpoint": "last.pt", "split": "test", "device": "cpu"}
+    assert evaluate_run(DictConfig(node))["top1"] == result["top1"]
+
+
+@pytest.mark.parametrize("extra", [[], ["recipe.ema=0.9", "recipe.accumulate=2"]])
+def test_resume_equals_uninterrupted_run_bit_for_bit(
+    tmp_path: Path, float_run: Path, extra: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [f"model.checkpoint={float_run}", "recipe.epochs=3", "recipe.save_every=1", *extra]
+    _, whole = train(tiny(tmp_path / "whole", *options))
+
+    stopped, saves = tiny(tmp_path / "stopped", *options), 0
+    real = checkpoint.save
+
+    def save_then_die(path: Path, state: dict[str, Any]) -> None:
+        nonlocal saves
+        real(path, state)
+        saves += path.name == "last.pt"
+        if saves == 5:  # in the middle of the second epoch
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save", save_then_die)
+    with pytest.raises(KeyboardInterrupt):
+        train(stopped)
+    monkeypatch.setattr(checkpoint, "save", real)
+    torch.manual_seed(99)  # a new process has other random state
+    _, folder = train(stopped, resume=True)
+
+    a, b = checkpoint.load(whole / "last.pt"), checkpoint.load(folder / "last.pt")
+    timings = {"train_s", "trained", "test_s", "history"}
+    assert {k for k in a if k not in timings and not same(a[k], b[k])} == set()
+    for x, y in zip(a["history"], b["history"], strict=True):
+        assert {k: x[k] for k in ("loss", "top1", "lr")} == {
+            k: y[k] for k in ("loss", "top1", "lr")
+        }
+
+
+def test_two_runs_in_one_process_do_not_affect_each_other(tmp_path: Path, float_run: Path) -> None:
+    options = [f"model.checkpoint={float_run}", "recipe.epochs=1"]
+    alone, _ = train(tiny(tmp_path / "a", *options))
+    train(tiny(tmp_path / "b", *options, "bits=2", "compile=kernels", "seed=3", "recipe.amp=true"))
+    again, _ = train(tiny(tmp_path / "c", *options))
+    assert again["top1"] == alone["top1"]
+    first = checkpoint.load(tmp_path / "a" / "run" / "last.pt")["model"]
+    third = checkpoint.load(tmp_path / "c" / "run" / "last.pt")["model"]
+    assert same(first, third)
+
+
+def test_auto_trains_one_float_network_and_shares_it(tmp_path: Path) -> None:
+    first, _ = train(tiny(tmp_path, "recipe.epochs=1"))
+    other, _ = train(tiny(tmp_path, "recipe.epochs=1", "seed=1", "bits=2"))
+    assert first["fp32_top1"] == other["fp32_top1"]
+    assert first["protocol"]["float_sha256"] == other["protocol"]["float_sha256"]
+    assert len(list(tmp_path.glob("**/fp32/*/result.json"))) == 1
+
+
+def test_auto_takes_a_float_run_the_user_made(tmp_path: Path) -> None:
+    options = ["quantizer=fp32", "recipe.batch_size=16", "recipe.epochs=2", "recipe.plots=false"]
+    cfg = tiny(tmp_path, *options)
+    cfg.folder = str(tmp_path / "synthetic-resnet8" / "fp32" / "mine")
+    _, mine = train(cfg)
+    result, _ = train(tiny(tmp_path, "recipe.epochs=1"))
+    assert json.loads((mine / "result.json").read_text())["top1"] == result["fp32_top1"]
+    assert [p.name for p in mine.parent.iterdir() if p.is_dir()] == ["mine"]
+
+
+def test_fair_control_trains_the_float_network_on(tmp_path: Path, float_run: Path) -> None:
+    options = ["quantizer=fp32", "recipe=qat", f"model.checkpoint={float_run}", "recipe.epochs=1"]
+    options += ["recipe.batch_size=16", "recipe.plots=false", "recipe.calibration_images=16"]
+    result, _ = train(tiny(tmp_path, *options))
+    assert result["fp32_top1"] is not None
+    assert result["w_bits"] == 32
+    assert result["recipe"] == "qat"
+    assert result["size_bytes"] == result["fp32_bytes"]
+
+
+def test_nan_loss_stops_the_run_naming_step_and_layer(tmp_path: Path, float_run: Path) -> None:
+    cfg = tiny(tmp_path, f"model.checkpoint={float_run}", "recipe.lr=1e30", "recipe.epochs=2")
+    with pytest.raises(RunError, match=r"run: loss is .* at epoch 1, step \d+, layer '.*' first"):
+        train(cfg)
+    status = json.loads((Path(cfg.folder) / "status.json").read_text())
+    assert status["state"] == "failed"
+    assert "recipe.grad_clip" in status["error"]
+
+
+def test_max_steps_ends_the_schedule_there(tmp_path: Path, float_run: Path) -> None:
+    cfg = tiny(tmp_path, f"model.checkpoint={float_run}", "recipe.epochs=5", "max_steps=4")
+    result, folder = train(cfg)
+    assert result["epochs"] == 2  # three steps an epoch
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    last = [r for r in rows if r["event"] == "epoch"][-1]
+    assert last["lr"] == pytest.approx(
+        0.01 * lr_factor(3, 4, schedule="cosine", warmup=0, milestones=())
+    )
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["recipe.distill.weight=0.5", "recipe.distill.temperature=2.0"],
+        ["recipe.amp=true", "recipe.channels_last=true"],
+        ["recipe.grad_clip=1.0", "recipe.optimizer=adamw", "recipe.lr=0.001"],
+        ["dataset.val_fraction=0.25", "recipe.label_smoothing=0.1", "recipe.warmup_epochs=0.5"],
+        ["recipe.bn_reestimate=32", "recipe.schedule=step"],
+        ["quantizer/act=none"],
+        ["bitwidth.first_last=same"],
+        ["bitwidth.first_last=fp32"],
+    ],
+    ids=lambda extra: extra[0],
+)
+def test_every_option_trains_to_a_finite_result(
+    tmp_path: Path, float_run: Path, extra: list[str]
+) -> None:
+    options = [f"model.checkpoint={float_run}", "recipe.epochs=1", *extra]
+    result, folder = train(tiny(tmp_path, *options))
+    state = checkpoint.load(folder / "last.pt")["model"]
+    assert all(bool(torch.isfinite(v).all()) for v in state.values() if v.is_floating_point())
+    assert 0 <= result["top1"] <= 100
+    if "dataset.val_fraction=0.25" in extra:
+        assert result["best_selected_on"] == "val"
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(
+    tmp_path: Path, float_run: Path
+) -> None:
+    # Without batch norm statistics in the way: eval-mode norms would need a hook, so compare the
+    # loss of the first step, which both see with the same weights.
+    rows = []
+    for parts in (1, 2):
+        options = [f"model.checkpoint={float_run}", "recipe.epochs=1", f"recipe.accumulate={parts}"]
+        _, folder = train(tiny(tmp_path / str(parts), *options, "max_steps=1"))
+        rows.append(checkpoint.load(folder / "last.pt")["losses"][0])
+    assert torch.isclose(rows[0], rows[1], rtol=0.2)
+
+
+def test_every_parameter_is_in_exactly_one_group(tmp_path: Path, float_run: Path) -> None:
+    from qexp.recipes import build
+
+    cfg = tiny(tmp_path, "quantizer=lsq")
+    dataset = build.make_dataset(cfg, torch.device("cpu"))
+    model = build.make_model(cfg, dataset, torch.device("cpu"))
+    build.make_network(cfg, model, dataset.input_shape)
+    optimizer = make_optimizer(
+        model,
+        optimizer="sgd",
+        lr=0.1,
+        momentum=0.9,
+        weight_decay=1e-4,
+        quantizer_lr=0.01,
+        quantizer_weight_decay=0.0,
+    )
+    grouped = [id(p) for g in optimizer.param_groups for p in g["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters())
+    scales = optimizer.param_groups[1]
+    assert len(scales["params"]) == 16  # W and A of eight layers
+    assert (scales["lr"], scales["weight_decay"]) == (0.01, 0.0)
+
+
+def test_learning_rate_schedules_match_their_definition() -> None:
+    def at(step: int, schedule: str, warmup: int = 0) -> float:
+        return lr_factor(step, 100, schedule=schedule, warmup=warmup, milestones=(0.5, 0.75))
+
+    assert at(0, "cosine") == 1
+    assert at(50, "cosine") == pytest.approx(0.5)
+    assert at(99, "cosine") < 0.001
+    assert at(25, "linear") == 0.75
+    assert [at(s, "step") for s in (49, 50, 75)] == pytest.approx([1, 0.1, 0.01])
+    assert at(0, "cosine", warmup=10) == 0.1
+    assert at(9, "constant", warmup=10) == 1
+
+
+def test_weight_average_of_a_constant_is_the_constant() -> None:
+    model = torch.nn.Linear(3, 2)
+    average = WeightAverage(model, 0.5)
+    with torch.no_grad():
+        model.weight.add_(1)
+    before = average.state["weight"].clone()
+    average.update(model)  # first step: decay min(0.5, 1/10)
+    assert torch.allclose(average.state["weight"], 0.1 * before + 0.9 * model.weight)
+    for _ in range(60):
+        average.update(model)
+    assert torch.allclose(average.state["weight"], model.weight, atol=1e-6)
+
+
+def test_training_loop_has_no_host_sync_before_its_check(
+    tmp_path: Path, float_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`.item()` and `bool(tensor)` inside the loop would stall a GPU at every step."""
+    calls: list[str] = []
+    real_epoch = qat_module._train_epoch
+
+    def watched(*args: Any) -> None:
+        real_item, real_bool = torch.Tensor.item, torch.Tensor.__bool__
+
+        def item(self: torch.Tensor) -> Any:
+            calls.append("item")
+            return real_item(self)
+
+        def truth(self: torch.Tensor) -> bool:
+            calls.append("bool")
+            return real_bool(self)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "item", item)
+            patch.setattr(torch.Tensor, "__bool__", truth)
+            patch.setattr(qat_module, "_check_finite", lambda *_: None)
+            real_epoch(*args)
+
+    monkeypatch.setattr(qat_module, "_train_epoch", watched)
+    train(tiny(tmp_path, f"model.checkpoint={float_run}", "recipe.epochs=1"))
+    assert calls == []
