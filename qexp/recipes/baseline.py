@@ -41,7 +41,8 @@ def fingerprint(cfg: DictConfig) -> str:
     plain["model"].pop("checkpoint", None)
     for place in ("root", "download"):
         plain["dataset"].pop(place, None)
-    plain["recipe"].pop("plots", None)
+    for idle in ("plots", "save_every", "calibration_images"):  # no effect on a float network
+        plain["recipe"].pop(idle, None)
     key = {k: plain.get(k) for k in ("dataset", "model", "recipe", "seed", "max_steps")}
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
 
