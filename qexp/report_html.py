@@ -23,17 +23,17 @@ from qexp.report_tables import Row, Table
 FILES = ("result.json", "config.yaml", "layers.csv", "train.log")
 MAX_CURVES = 200  # lines in a figure of learning curves; more would be one smear
 STYLE = """
-body { font: 14px/1.45 system-ui, sans-serif; color: #1b1b1b; margin: 2rem auto; max-width: 92rem;
+body { font: 13px/1.4 system-ui, sans-serif; color: #1b1b1b; margin: 2rem auto; max-width: 92rem;
        padding: 0 1.5rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: left;
+th, td { padding: .25rem .5rem; border-top: 1px solid #ddd; text-align: left;
          vertical-align: top; }
-th { border-bottom: 2px solid #555; font-weight: 600; }
-td.number, th.number { text-align: right; white-space: nowrap; }
-td.flags { min-width: 16rem; color: #a03000; }
-td.bits { white-space: nowrap; }
+th { border-bottom: 2px solid #555; border-top: 0; font-weight: 600; vertical-align: bottom; }
+td.number, th.number { text-align: right; }
+td.number, td.bits { white-space: nowrap; }
+tr.flags td { border-top: 0; padding-top: 0; color: #a03000; }
 tr.failed td { background: #fdf1ec; }
 .note { color: #555; font-size: .9em; max-width: 75rem; overflow-wrap: anywhere; }
 img { max-width: 100%; height: auto; display: block; margin: 1rem 0; }
@@ -67,30 +67,37 @@ def _section(table: Table, anchor: str, beside: Path) -> str:
 
 
 def _table(rows: Sequence[Row], beside: Path) -> str:
-    head = "".join(f'<th class="{_kind(name)}">{escape(name)}</th>' for name in COLUMNS)
+    """The Markdown table's columns; flags get a line of their own, where they cannot be missed."""
+    names = COLUMNS[:-1]
+    head = "".join(f'<th class="{_kind(name)}">{escape(name)}</th>' for name in names)
     lines = []
     for row in rows:
-        texts = [escape(text) for text in cells(row)]
+        *texts, flags = (escape(text) for text in cells(row))
         if row.counted:  # the name leads to the first seed's result, the details below to all
             link = _relative(row.first.folder / "result.json", beside)
             texts[0] = f'<a href="{escape(link)}">{texts[0]}</a>'
         data = "".join(
             f'<td class="{_kind(name)}">{text}</td>'
-            for name, text in zip(COLUMNS, texts, strict=True)
+            for name, text in zip(names, texts, strict=True)
         )
-        lines.append(f'<tr class="{"done" if row.counted else "failed"}">{data}</tr>')
+        state = "done" if row.counted else "failed"
+        lines.append(f'<tr class="{state}">{data}</tr>')
+        if flags:
+            rest = f'<td colspan="{len(names) - 1}">{flags}</td>'
+            lines.append(f'<tr class="flags {state}"><td></td>{rest}</tr>')
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 
 
 def _kind(column: str) -> str:
     if column in ("method", "paper", "protocol"):
         return "text"
-    return column if column in ("flags", "bits") else "number"
+    return "bits" if column == "bits" else "number"
 
 
 def _figures(table: Table) -> str:
-    rows = [row for row in table.rows if row.top1]
-    costs = {"size [kB]": ("size_bytes", 1e-3), "average weight bits": ("bits", 1.0)}
+    """Only rows of the table's protocol: a figure has no room for a flag."""
+    rows = [row for row in table.rows if row.top1 and row.protocol_hash not in table.others]
+    costs = {"size [kB]": ("size_bytes", 1e-3), "average weight bits, all layers": ("bits", 1.0)}
     charts = {label: _points(rows, key, unit) for label, (key, unit) in costs.items()}
     charts = {label: points for label, points in charts.items() if points}
     curves = [curve for row in rows for run in row.counted for curve in _curve(row, run)]
@@ -107,7 +114,7 @@ def _figures(table: Table) -> str:
 
 def _points(rows: Sequence[Row], key: str, unit: float) -> list[Point]:
     """The quantized rows; float is far to the right and would press the rest together."""
-    path = ("bits", "weight_with_outer") if key == "bits" else (key,)
+    path = (key, "weight_with_outer") if key == "bits" else (key,)
     points = []
     for row in rows:
         cost, top1 = row.stat(*path), row.top1

@@ -113,7 +113,7 @@ def match(
 ) -> Paper | None:
     """The published number of exactly this case, best source first; None when there is none."""
     key = (method, model, dataset, w_bits, a_bits, "mixed" if mixed else "uniform")
-    if w_bits is None or a_bits is None:
+    if w_bits is None or a_bits is None or method == "fp32":  # no paper owns a float network
         return None
     found = [
         p for p in papers if (p.method, p.model, p.dataset, p.w_bits, p.a_bits, p.policy) == key

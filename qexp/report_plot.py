@@ -60,6 +60,8 @@ def pareto(
         axis.plot([p.cost for p in best], [p.top1 for p in best], color=GREY, lw=1, zorder=1)
         for name, (color, marker) in looks.items():
             own = [p for p in points if p.name == name]
+            if not own:
+                continue
             axis.errorbar(
                 [p.cost for p in own],
                 [p.top1 for p in own],
@@ -72,8 +74,8 @@ def pareto(
             )
         for point in best:
             axis.annotate(
-                point.bits, (point.cost, point.top1), textcoords="offset points", xytext=(4, -10),
-                fontsize=SMALL - 1.5, color="#444444",
+                point.bits, (point.cost, point.top1), textcoords="offset points", xytext=(-4, 5),
+                ha="right", fontsize=SMALL - 1.5, color="#444444",
             )  # fmt: skip
         axis.margins(x=0.12, y=0.1)
         axis.set(xlabel=cost, ylabel="top-1, last epoch [%]")
@@ -87,7 +89,7 @@ def learning(
 ) -> None:
     """Test top-1 over epochs, one panel for each bit-width, one thin line a run."""
     widths = list(dict.fromkeys(curve.bits for curve in curves))
-    figure, axes = panels(len(widths), columns=3, width=3.4, height=2.9)
+    figure, axes = panels(len(widths), width=3.2, height=2.9)
     looks = _looks(curve.name for curve in curves)
     named: dict[str, Any] = {}
     for axis, bits in zip(axes, widths, strict=True):
@@ -108,11 +110,13 @@ def learning(
 
 
 def _looks(names: Any) -> dict[str, tuple[str, str]]:
-    """Colour and marker of each name; markers change when the colours have run out."""
-    return {
+    """Colour and marker of each name, the same in every figure of a table; float is grey."""
+    quantized = [name for name in dict.fromkeys(names) if name != "fp32"]
+    looks = {
         name: (PALETTE[i % len(PALETTE)], MARKERS[(i // len(PALETTE) + i) % len(MARKERS)])
-        for i, name in enumerate(dict.fromkeys(names))
+        for i, name in enumerate(sorted(quantized))
     }
+    return {**looks, "fp32": (GREY, "o")}
 
 
 def _side_legend(figure: Any, axis: Any) -> None:

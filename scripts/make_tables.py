@@ -1,0 +1,151 @@
+"""Rebuild the README's result tables from `results/`.
+
+    python scripts/make_tables.py            rewrites README.md
+    python scripts/make_tables.py --check    exits 1 when README.md is not what results/ say
+
+A table lies between `<!-- table:NAME -->` and `<!-- /table -->` and shows the runs below
+`results/NAME/`: a row a method, a column a bit-width, one table a protocol. With `full` after the
+name it has the columns of `qexp report` instead. `results/NAME/command.txt` holds the command that
+made the runs. Every number links to its run's folder; what was not run says `missing`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from qexp.errors import QexpError
+from qexp.report import markdown, markdown_row, show
+from qexp.report_papers import Paper, read_papers
+from qexp.report_runs import read_runs
+from qexp.report_tables import Row, Table, make_tables
+
+MARK = re.compile(
+    r"<!-- table:(?P<name>[\w./-]+)(?P<full> full)? -->\n.*?<!-- /table -->", re.DOTALL
+)
+# Of the protocol, what a reader of the README needs; its hash stands for all of it.
+TOLD = ("recipe", "epochs", "batch_size", "optimizer", "lr", "schedule", "images", "iterations",
+        "first_last", "distill.weight")  # fmt: skip
+MISSING = "missing"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing, compare")
+    parser.add_argument("--root", type=Path, default=Path(__file__).parents[1])
+    given = parser.parse_args(argv)
+    readme = given.root / "README.md"
+    try:
+        old = readme.read_text()
+        new = rebuild(old, given.root)
+    except (OSError, QexpError) as error:
+        print(f"make_tables: {error}", file=sys.stderr)
+        return 1
+    if given.check:
+        if new != old:
+            print("make_tables: README.md differs from results/. Run: make table", file=sys.stderr)
+        return int(new != old)
+    if new != old:
+        readme.write_text(new)
+    print(f"README.md: {len(MARK.findall(new))} tables")
+    return 0
+
+
+def rebuild(text: str, root: Path) -> str:
+    """`text` with every marked table made anew from `root/results`."""
+    papers = read_papers(root / "results" / "papers.csv")
+
+    def table(match: re.Match[str]) -> str:
+        body = render(root, match["name"], papers, full=bool(match["full"]))
+        full = match["full"] or ""
+        return f"<!-- table:{match['name']}{full} -->\n{body}\n<!-- /table -->"
+
+    return MARK.sub(table, text)
+
+
+def render(root: Path, name: str, papers: Sequence[Paper], *, full: bool = False) -> str:
+    """The Markdown of one marked table."""
+    folder = root / "results" / name
+    runs = read_runs([folder])
+    if full:
+        return markdown(make_tables(runs, papers)).strip()
+    tables = make_tables(runs, papers)
+    parts = [pivot(part, root) for table in tables for part in by_protocol(table)]
+    command = folder / "command.txt"
+    if command.is_file():
+        parts.append(f"Made by: `{command.read_text().strip()}`")
+    return "\n\n".join(parts)
+
+
+def by_protocol(table: Table) -> list[Table]:
+    """One table a protocol, so that none mixes two. A run that never ended goes with the first."""
+    other = {name: [r for r in table.rows if r.protocol_hash == name] for name in table.others}
+    rest = [row for row in table.rows if row.protocol_hash not in table.others]
+    parts = [Table(table.title, rest, table.protocol, table.protocol_hash)]
+    for name, rows in other.items():
+        parts.append(Table(table.title, rows, rows[0].compared(), name))
+    return parts
+
+
+def pivot(table: Table, root: Path) -> str:
+    """Methods down, bit-widths across, with the float networks and the protocol above."""
+    quantized = [row for row in table.rows if not row.first.is_float]
+    widths = list(dict.fromkeys(column(row) for row in quantized))
+    names = sorted({row.name for row in quantized})
+    papers = [row for row in quantized if row.paper]
+    head = ["method", *widths, *(["published"] if papers else [])]
+    lines = [headline(table, root), "", markdown_row(head), "|" + " --- |" * len(head)]
+    for name in names:
+        own = [row for row in quantized if row.name == name]
+        texts = ["; ".join(cell(r, root) for r in own if column(r) == w) or MISSING for w in widths]
+        quoted = "; ".join(f"{r.bits} {r.paper.top1:g}" for r in own if r.paper)
+        lines.append(markdown_row([name, *texts, *([quoted or "n/a"] if papers else [])]))
+    return "\n".join(lines)
+
+
+def headline(table: Table, root: Path) -> str:
+    """`cifar10, resnet20: 10 epochs, ...; float start 91.73; float trained on 92.00 ± 0.10.`"""
+    told = ", ".join(f"{key} {table.protocol[key]}" for key in TOLD if key in table.protocol)
+    starts = [row.stat("fp32_top1") for row in table.rows if not row.first.is_float]
+    lows = [stat.low for stat in starts if stat]
+    highs = [stat.high for stat in starts if stat]
+    parts = [f"**{table.title}** (protocol `{table.protocol_hash or 'unknown'}`): {told}"]
+    if lows:
+        same = f"{min(lows):.2f}" == f"{max(highs):.2f}"
+        parts.append(f"float start {min(lows):.2f}" + ("" if same else f" to {max(highs):.2f}"))
+    controls = [cell(row, root) for row in table.rows if row.first.is_float]
+    if controls:
+        parts.append(f"float trained with the same schedule {', '.join(controls)}")
+    return "; ".join(parts) + ". Top-1 in percent, last epoch, mean ± deviation over linked seeds."
+
+
+def column(row: Row) -> str:
+    """`W4A4`, or `mixed` for a row without one width."""
+    return row.bits if row.first.uniform else "mixed"
+
+
+def cell(row: Row, root: Path) -> str:
+    """The number, linked to its run; of several seeds, each seed is linked."""
+    width = "" if row.first.uniform else f"{row.bits}: "
+    if not row.top1:
+        run = row.first
+        return f"{width}[{run.state}]({_link(run.folder, root)})"
+    links = [f"[{r.seed}]({_link(r.folder, root)})" for r in row.counted]
+    if len(links) == 1:
+        text = f"[{show(row.top1)}]({_link(row.first.folder, root)})"
+    else:
+        text = f"{show(row.top1)} <sub>{' '.join(links)}</sub>"
+    lost = f" ({len(row.unfinished)} more not done)" if row.unfinished else ""
+    return f"{width}{text}{lost}"
+
+
+def _link(folder: Path, root: Path) -> str:
+    return folder.relative_to(root).as_posix()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""results/papers.csv: complete rows, honest marks; and the README's tables made from results/."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qexp.errors import ConfigError
+from qexp.report_papers import COLUMNS, KINDS, VERIFIED, match, read_papers
+
+ROOT = Path(__file__).parents[1]
+CSV = ROOT / "results" / "papers.csv"
+PAPERS = read_papers(CSV)
+OURS = {path.stem for path in (ROOT / "configs" / "quantizer").glob("*.yaml")}
+# Names a paper's method must not be spelled by where we have a config of that method.
+OTHER_SPELLINGS = {"lsq+": "lsqplus", "lsq_plus": "lsqplus", "dorefa-net": "dorefa"}
+
+
+def _where(paper: Any) -> tuple[Any, ...]:
+    return (paper.method, paper.model, paper.w_bits, paper.a_bits, paper.source)
+
+
+def test_every_row_has_a_source_and_known_marks() -> None:
+    assert len(PAPERS) > 100
+    for paper in PAPERS:
+        assert paper.method, _where(paper)
+        assert paper.model, _where(paper)
+        assert paper.source, _where(paper)
+        assert paper.dataset in ("imagenet", "cifar10"), _where(paper)
+        assert paper.kind in KINDS, _where(paper)
+        assert paper.verified in VERIFIED, _where(paper)
+        assert paper.policy in ("uniform", "mixed"), _where(paper)
+        assert paper.distillation in ("yes", "no", ""), _where(paper)
+        assert paper.first_last in ("8", "fp32", "same", ""), _where(paper)
+        assert paper.epochs == "" or int(paper.epochs) > 0, _where(paper)
+
+
+def test_accuracies_are_percent_and_no_row_appears_twice() -> None:
+    for paper in PAPERS:
+        assert 1 < paper.top1 < 100, _where(paper)
+        assert paper.float_top1 is None or 50 < paper.float_top1 < 100, _where(paper)
+    keys = [(*_where(p), p.policy, p.distillation, p.table, p.dataset, p.kind) for p in PAPERS]
+    assert len(keys) == len(set(keys))
+
+
+def test_a_number_nobody_could_confirm_says_so() -> None:
+    doubtful = {(p.method, p.dataset) for p in PAPERS if p.verified == "no"}
+    assert doubtful == {("lcq", "cifar10"), ("brecq", "imagenet")}
+    assert all("memory" in p.notes for p in PAPERS if p.verified == "no")
+
+
+def test_asq_has_no_absolute_number_because_none_is_known() -> None:
+    assert not [p for p in PAPERS if p.method == "asq"]
+
+
+def test_methods_are_named_as_our_configs_are() -> None:
+    named = {paper.method for paper in PAPERS}
+    assert not named & set(OTHER_SPELLINGS)
+    for method in named:
+        close = method.replace("-", "").replace("_", "").replace("+", "plus")
+        assert method in OURS or close not in OURS, f"{method} is config {close}"
+
+
+def test_every_published_case_of_the_apot_readme_is_found_by_its_key() -> None:
+    case: dict[str, Any] = {"dataset": "cifar10", "mixed": False, "distilled": False}
+    found = match(PAPERS, method="apot", model="resnet20", w_bits=4.0, a_bits=4.0, **case)
+    assert found is not None
+    assert (found.top1, found.float_top1, found.verified) == (92.45, 92.96, "yes")
+    assert match(PAPERS, method="apot", model="resnet20", w_bits=8.0, a_bits=8.0, **case) is None
+    assert match(PAPERS, method="fp32", model="resnet20", w_bits=32.0, a_bits=32.0, **case) is None
+
+
+def test_a_mixed_average_never_matches_a_uniform_width() -> None:
+    case: dict[str, Any] = {"method": "lsq", "model": "resnet18", "dataset": "imagenet"}
+    widths: dict[str, Any] = {"w_bits": 3.0, "a_bits": 3.0, "distilled": False}
+    assert match(PAPERS, **case, **widths, mixed=True) is None
+    assert match(PAPERS, **case, **widths, mixed=False) is not None
+
+
+@pytest.mark.parametrize(
+    ("cell", "line"), [("abc", "top1 'abc' is no number"), ("", "top1 is empty")]
+)
+def test_a_bad_cell_is_named_with_its_line(tmp_path: Path, cell: str, line: str) -> None:
+    values = {"method": "lsq", "w_bits": "4", "a_bits": "4", "top1": cell}
+    row = ",".join(values.get(column, "") for column in COLUMNS)
+    path = tmp_path / "papers.csv"
+    path.write_text(f"{','.join(COLUMNS)}\n{row}\n")
+    with pytest.raises(ConfigError, match=rf"papers.csv, line 2: {line}"):
+        read_papers(path)
+
+
+def _script() -> Any:
+    spec = importlib.util.spec_from_file_location("make_tables", ROOT / "scripts/make_tables.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_readmes_tables_are_what_results_say() -> None:
+    readme = (ROOT / "README.md").read_text()
+    if "<!-- table:" not in readme:
+        pytest.skip("README.md has no table markers yet")
+    assert _script().rebuild(readme, ROOT) == readme, "run: make table"
+
+
+def _result(root: Path, name: str, seed: int, **fields: Any) -> None:
+    folder = root / "results" / "demo" / name
+    folder.mkdir(parents=True)
+    result = {
+        "method": "pact", "dataset": "cifar10", "model": "resnet20", "policy": "uniform",
+        "w_bits": 4, "a_bits": 4, "top1": 90.0 + seed, "fp32_top1": 91.73, "seed": seed,
+        "protocol": {"epochs": 10}, "protocol_hash": "aaaa",
+    }  # fmt: skip
+    (folder / "result.json").write_text(json.dumps({**result, **fields}))
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A README with a stale table, and results of two methods, two protocols, one failure."""
+    for seed in (0, 1):
+        _result(tmp_path, f"a{seed}", seed)
+    _result(tmp_path, "b", 0, method="lsq", w_bits=2, a_bits=2, top1=85.5)
+    _result(tmp_path, "c", 0, protocol={"epochs": 60}, protocol_hash="bbbb", top1=92.0)
+    control = {"method": "fp32", "policy": "float", "w_bits": 32, "a_bits": 32, "top1": 92.3}
+    _result(tmp_path, "d", 0, **control)
+    (tmp_path / "results/demo/command.txt").write_text("qexp train -m experiment=demo\n")
+    (tmp_path / "results/papers.csv").write_text(CSV.read_text())
+    (tmp_path / "README.md").write_text("# x\n<!-- table:demo -->\nold\n<!-- /table -->\nend\n")
+    return tmp_path
+
+
+def test_make_tables_check_fails_until_the_readme_is_rebuilt(project: Path) -> None:
+    script = _script()
+    assert script.main(["--check", "--root", str(project)]) == 1
+    assert script.main(["--root", str(project)]) == 0
+    assert script.main(["--check", "--root", str(project)]) == 0
+    text = (project / "README.md").read_text()
+    assert text.startswith("# x\n<!-- table:demo -->\n")
+    assert text.endswith("<!-- /table -->\nend\n")
+    (project / "results/demo/b/result.json").unlink()
+    assert script.main(["--check", "--root", str(project)]) == 1
+
+
+def test_readme_tables_split_protocols_and_link_every_number(project: Path) -> None:
+    text = _script().rebuild((project / "README.md").read_text(), project)
+    assert "protocol `aaaa`): epochs 10" in text
+    assert "protocol `bbbb`): epochs 60" in text
+    assert "90.50 ± 0.71 <sub>[0](results/demo/a0) [1](results/demo/a1)</sub>" in text
+    assert "| lsq | missing | [85.50](results/demo/b) |" in text
+    assert "float trained with the same schedule [92.30](results/demo/d)" in text
+    assert "W4A4 90.8" in text  # PACT's own number
+    assert "Made by: `qexp train -m experiment=demo`" in text
