@@ -42,9 +42,10 @@ def mobilenet_v2_cifar(
         inverted_residual_setting=STAGES,
         dropout=dropout,
     )
-    stem = model.features[0]
-    assert isinstance(stem, nn.Sequential) and isinstance(stem[0], nn.Conv2d)
-    conv = nn.Conv2d(in_channels, stem[0].out_channels, 3, stride=1, padding=1, bias=False)
+    stem = model.get_submodule("features.0")
+    assert isinstance(stem, nn.Sequential)
+    channels = model.get_parameter("features.0.0.weight").shape[0]
+    conv = nn.Conv2d(in_channels, channels, 3, stride=1, padding=1, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out")  # as torchvision does
     stem[0] = conv
     return model

@@ -1,0 +1,158 @@
+"""Loading float weights: strict, all or nothing, and readable when it fails."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qexp.errors import CheckpointError
+from qexp.models.load import load_state, load_weights
+from qexp.models.resnet import ResNet
+
+DATA = Path(__file__).parent.parent / "data"
+
+
+def copy_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def fails(model: nn.Module, path: Path | str) -> str:
+    before = copy_of(model)
+    with pytest.raises(CheckpointError) as error:
+        load_state(model, path)
+    assert "\n" not in str(error.value)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), "a failed load must leave the model alone"
+    return str(error.value)
+
+
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "model"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_state_dict_loads_bare_or_wrapped(tmp_path: Path, wrapper: str | None, prefix: str) -> None:
+    source, target = ResNet(8, 10), ResNet(8, 10)
+    state = {prefix + name: value for name, value in source.state_dict().items()}
+    path = tmp_path / "model.pt"
+    torch.save({wrapper: state, "epoch": 3} if wrapper else state, path)
+    digest = load_state(target, path)
+    assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    for name, value in source.state_dict().items():
+        assert torch.equal(value, target.state_dict()[name])
+
+
+def test_batch_norm_counters_may_be_absent(tmp_path: Path) -> None:
+    state = {k: v for k, v in ResNet(8, 10).state_dict().items() if "num_batches" not in k}
+    torch.save(state, tmp_path / "old.pt")
+    load_state(ResNet(8, 10), tmp_path / "old.pt")
+
+
+@pytest.mark.skipif(not (DATA / "checkpoints").is_dir(), reason="needs data/checkpoints")
+@pytest.mark.parametrize("depth", [20, 32, 56])
+def test_published_checkpoint_loads_strictly(depth: int) -> None:
+    load_state(ResNet(depth, 10), DATA / "checkpoints" / f"cifar10_resnet{depth}_akamaster.pt")
+
+
+def test_other_class_count_is_named(tmp_path: Path) -> None:
+    torch.save(ResNet(8, 10).state_dict(), tmp_path / "ten.pt")
+    assert "checkpoint has 10 classes, dataset has 100" in fails(
+        ResNet(8, 100), tmp_path / "ten.pt"
+    )
+
+
+def test_checkpoint_of_another_depth_lists_counts_and_three_keys(tmp_path: Path) -> None:
+    torch.save(ResNet(20, 10).state_dict(), tmp_path / "deep.pt")
+    message = fails(ResNet(8, 10), tmp_path / "deep.pt")
+    extra = len(ResNet(20, 10).state_dict()) - len(ResNet(8, 10).state_dict())
+    assert f"{extra} unexpected (layer1.1.conv1.weight, " in message
+    assert message.count("layer") == 3
+    torch.save(ResNet(8, 10).state_dict(), tmp_path / "shallow.pt")
+    assert "missing (layer1.1.conv1.weight" in fails(ResNet(20, 10), tmp_path / "shallow.pt")
+
+
+def test_other_shapes_are_listed(tmp_path: Path) -> None:
+    torch.save(ResNet(8, 10, in_channels=3).state_dict(), tmp_path / "rgb.pt")
+    message = fails(ResNet(8, 10, in_channels=1), tmp_path / "rgb.pt")
+    assert "1 of wrong shape (conv1.weight [16, 3, 3, 3] not [16, 1, 3, 3])" in message
+
+
+def test_truncated_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "cut.pt"
+    torch.save(ResNet(8, 10).state_dict(), path)
+    path.write_bytes(path.read_bytes()[:2000])
+    assert f"checkpoint: {path} is truncated or not a PyTorch state dict" in fails(
+        ResNet(8, 10), path
+    )
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x80\x04K\x01."])
+def test_file_that_is_no_checkpoint_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.pt").write_bytes(content)
+    assert "truncated or not" in fails(ResNet(8, 10), tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("content", [[1, 2], {}, {"epoch": 3}, {"model": {"a": 1}}, {1: 2}])
+def test_file_without_tensors_is_named(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "x.pt")
+    assert "holds no state dict" in fails(ResNet(8, 10), tmp_path / "x.pt")
+
+
+def test_pickled_objects_are_refused(tmp_path: Path) -> None:
+    torch.save(ResNet(8, 10), tmp_path / "whole.pt")
+    assert "torch.save(model.state_dict(), path)" in fails(ResNet(8, 10), tmp_path / "whole.pt")
+
+
+def test_missing_file_suggests_a_sibling(tmp_path: Path) -> None:
+    (tmp_path / "cifar10_resnet20.pt").touch()
+    message = fails(ResNet(8, 10), tmp_path / "cifar10_resnet2.pt")
+    assert message.endswith("not found. Did you mean 'cifar10_resnet20.pt'?")
+    assert "there is no folder" in fails(ResNet(8, 10), tmp_path / "no" / "x.pt")
+    assert "is a folder" in fails(ResNet(8, 10), tmp_path)
+
+
+RESNET18 = "torchvision.models.resnet18"
+
+
+def weights_fail(target: str, name: str) -> str:
+    with pytest.raises(CheckpointError) as error:
+        load_weights(nn.Linear(1, 1), target, name)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_weights_name_needs_a_torchvision_model() -> None:
+    message = weights_fail("qexp.models.resnet.ResNet", "IMAGENET1K_V1")
+    assert "ResNet has no torchvision weights 'IMAGENET1K_V1'" in message
+
+
+def test_unknown_weights_name_lists_the_known() -> None:
+    message = weights_fail(RESNET18, "IMAGENET1K_V9")
+    assert "has: DEFAULT, IMAGENET1K_V1" in message
+    assert "Did you mean 'IMAGENET1K_V1'?" in message
+
+
+def test_weights_that_cannot_be_fetched_say_where_to_put_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("network is unreachable")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    message = weights_fail(RESNET18, "IMAGENET1K_V1")
+    assert "network is unreachable" in message
+    assert f"Download it to {tmp_path}/checkpoints/resnet18-f37072fd.pth" in message
+
+
+@pytest.mark.parametrize("name", ["IMAGENET1K_V1", "DEFAULT", "ResNet18_Weights.IMAGENET1K_V1"])
+def test_weights_in_the_hub_cache_load_without_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    source, target = nn.Linear(2, 2), nn.Linear(2, 2)
+    torch.save(source.state_dict(), tmp_path / "checkpoints" / "resnet18-f37072fd.pth")
+    load_weights(target, RESNET18, name)
+    assert torch.equal(source.weight, target.weight)
