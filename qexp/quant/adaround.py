@@ -16,6 +16,7 @@ Forward.  u = w / scale,  h(V) = clip(sigmoid(V) * (ZETA - GAMMA) + GAMMA, 0, 1)
 Gradients, e = dL/dw_hat, inside = [x_int not clipped].
     dL/dV = e * scale * inside * (ZETA - GAMMA) * sigmoid'(V) where 0 < h < 1, else 0
     dL/dw = e * inside (straight-through; reconstruction does not use it). scale, zero: constant.
+    Hard has the gradient of soft.
 
 Regulariser (eq. 24).  f(V) = sum 1 - |2 h(V) - 1|^beta, beta annealed from high (only weights near
     a decision are pushed) to low (all are).
@@ -59,6 +60,22 @@ class _Floor(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         return grads[0]
+
+
+class _Decide(torch.autograd.Function):
+    """1[V >= 0] with the gradient of h(V)."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor) -> Tensor:
+        ctx.save_for_backward(v)
+        return (v >= 0).to(v.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        s = ctx.saved_tensors[0].sigmoid()
+        h = s * (ZETA - GAMMA) + GAMMA
+        slope = (ZETA - GAMMA) * s * (1 - s)
+        return torch.where((h > 0) & (h < 1), grads[0] * slope, 0.0)
 
 
 def rectified_sigmoid(v: Tensor) -> Tensor:
@@ -136,7 +153,7 @@ class AdaRound(Quantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         v = self.rounding
-        up = rectified_sigmoid(v) if self.soft else (v.detach() >= 0).to(v.dtype)
+        up: Tensor = rectified_sigmoid(v) if self.soft else _Decide.apply(v)  # type: ignore[assignment]
         x_int = self._x_int(x, up)  # eq. 22
         return ((x_int - self.zero) * self.scale.clamp_min(MIN_SCALE)).to(x.dtype)
 

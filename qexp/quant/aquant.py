@@ -48,110 +48,18 @@ closed forms are our derivation. Inputs with negative values get a zero point; t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from qexp.quant.functional import MIN_SCALE, kernel
+from qexp.quant.border import border_round, polynomial_border
+from qexp.quant.functional import MIN_SCALE, as_rows, from_rows
 from qexp.quant.nearest import Estimator, activation_sample, estimate_grid
 from qexp.quant.quantizer import Quantizer
 
 DEGREE = {"constant": 0, "linear": 1, "quadratic": 2}
 GRID = 64  # points of [0, 1) per code at which a border is looked at for health and plots
-
-# ---------------------------------------------------------------------------------------------
-# Polynomial borders, fused
-
-
-@kernel
-def _border_forward(
-    x: Tensor, scale: Tensor, zero: Tensor, a: Tensor, qmin: int, qmax: int
-) -> Tensor:
-    # x [A, R, M]; scale, zero [1, 1, 1]; a [3, 1, R, 1]
-    u = x.float() / scale
-    t = u * (1.0 / (qmax - qmin))
-    border = (0.5 + (a[0] + t * (a[1] + t * a[2]))).clamp(0, 1)
-    x_int = ((u + (1 - border)).floor() + zero).clamp(qmin, qmax)
-    return ((x_int - zero) * scale).to(x.dtype)
-
-
-@kernel
-def _border_backward(
-    grad: Tensor, x: Tensor, scale: Tensor, zero: Tensor, a: Tensor, qmin: int, qmax: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    u = x.float() / scale
-    t = u * (1.0 / (qmax - qmin))
-    raw = 0.5 + (a[0] + t * (a[1] + t * a[2]))
-    border = raw.clamp(0, 1)
-    x_int = (u + (1 - border)).floor() + zero
-    e = grad.float()
-    passed = torch.where((x_int >= qmin) & (x_int <= qmax), e, 0.0)  # e * inside
-    free = (raw > 0) & (raw < 1)
-    # dL/dx = e * inside * (1 - B'(u))                                    [A, R, M]
-    slope = torch.where(free, (a[1] + 2 * t * a[2]) * (1.0 / (qmax - qmin)), 0.0)
-    grad_u = passed * (1 - slope)
-    # dL/da_k = sum dL/dB * free * t^k,  dL/dB = -e * scale * inside      [A, R]
-    down = torch.where(free, -passed * scale, 0.0)
-    # dL/dscale = sum e * (x_int - zero) - e * inside * (1 - B'(u)) * u   [A, R]
-    grad_scale = e * (x_int.clamp(qmin, qmax) - zero) - grad_u * u
-    return (
-        grad_u.to(grad.dtype),
-        grad_scale.sum(2),
-        down.sum(2),
-        (down * t).sum(2),
-        (down * t * t).sum(2),
-    )
-
-
-class _PolynomialBorder(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, scale: Tensor, a: Tensor, zero: Tensor, qmin: int, qmax: int
-    ) -> Tensor:
-        ctx.save_for_backward(x, scale, a, zero)
-        ctx.qmin, ctx.qmax = qmin, qmax
-        return _border_forward(x, *_constants(scale, zero, a), qmin, qmax)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, a, zero = ctx.saved_tensors
-        grad_x, grad_scale, *sums = _border_backward(
-            grads[0], x, *_constants(scale, zero, a), ctx.qmin, ctx.qmax
-        )
-        grad_a = torch.stack([s.sum(0) for s in sums[: a.shape[0]]])  # [degree + 1, R]
-        return grad_x, grad_scale.sum(), grad_a, None, None, None  # zero, bounds: constants
-
-
-def _constants(scale: Tensor, zero: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Broadcast to [A, R, M]; missing coefficients are 0, so that one kernel serves all degrees."""
-    full = a if a.shape[0] == 3 else torch.cat([a, a.new_zeros(3 - a.shape[0], a.shape[1])])
-    step = scale.reshape(1, 1, 1).clamp_min(MIN_SCALE)
-    return step, zero.reshape(1, 1, 1), full[:, None, :, None]
-
-
-# ---------------------------------------------------------------------------------------------
-# Any border
-
-
-class _Border(torch.autograd.Function):
-    """Codes minus zero, floor(u + 1 - B) clipped; straight through floor. Any shape."""
-
-    @staticmethod
-    def forward(ctx: Any, u: Tensor, border: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        q = (u + (1 - border)).floor()
-        ctx.save_for_backward((q >= low) & (q <= high))
-        return torch.clamp(q, low, high)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        passed = torch.where(ctx.saved_tensors[0], grads[0], 0.0)
-        return passed, -passed, None, None  # the bounds are constants
-
-
-def border_round(u: Tensor, border: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """clip(floor(u) + 1[frac(u) >= border], low, high), for borders in [0, 1]."""
-    return _Border.apply(u, border, low, high)  # type: ignore[return-value]
 
 
 class AQuant(Quantizer):
@@ -242,15 +150,22 @@ class AQuant(Quantizer):
             self.mixing.diagonal(dim1=1, dim2=2).zero_()
 
     def _view(self, x: Tensor) -> Tensor:
-        """[A, R, M]: R rows of borders in the middle."""
+        """[A, R, M]: R rows of borders in the middle, in x's memory order."""
         if self.per == "tensor":
-            return x.reshape(1, 1, -1)
+            return as_rows(x, 1)[None]
+        if x.dim() == 4 and not x.is_contiguous():
+            return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1], 1)  # [N*H*W, C, 1]
         return x.reshape(*x.shape[:2], -1)
 
-    def _integers(self, x: Tensor) -> Tensor:
-        """x_int - zero for x [A, R, M], through differentiable borders."""
-        scale = self.scale.clamp_min(MIN_SCALE)
-        u = x.float() / scale
+    def _unview(self, y: Tensor, like: Tensor) -> Tensor:
+        """Undo `_view`: [A, R, M] -> the shape and memory format of `like`."""
+        if like.dim() == 4 and not like.is_contiguous() and self.per != "tensor":
+            n, c, h, w = like.shape
+            return y.reshape(n, h, w, c).permute(0, 3, 1, 2)
+        return from_rows(y[0], like) if self.per == "tensor" else y.reshape(like.shape)
+
+    def borders(self, u: Tensor) -> Tensor:
+        """B for u = x / scale, differentiable. Shape: [A, R, M]."""
         t = u * (1.0 / (self.qmax - self.qmin))
         v = self.border[-1][:, None]
         for row in self.border[:-1].flip(0):
@@ -261,22 +176,26 @@ class AQuant(Quantizer):
             feature = v if self.fusion == "window" else (u - (u + 0.5).floor()).detach()
             mixed = torch.matmul(self.mixing, feature.reshape(by_window)).reshape(u.shape)
             v = mixed if self.fusion == "window" else v + mixed
-        border = (0.5 + v).clamp(0, 1)
-        return border_round(u, border, self.qmin - self.zero, self.qmax - self.zero)
+        return (0.5 + v).clamp(0, 1)
+
+    def _integers(self, x: Tensor) -> Tensor:
+        """x_int - zero for x [A, R, M], through differentiable borders."""
+        u = x.float() / self.scale.clamp_min(MIN_SCALE)
+        return border_round(u, self.borders(u), self.qmin - self.zero, self.qmax - self.zero)
 
     def forward(self, x: Tensor) -> Tensor:
         view = self._view(x)
         if self.fusion == "none":
-            x_hat = _PolynomialBorder.apply(
+            x_hat = polynomial_border(
                 view, self.scale, self.border, self.zero, self.qmin, self.qmax
             )
         else:
             x_hat = (self._integers(view) * self.scale.clamp_min(MIN_SCALE)).to(x.dtype)
-        return x_hat.reshape(x.shape)  # type: ignore[union-attr]
+        return self._unview(x_hat, x)
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
-        return (self._integers(self._view(x)) + self.zero).to(torch.int32).reshape(x.shape)
+        return self._unview((self._integers(self._view(x)) + self.zero).to(torch.int32), x)
 
     def decode(self, codes: Tensor, context: Tensor | None = None) -> Tensor:
         return (codes.to(self.scale.dtype) - self.zero) * self.scale.clamp_min(MIN_SCALE)
@@ -297,6 +216,10 @@ class AQuant(Quantizer):
         up = torch.cat([frac >= mean, torch.ones_like(mean[:, :1], dtype=torch.bool)], 1)
         first = up.int().argmax(1) / GRID  # of each code: where rounding up begins
         return (u.reshape(-1, GRID)[:, 0] + first) * self.scale.detach().clamp_min(MIN_SCALE)
+
+    def extra_bytes(self) -> int:
+        """Step, coefficients, mixing (float32) and, for signed inputs, a zero point."""
+        return super().extra_bytes() + self.signed * (1 if self.bits <= 8 else 2)
 
     def health(self) -> dict[str, Tensor]:
         _, border = self._borders()

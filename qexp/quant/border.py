@@ -1,0 +1,120 @@
+"""Rounding with a border, straight through floor: the numerics of aquant.py.
+
+    clip(floor(u) + 1[u - floor(u) >= B], low, high) = clip(floor(u + 1 - B), low, high)
+
+`polynomial_border` fuses the border v = a0 + a1 t + a2 t^2 with quantization, saves only x for
+backward and recomputes the rest; `border_round` takes any border. The equations and gradients are
+in aquant.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qexp.quant.functional import MIN_SCALE, kernel
+
+# ---------------------------------------------------------------------------------------------
+# Polynomial borders, fused
+
+
+@kernel
+def _border_forward(
+    x: Tensor, scale: Tensor, zero: Tensor, a: Tensor, qmin: int, qmax: int
+) -> Tensor:
+    # x [A, R, M]; scale, zero [1, 1, 1]; a [3, 1, R, 1]
+    u = x.float() / scale
+    t = u * (1.0 / (qmax - qmin))
+    border = (0.5 + (a[0] + t * (a[1] + t * a[2]))).clamp(0, 1)
+    x_int = ((u + (1 - border)).floor() + zero).clamp(qmin, qmax)
+    return ((x_int - zero) * scale).to(x.dtype)
+
+
+@kernel
+def _border_backward(
+    grad: Tensor, x: Tensor, scale: Tensor, zero: Tensor, a: Tensor, qmin: int, qmax: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    u = x.float() / scale
+    t = u * (1.0 / (qmax - qmin))
+    raw = 0.5 + (a[0] + t * (a[1] + t * a[2]))
+    border = raw.clamp(0, 1)
+    x_int = (u + (1 - border)).floor() + zero
+    e = grad.float()
+    passed = torch.where((x_int >= qmin) & (x_int <= qmax), e, 0.0)  # e * inside
+    free = (raw > 0) & (raw < 1)
+    # dL/dx = e * inside * (1 - B'(u))                                    [A, R, M]
+    slope = torch.where(free, (a[1] + 2 * t * a[2]) * (1.0 / (qmax - qmin)), 0.0)
+    grad_u = passed * (1 - slope)
+    # dL/da_k = sum dL/dB * free * t^k,  dL/dB = -e * scale * inside      [A, R]
+    down = torch.where(free, -passed * scale, 0.0)
+    # dL/dscale = sum e * (x_int - zero) - e * inside * (1 - B'(u)) * u   [A, R]
+    grad_scale = e * (x_int.clamp(qmin, qmax) - zero) - grad_u * u
+    return (
+        grad_u.to(grad.dtype),
+        grad_scale.sum(2),
+        down.sum(2),
+        (down * t).sum(2),
+        (down * t * t).sum(2),
+    )
+
+
+class _PolynomialBorder(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, a: Tensor, zero: Tensor, qmin: int, qmax: int
+    ) -> Tensor:
+        ctx.save_for_backward(x, scale, a, zero)
+        ctx.qmin, ctx.qmax = qmin, qmax
+        return _border_forward(x, *_constants(scale, zero, a), qmin, qmax)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, a, zero = ctx.saved_tensors
+        grad_x, grad_scale, *sums = _border_backward(
+            grads[0], x, *_constants(scale, zero, a), ctx.qmin, ctx.qmax
+        )
+        grad_a = torch.stack([s.sum(0) for s in sums[: a.shape[0]]])  # [degree + 1, R]
+        return grad_x, grad_scale.sum(), grad_a, None, None, None  # zero, bounds: constants
+
+
+def polynomial_border(
+    x: Tensor, scale: Tensor, a: Tensor, zero: Tensor, qmin: int, qmax: int
+) -> Tensor:
+    """Fake quantization with B = clip(1/2 + a0 + a1 t + a2 t^2, 0, 1), t = u / (qmax - qmin).
+
+    Shape: x [A, R, M]; scale, zero []; a [degree + 1, R]; result as x.
+    """
+    return _PolynomialBorder.apply(x, scale, a, zero, qmin, qmax)  # type: ignore[return-value]
+
+
+def _constants(scale: Tensor, zero: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Broadcast to [A, R, M]; missing coefficients are 0, so that one kernel serves all degrees."""
+    full = a if a.shape[0] == 3 else torch.cat([a, a.new_zeros(3 - a.shape[0], a.shape[1])])
+    step = scale.reshape(1, 1, 1).clamp_min(MIN_SCALE)
+    return step, zero.reshape(1, 1, 1), full[:, None, :, None]
+
+
+# ---------------------------------------------------------------------------------------------
+# Any border
+
+
+class _Border(torch.autograd.Function):
+    """Codes minus zero, floor(u + 1 - B) clipped; straight through floor. Any shape."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, border: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        q = (u + (1 - border)).floor()
+        ctx.save_for_backward((q >= low) & (q <= high))
+        return torch.clamp(q, low, high)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        passed = torch.where(ctx.saved_tensors[0], grads[0], 0.0)
+        return passed, -passed, None, None  # the bounds are constants
+
+
+def border_round(u: Tensor, border: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """clip(floor(u) + 1[frac(u) >= border], low, high), for borders in [0, 1]."""
+    return _Border.apply(u, border, low, high)  # type: ignore[return-value]

@@ -1,0 +1,257 @@
+"""Rounding borders that are functions of the activation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from qexp.quant.aquant import AQuant
+from qexp.quant.border import border_round
+from qexp.quant.modules import QuantConv2d
+from qexp.quant.nearest import Nearest
+from qexp.quant.quantizer import Identity
+
+FIELD = (4, 3, 3)
+ROWS = 36
+
+
+def columns(seed: int = 0, n: int = 5, length: int = 7) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(n, ROWS, length, generator=g).relu()
+
+
+def made(bits: int = 3, spread: float = 0.3, **own: object) -> AQuant:
+    torch.manual_seed(0)
+    q = AQuant(bits, signed=False, shape=FIELD, **own)  # type: ignore[arg-type]
+    q.calibrate(columns())
+    nn.init.normal_(q.border, 0, spread)
+    if q.fusion != "none":
+        q.mixing.data += 0.1 * torch.randn_like(q.mixing)
+    return q
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("fusion", ["none", "window", "residual"])
+def test_border_one_half_is_nearest_bit_for_bit(bits: int, signed: bool, fusion: str) -> None:
+    x = columns() - 0.2 * signed
+    a = AQuant(bits, signed=signed, shape=FIELD, fusion=fusion)  # type: ignore[arg-type]
+    n = Nearest(bits, signed=signed)
+    a.calibrate(x)
+    n.calibrate(x)
+    ties = n.thresholds().detach()
+    x = torch.cat([x, ties.repeat(ROWS * 7)[: ROWS * 7].view(1, ROWS, 7)])
+    assert torch.equal(a(x), n(x))
+    grads = []
+    for q in (a, n):
+        v = x.clone().requires_grad_()
+        q(v).sum().backward()
+        assert v.grad is not None
+        grads.append(v.grad)
+    assert torch.equal(grads[0], grads[1])
+
+
+@given(st.lists(st.tuples(st.floats(0, 15), st.floats(0, 1)), min_size=1, max_size=50))
+@settings(deadline=None, max_examples=30)
+def test_offset_before_floor_is_the_comparison_with_the_border(pairs: list) -> None:
+    u, border = torch.tensor(pairs, dtype=torch.float64).T
+    got = border_round(u, border, torch.tensor(-100.0), torch.tensor(100.0))
+    fraction = u - u.floor()
+    away = (fraction - border).abs() > 1e-9  # float64 rounding of u + 1 - B
+    assert torch.equal(got[away], (u.floor() + (fraction >= border))[away])
+
+
+@pytest.mark.parametrize("border", ["constant", "linear", "quadratic"])
+@pytest.mark.parametrize("per", ["row", "channel", "tensor"])
+def test_fused_border_equals_the_composed_one(border: str, per: str) -> None:
+    q = made(border=border, per=per)
+    x = columns() if per == "row" else columns().view(5, 4, 9, 7)
+    e = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+    results = []
+    for fused in (True, False):
+        q.zero_grad()
+        v = x.clone().requires_grad_()
+        y = q(v) if fused else q._unview(q._integers(q._view(v)) * q.scale, v)
+        (y * e).sum().backward()
+        results.append([y.detach(), v.grad, q.scale.grad.clone(), q.border.grad.clone()])  # type: ignore[union-attr]
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_border_gradient_matches_closed_form_with_clipped_values() -> None:
+    q = AQuant(2, signed=False, shape=(1,), per="tensor", border="linear")
+    q.scale.data.fill_(0.5)
+    q.border.data.copy_(torch.tensor([[0.1], [-0.3]]))
+    x = torch.tensor([[0.0, 0.26, 0.7, 1.2, 1.49, 4.0]]).requires_grad_()
+    e = torch.tensor([[1.0, -2.0, 3.0, 4.0, -5.0, 6.0]])
+    (q(x) * e).sum().backward()
+    u = x.detach() / 0.5
+    t = u / 3
+    b = 0.5 + 0.1 - 0.3 * t  # inside (0, 1) for all but the last, which is clipped anyway
+    code = (u + 1 - b.clamp(0, 1)).floor()
+    inside = ((code >= 0) & (code <= 3)).float()
+    free = ((b > 0) & (b < 1)).float()
+    slope = -0.3 / 3 * free
+    down = -e * 0.5 * inside * free
+    grad_scale = e * (code.clamp(0, 3) - inside * (1 - slope) * u)
+    torch.testing.assert_close(x.grad, e * inside * (1 - slope))
+    torch.testing.assert_close(q.border.grad, torch.stack([down.sum(), (down * t).sum()])[:, None])
+    torch.testing.assert_close(q.scale.grad, grad_scale.sum())
+    assert inside[0, -1] == 0
+
+
+@pytest.mark.parametrize("fusion", ["none", "window"])
+def test_border_function_passes_gradcheck(fusion: str) -> None:
+    q = AQuant(3, signed=False, shape=(1, 1, 3), fusion=fusion).double()  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    nn.init.normal_(q.border, 0, 0.1)
+    u = torch.rand(2, 3, 4, dtype=torch.float64) * 7
+    u.requires_grad_()
+    names = [name for name, _ in q.named_parameters() if name != "scale"]
+    values = [getattr(q, name) for name in names]
+
+    def border(u: Tensor, *parameters: Tensor) -> Tensor:
+        return torch.func.functional_call(
+            Borders(q), {f"q.{n}": p for n, p in zip(names, parameters, strict=True)}, (u,)
+        )
+
+    assert ((q.borders(u) > 0) & (q.borders(u) < 1)).all()  # no kink of the clip
+    assert torch.autograd.gradcheck(border, (u, *values))
+
+
+class Borders(nn.Module):
+    """The border function of a quantizer as a module of its own."""
+
+    def __init__(self, q: AQuant) -> None:
+        super().__init__()
+        self.q = q
+
+    def forward(self, u: Tensor) -> Tensor:
+        return self.q.borders(u)
+
+
+def test_closed_form_is_the_best_slope_for_a_known_product() -> None:
+    torch.manual_seed(0)
+    w = torch.randn(8, 4, 3, 3)
+    w_hat = (w * 1.3 + 0.2 * torch.randn_like(w)).detach()
+    q = AQuant(4, signed=False, shape=FIELD, border="linear")
+    q.see_weights(w, w_hat)
+    a, b = w.flatten(1), w_hat.flatten(1)
+    rho = (a * b).sum(0) / (b * b).sum(0)
+    torch.testing.assert_close(q.border[1].detach(), (1 - rho) * 15)
+    # Exhaustive: of floor and ceil, the border picks the one of least product error.
+    u = torch.rand(200) * 14
+    q.scale.data.fill_(1.0)
+    for i in (0, 17, 35):
+        x = torch.zeros(200, ROWS, 1)
+        x[:, i, 0] = u
+        got = q(x)[:, i, 0].detach()
+        error = [
+            (b[:, i] * (u.floor() + k)[:, None] - a[:, i] * u[:, None]).square().sum(1)
+            for k in (0, 1)
+        ]
+        best = u.floor() + (error[1] < error[0])
+        slope_fits = (0.5 + (1 - rho[i]) * u).clamp(0, 1) == 0.5 + (1 - rho[i]) * u
+        assert torch.equal(got[slope_fits], best[slope_fits])
+
+
+def test_grouped_weights_give_every_channel_its_own_outputs() -> None:
+    torch.manual_seed(0)
+    w = torch.randn(4, 1, 3, 3)  # depthwise
+    w_hat = w.round()
+    q = AQuant(4, signed=False, shape=FIELD, border="linear", per="channel")
+    q.see_weights(w, w_hat)
+    rho = (w * w_hat).flatten(1).sum(1) / w_hat.square().flatten(1).sum(1)
+    torch.testing.assert_close(q.border[1].detach(), (1 - rho) * 15)
+
+
+@pytest.mark.parametrize("fusion", ["none", "window", "residual"])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_decoded_codes_of_columns_equal_forward_and_fit_their_bits(fusion: str, bits: int) -> None:
+    q = made(bits, fusion=fusion)
+    x = columns(3) * 2
+    with torch.no_grad():
+        codes = q.codes(x)
+        assert torch.equal(q.decode(codes), q(x))
+    assert codes.min() >= 0
+    assert codes.max() < 2**bits
+
+
+@pytest.mark.parametrize("fusion", ["none", "window", "residual"])
+def test_every_parameter_gets_a_gradient(fusion: str) -> None:
+    q = made(fusion=fusion)
+    e = torch.randn(columns().shape, generator=torch.Generator().manual_seed(1))
+    (q(columns()) * e).sum().backward()
+    for name, p in q.named_parameters():
+        assert p.grad is not None, name
+        assert p.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_convolution_over_columns_equals_the_plain_one_for_equal_borders(groups: int) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=groups)
+    x = torch.randn(2, 4, 9, 9).relu()
+    outs = []
+    for per in ("row", "channel"):
+        q = AQuant(3, signed=False, shape=FIELD, per=per)
+        q.calibrate(x)
+        layer = QuantConv2d.from_float(conv, Identity(), q)
+        outs.append(layer(x))
+    torch.testing.assert_close(outs[0], outs[1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_linear_layer_has_a_row_per_input_and_needs_no_columns() -> None:
+    q = AQuant(3, signed=False, shape=(10,))
+    assert not q.on_columns
+    assert q.border.shape == (3, 10)
+    x = torch.rand(4, 10)
+    q.calibrate(x)
+    assert q(x).shape == x.shape
+
+
+def test_health_counts_the_rows_whose_border_leaves_its_range() -> None:
+    q = AQuant(3, signed=False, shape=FIELD, border="constant")
+    assert int(q.health()["borders_at_bound"]) == 0
+    q.border.data[0, :5] = 0.6
+    assert int(q.health()["borders_at_bound"]) == 5
+
+
+def test_thresholds_are_where_the_codes_change() -> None:
+    q = AQuant(2, signed=False, shape=FIELD, per="tensor", border="linear")
+    q.scale.data.fill_(2.0)
+    q.border.data.copy_(torch.tensor([[0.1], [0.3]]))
+    x = torch.linspace(0, 6, 6001)[None]
+    change = x[0, 1:][q.codes(x)[0].diff() > 0]
+    torch.testing.assert_close(q.thresholds(), change, rtol=0, atol=2.0 / 64 + 1e-3)
+
+
+def test_size_counts_every_coefficient() -> None:
+    assert made().extra_bytes() == 4 * (1 + 3 * ROWS)
+    assert made(per="channel").extra_bytes() == 4 * (1 + 3 * 4)
+    signed = AQuant(4, signed=True, shape=FIELD, border="constant", per="tensor")
+    assert signed.extra_bytes() == 4 * 2 + 1  # a zero point
+    assert made(fusion="window").extra_bytes() == 4 * (1 + 3 * ROWS + 4 * 81)
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"border": "cubic"}, "border must be one of"),
+        ({"per": "pixel"}, "per must be one of"),
+        ({"per": "channel", "fusion": "window"}, "fusion=window needs per=row"),
+    ],
+)
+def test_wrong_options_are_refused_by_name(own: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AQuant(4, shape=FIELD, **own)
+
+
+def test_padding_zeros_stay_zero_under_ordinary_borders() -> None:
+    q = made(spread=0.05)
+    x = F.unfold(torch.zeros(1, 4, 5, 5), 3, padding=1)
+    assert float(q(x).detach().abs().max()) == 0.0

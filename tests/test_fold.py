@@ -1,0 +1,114 @@
+"""Batch norms folded into convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from qexp.models.resnet import ResNet
+from qexp.quant.blocks import find_units
+from qexp.quant.fold import fold_bn_
+from qexp.quant.trace import trace
+
+MODELS = {
+    "resnet20": (partial(ResNet, depth=20, num_classes=10), 32, 19, 11),
+    "resnet8_projection": (
+        partial(ResNet, depth=8, num_classes=10, shortcut="projection"),
+        32,
+        9,
+        5,
+    ),
+    "resnet18": (torchvision.models.resnet18, 64, 20, 10),
+    "mobilenet_v2": (torchvision.models.mobilenet_v2, 64, 52, 20),
+    "mnasnet0_5": (torchvision.models.mnasnet0_5, 64, 52, 21),
+    "regnet_x_400mf": (torchvision.models.regnet_x_400mf, 64, 71, 24),
+}
+
+
+def with_statistics(make: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    model = make().eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.1)
+    return model
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_folded_network_equals_the_unfolded_one(name: str) -> None:
+    make, size, norms, units = MODELS[name]
+    model = with_statistics(make)
+    names = [n for n, _ in model.named_modules()]
+    x = torch.randn(2, 3, size, size)
+    before = model(x)
+    report = fold_bn_(model)
+    assert len(report) == norms
+    assert all(fold.conv is not None for fold in report)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    assert [n for n, _ in model.named_modules()] == names
+    torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5 * float(before.abs().max()))
+    layers = [layer.name for layer in trace(model, (3, size, size))]
+    found = find_units(model, layers, "block")
+    assert len(found) == units
+    assert sorted(n for u in found for n in u.layers) == sorted(layers)
+
+
+class Shared(nn.Module):
+    """One norm that folds, one whose convolution has a second reader, one after an activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+        self.norm_a, self.norm_b, self.norm_c = (nn.BatchNorm2d(4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm_a(self.a(x)).relu()
+        z = self.b(y)
+        return self.norm_c((self.norm_b(z) + z).relu())
+
+
+@torch.no_grad()
+def test_a_norm_that_cannot_be_folded_stays_and_is_reported() -> None:
+    model = with_statistics(Shared)
+    x = torch.randn(2, 3, 5, 5)
+    before = model(x)
+    report = {fold.norm: fold for fold in fold_bn_(model)}
+    assert report["norm_a"].conv == "a"
+    assert report["norm_b"].conv is None
+    assert "read elsewhere" in report["norm_b"].note
+    assert report["norm_c"].note == "its input is not a convolution"
+    torch.testing.assert_close(model(x), before)
+
+
+class Branching(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+def test_a_network_that_fx_cannot_trace_is_refused_in_one_line() -> None:
+    with pytest.raises(ValueError, match=r"^Branching cannot be traced by torch\.fx") as error:
+        fold_bn_(Branching())
+    assert "\n" not in str(error.value)
+
+
+def test_layer_granularity_compares_after_the_activation_that_follows() -> None:
+    model = with_statistics(torchvision.models.mobilenet_v2)
+    fold_bn_(model)
+    layers = [layer.name for layer in trace(model, (3, 64, 64))]
+    units = {u.name: u for u in find_units(model, layers, "layer")}
+    assert list(units) == layers
+    relu6 = units["features.2.conv.0.0"].activation
+    assert relu6 is not None
+    assert relu6(torch.tensor([-1.0, 9.0])).tolist() == [0.0, 6.0]
+    assert units["features.2.conv.2"].activation is None  # the linear bottleneck
