@@ -1,0 +1,199 @@
+"""ADQ's codebook: quantile start, moving average against Lloyd, dead levels, learned levels."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qexp.quant.codebook import Codebook
+
+
+def weights(seed: int = 0, rows: int = 6) -> Tensor:
+    return 0.1 * torch.randn(rows, 5, 3, 3, generator=torch.Generator().manual_seed(seed))
+
+
+def made(w: Tensor, bits: int = 3, **own: object) -> Codebook:
+    q = Codebook(bits, shape=w.shape, **own)  # type: ignore[arg-type]
+    q.calibrate(w)
+    return q
+
+
+def nearest(w: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    return np.abs(w[:, None] - levels).argmin(1)
+
+
+def lloyd(w: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """One Lloyd sweep with zero pinned."""
+    cells, out = nearest(w, levels), levels.copy()
+    for k in range(len(levels)):
+        if (cells == k).any() and k != len(levels) // 2:
+            out[k] = w[cells == k].mean()
+    return out
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_start_is_the_quantiles_of_each_sign_and_zero(bits: int) -> None:
+    w = weights()
+    v, m = w.double().numpy().ravel(), 2 ** (bits - 1) - 1
+    at = (np.arange(1, m + 1) - 0.5) / m
+    expected = np.concatenate([np.quantile(v[v < 0], at), [0], np.quantile(v[v > 0], at)])
+    np.testing.assert_allclose(made(w, bits).levels()[0].numpy(), expected, rtol=1e-5)
+
+
+def test_forward_is_the_nearest_level_and_passes_the_gradient_whole() -> None:
+    w = weights().requires_grad_()
+    q, e = made(w.detach()).eval(), weights(1)
+    levels = q.levels()[0].numpy()
+    y = q(w)
+    v = w.detach().numpy().ravel()
+    assert np.array_equal(y.detach().numpy().ravel(), levels[nearest(v, levels)])
+    y.backward(e)
+    assert torch.equal(w.grad, e)  # type: ignore[arg-type]  # no clip mask
+
+
+@pytest.mark.parametrize("form", ["simple", "count"])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_moving_average_without_memory_is_one_lloyd_sweep(form: str, bits: int) -> None:
+    w = weights()
+    q = made(w, bits, gamma=0.0, form=form, init="uniform")
+    expected = lloyd(w.double().numpy().ravel(), q.levels()[0].double().numpy())
+    q.train()(w)
+    np.testing.assert_allclose(q.levels()[0].numpy(), expected, rtol=1e-5, atol=1e-8)
+
+
+def test_simple_average_moves_each_level_by_its_part_towards_its_mean() -> None:
+    w = weights()
+    q = made(w, 3, gamma=0.9)
+    before = q.levels()[0].double().numpy()
+    mean = lloyd(w.double().numpy().ravel(), before)
+    q.train()(w)
+    np.testing.assert_allclose(q.levels()[0].numpy(), 0.9 * before + 0.1 * mean, rtol=1e-5)
+
+
+def test_adaptation_lowers_the_error_of_the_start() -> None:
+    w = weights(rows=60)
+    q = made(w, 4, gamma=0.5)
+    errors = []
+    for _ in range(150):
+        errors.append((q.train()(w) - w).square().mean().item())
+    assert errors[-1] < 0.6 * errors[0]
+    kmeans = made(w, 4, init="kmeans").eval()
+    assert errors[-1] < 1.1 * (kmeans(w) - w).square().mean().item()
+
+
+def test_levels_move_in_training_only_and_not_after_their_time() -> None:
+    w = weights()
+    q = made(w, 3, adapt_until=0.9)
+    start = q.levels().clone()
+    q.eval()(w)
+    assert torch.equal(q.levels(), start)
+    q.train()
+    q.progress(0.9)
+    q(w)
+    assert torch.equal(q.levels(), start)
+    q.progress(0.5)
+    q(w)
+    assert not torch.equal(q.levels(), start)
+    fixed = made(w, 3, adaptation="none").train()
+    fixed.progress(0.0)
+    fixed(w)
+    assert torch.equal(fixed.levels(), start)
+
+
+@given(
+    seed=st.integers(0, 2**16), gamma=st.floats(0, 0.99), form=st.sampled_from(["simple", "count"])
+)
+@settings(deadline=None, max_examples=20)
+def test_levels_stay_sorted_around_a_pinned_zero(seed: int, gamma: float, form: str) -> None:
+    w = weights(seed)
+    q = made(w, 4, gamma=gamma, form=form, dead_after=2).train()
+    for i in range(6):
+        q(w + 0.05 * weights(seed + i + 1) + 0.02 * i)  # drifting, so that levels die
+        levels = q.levels()[0]
+        assert (levels.diff() >= 0).all()
+        assert levels[q.m] == 0
+        assert levels.isfinite().all()
+
+
+def test_a_dead_level_is_counted_and_moves_into_its_fuller_neighbour() -> None:
+    w = torch.cat([torch.linspace(-1, -0.1, 50), torch.linspace(0.1, 0.5, 50)]).view(1, -1)
+    q = made(w, 3, dead_after=3, gamma=0.99).train()
+    with torch.no_grad():
+        q.codebook[0, -1] = 50.0
+    for _ in range(2):
+        q(w)
+        assert q.health()["dead_levels"] == 1
+        assert q.levels()[0, -1] == 50
+    q(w)
+    # The one neighbour is the level below; its upper half reaches the largest weight.
+    assert q.levels()[0, -2] < q.levels()[0, -1] <= 0.5
+    assert q.health()["dead_levels"] == 0
+    q(w)
+    assert q.health()["dead_levels"] == 0
+
+
+def test_per_channel_equals_a_loop_of_single_codebooks() -> None:
+    w = weights()
+    q = made(w, 3, per_channel=True, gamma=0.7).train()
+    y = q(w)
+    for i, row in enumerate(w):
+        single = made(row[None], 3, gamma=0.7).train()
+        assert torch.equal(single(row[None])[0], y[i])
+        torch.testing.assert_close(single.levels()[0], q.levels()[i], rtol=1e-6, atol=0)
+    assert q.extra_bytes() == 4 * 7 * 6
+
+
+def test_learned_levels_get_the_sum_of_their_members_gradients_and_zero_none() -> None:
+    w, e = weights(), weights(1)
+    q = made(w, 3, adaptation="gradient")
+    q.train()(w).backward(e)
+    cells = q.codes(w).flatten().long() + q.m
+    expected = torch.zeros(7).index_add_(0, cells, e.flatten())
+    expected[q.m] = 0
+    assert q.codebook.grad is not None
+    torch.testing.assert_close(q.codebook.grad[0], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_learned_levels_that_cross_are_still_a_sorted_grid() -> None:
+    w = weights()
+    q = made(w, 3, adaptation="gradient").eval()
+    with torch.no_grad():
+        q.codebook[0, [4, 5]] = q.codebook[0, [5, 4]]
+        assert (q.levels().diff() > 0).all()
+        assert torch.equal(q.decode(q.codes(w)), q(w))
+
+
+@pytest.mark.parametrize("sign", [1, -1, 0])
+def test_weights_of_one_sign_or_none_give_a_usable_codebook(sign: int) -> None:
+    w = sign * weights().abs()
+    q = made(w, 3)
+    assert (q.levels().diff() > 0).all()
+    assert q.train()(w).isfinite().all()
+
+
+@pytest.mark.parametrize(("own", "word"), [({"gamma": 1.0}, "gamma"), ({"bits": 1}, "2 bits")])
+def test_values_that_make_no_codebook_are_refused(own: dict, word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        partial(Codebook, **{"bits": 3, **own})(shape=(4, 4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["simple", "count"])
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_compiled_steps_move_the_codebook_as_eager_ones(form: str, per_channel: bool) -> None:
+    w = weights()
+    own = {"form": form, "per_channel": per_channel, "gamma": 0.6, "dead_after": 2}
+    eager, graph = made(w, 4, **own).train(), made(w, 4, **own).train()
+    torch._dynamo.reset()
+    run = torch.compile(graph, fullgraph=True)
+    for i in range(4):
+        v = w + 0.03 * i
+        torch.testing.assert_close(run(v), eager(v), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(graph.levels(), eager.levels(), rtol=1e-5, atol=1e-7)
+    assert torch.equal(graph.idle, eager.idle)
