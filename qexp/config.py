@@ -39,6 +39,8 @@ GIVEN = {
 }
 # Keys of a group's own node that are not arguments of its target.
 RESERVED = {"model": {"name", "checkpoint"}}
+# Groups whose target is a function of the whole config, with its keys in its module's `Settings`.
+RECIPES = {"recipe", "float"}
 MARKERS = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 
 
@@ -168,10 +170,9 @@ def _check_node(path: str, node: Mapping[str, Any], cfg: DictConfig) -> list[str
         reason = " ".join(str(error).split())
         return [f"config: {path}._target_ '{node['_target_']}' cannot be imported: {reason}"]
     keys = {k: v for k, v in node.items() if k not in MARKERS}
-    settings = getattr(sys.modules.get(target.__module__), "Settings", None)
-    if inspect.isfunction(target) and dataclasses.is_dataclass(settings):
-        problems = list(against(keys, Signature.of_dataclass(settings), path))  # type: ignore[arg-type]
-        return problems or _settings_ranges(settings, node, path)
+    if group in RECIPES:
+        settings = getattr(sys.modules.get(target.__module__), "Settings", None)
+        return _check_settings(settings, node, keys, path) if settings else []
     signature = Signature.of_callable(target).without(GIVEN.get(group, set()))
     if path == group:  # the group's own node: `name` is for folders and tables
         ours = RESERVED.get(group, set()) | {"name"}
@@ -202,7 +203,12 @@ def _imported(name: str) -> Any:
     return found
 
 
-def _settings_ranges(settings: Any, node: Mapping[str, Any], path: str) -> list[str]:
+def _check_settings(
+    settings: Any, node: Mapping[str, Any], keys: Mapping[str, Any], path: str
+) -> list[str]:
+    problems = list(against(keys, Signature.of_dataclass(settings), path))
+    if problems:
+        return problems
     try:
         settings.of(OmegaConf.create(dict(node))).check()
     except ConfigError as error:

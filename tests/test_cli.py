@@ -1,0 +1,305 @@
+"""The real `qexp`: commands, folders, sweeps, resume, completion."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import standin
+from conftest import Qexp
+
+from qexp import __version__
+from qexp.runner.folder import find_runs, owner, read_json, read_status
+
+
+def runs(*states: str) -> list[Path]:
+    """Run folders under `outputs`, of these states or of all."""
+    found = find_runs(Path("outputs"))
+    return [run for run in found if not states or read_status(run)["state"] in states]
+
+
+# Help, speed
+
+
+def test_alone_it_lists_the_commands_and_two_examples(qexp: Qexp) -> None:
+    said = qexp()
+    assert said.code == 0
+    for command in ("train", "eval", "export", "bench train", "resume", "ls", "report", "env"):
+        assert f"\n  {command} " in said.out
+    assert said.out.count("\n  qexp train") == 2
+    assert qexp("--help") == said
+    assert qexp("--version").out == f"qexp {__version__}\n"
+
+
+def test_help_of_train_shows_groups_and_keys(qexp: Qexp) -> None:
+    said = qexp("train", "--help", "bits=3")
+    assert said.code == 0
+    assert "bitwidth: " in said.out
+    assert "\nbits: 3\n" in said.out
+    assert "_target_: qexp.recipes.qat.qat" in said.out
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["--help"], ["train", "--help"], ["train", "--cfg", "job"], ["-sc", "query=bash"]],
+    ids=" ".join,
+)
+def test_quick_answers_cost_under_half_a_second_and_no_torch(argv: list[str]) -> None:
+    code = (
+        "import sys; from qexp.cli import main; code = main(sys.argv[1:]); "
+        "assert 'torch' not in sys.modules; sys.exit(code)"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(
+        [sys.executable, "-c", code, *argv],
+        check=True,
+        capture_output=True,
+        env={**os.environ, "COMP_LINE": "qexp train quantizer=l"},
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # Processor time, which a busy machine does not stretch as it does the clock's.
+    assert after.ru_utime - before.ru_utime < 0.5
+
+
+# One run
+
+
+def test_a_run_gets_a_folder_named_after_what_it_is(tiny: Qexp) -> None:
+    assert tiny("bits=3").code == 0
+    (run,) = runs("done")
+    assert run.parent == Path("outputs/d-m/lsq-w3a3")
+    assert read_json(run / "result.json")["top1"] == 90.3
+    overrides = (run / ".hydra" / "overrides.yaml").read_text()
+    assert "bits=3" in overrides
+    assert read_json(run / "env.json")["command"].startswith("qexp train --config-dir conf")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        (["bitwidth.weight=2"], "lsq-w2a4"),
+        (["quantizer=fp32"], "fp32"),
+        (["quantizer/weight=lsq_per_channel"], "lsq_per_channel+lsq-w4a4"),
+    ],
+)
+def test_the_folder_says_bits_and_parts(tiny: Qexp, overrides: list[str], name: str) -> None:
+    assert tiny(*overrides).code == 0
+    assert [run.parent.name for run in runs()] == [name]
+
+
+def test_a_wrong_config_leaves_nothing_behind(tiny: Qexp, tmp_path: Path) -> None:
+    assert tiny("recipe.lr=-1").code == 2
+    assert tiny("bitz=1").code == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["conf"]
+
+
+@pytest.mark.parametrize("more", [(), ("-m", "bits=2,3")], ids=["run", "sweep"])
+def test_a_dry_run_prints_the_plan_and_writes_nothing(
+    tiny: Qexp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
+) -> None:
+    from qexp.recipes import plan
+
+    monkeypatch.setattr(plan, "plan", lambda cfg: f"plan of W{cfg.bits}")
+    said = tiny("dry_run=true", *more)
+    assert said.code == 0
+    assert said.out.split("\n")[0] == ("plan of W2" if more else "plan of W4")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["conf"]
+
+
+def test_a_crash_is_one_line_and_its_traceback_is_in_the_log(tiny: Qexp) -> None:
+    said = tiny("recipe.then=crash")
+    (run,) = runs("failed")
+    assert said.code == 1
+    assert said.err == (
+        f"run: ZeroDivisionError: division by zero (traceback in {run}/train.log)\n"
+    )
+    assert "Traceback" in (run / "train.log").read_text()
+    assert read_status(run)["error"] == "ZeroDivisionError: division by zero"
+
+
+@pytest.mark.parametrize("how", ["interrupt", "terminate"])
+def test_an_interrupted_run_says_how_to_continue(tiny: Qexp, how: str) -> None:
+    said = tiny(f"recipe.then={how}")
+    (run,) = runs("interrupted")
+    assert said.code == 130
+    assert said.err == f"interrupted. Continue with: qexp resume {run}\n"
+
+
+def test_two_runs_in_one_process_do_not_share_a_folder(tiny: Qexp) -> None:
+    place = "folder=outputs/d-m/x/same"
+    assert tiny(place).code == 0
+    assert tiny(place, "bits=3").code == 0
+    assert [run.name for run in runs("done")] == ["same", "same-2"]
+
+
+# Sweeps
+
+
+def test_a_sweep_finishes_the_others_skips_what_is_done_and_names_the_failed(tiny: Qexp) -> None:
+    sweep = ("-m", "bits=2,3,4", "recipe.then='bits=3'")
+    said = tiny(*sweep)
+    assert said.code == 1
+    assert "failed: ZeroDivisionError: division by zero (traceback in " in said.err
+    assert "sweep: 1 of 3 jobs failed: bits=3. See outputs/sweeps/" in said.err
+    assert [read_json(run / "result.json")["top1"] for run in runs("done")] == [90.2, 90.4]
+    assert len(runs("failed")) == 1
+    rows = [row.split()[:3] for row in said.out.splitlines()[-4:]]
+    assert rows[0] == ["job", "status", "top-1"]
+    assert ["bits=2", "done", "90.20"] in rows
+    assert ["bits=3", "failed", "-"] in rows
+
+    again = tiny(*sweep)
+    assert again.code == 1
+    assert again.out.count("skipped: ") == 2
+    assert len(runs("done")) == 2  # only the failed one was tried again
+    assert len(runs("failed")) == 2
+
+    assert tiny(*sweep, "force=true").out.count("skipped: ") == 0
+    assert len(runs("done")) == 4
+
+
+def test_a_finished_single_run_counts_for_a_sweep_and_another_device_too(tiny: Qexp) -> None:
+    tiny("bits=2", "device=cpu")
+    said = tiny("-m", "bits=2", "seed=0,1")
+    assert said.code == 0
+    assert said.out.count("skipped: ") == 1
+    assert len(runs("done")) == 2
+
+
+def test_a_wrong_config_fails_its_job_alone(tiny: Qexp) -> None:
+    said = tiny("-m", "bits=2,33")
+    assert said.code == 1
+    assert "bits=33 failed: config: bits must be an integer from 1 to 16" in said.err
+    assert len(runs("done")) == 1
+
+
+def test_ctrl_c_ends_the_sweep(tiny: Qexp) -> None:
+    said = tiny("-m", "bits=2,3", "recipe.then=interrupt")
+    assert said.code == 130
+    assert len(runs("interrupted")) == 1
+    (jobs,) = Path("outputs/sweeps").glob("*/jobs.jsonl")
+    assert [json.loads(line)["status"] for line in jobs.read_text().splitlines()] == ["interrupted"]
+
+
+def test_options_may_stand_anywhere(tiny: Qexp) -> None:
+    assert tiny("bits=4", "-m", "seed=0,1").code == 0
+    assert len(runs("done")) == 2
+
+
+@pytest.mark.slow
+def test_parallel_jobs_are_told_and_counted_alike(
+    tiny: Qexp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    monkeypatch.setenv("PYTHONPATH", str(Path(standin.__file__).parent))
+    said = tiny("-m", "launch=parallel", "bits=2,3", "recipe.then='bits=3'")
+    assert said.code == 1
+    assert "1 of 2 jobs failed: bits=3" in said.err
+    assert len(runs("done")) == len(runs("failed")) == 1
+
+
+# Resume
+
+
+def test_a_failed_run_continues_in_its_folder_from_its_own_config(
+    tiny: Qexp, qexp: Qexp, tmp_path: Path
+) -> None:
+    tiny("recipe.then=crash")
+    (run,) = runs("failed")
+    frozen = {p.name: p.read_text() for p in (run / ".hydra").iterdir()}
+    (tmp_path / "conf" / "recipe" / "tiny.yaml").write_text("edited: later\n")
+
+    assert qexp("resume", str(run)).code == 1  # it crashes again
+    assert qexp("resume", run.name[-6:], "recipe.then=done", "recipe.epochs=4").code == 0
+    assert runs("done") == [run]
+    assert standin.seen[-1].recipe.epochs == 4
+    assert {name: (run / ".hydra" / name).read_text() for name in frozen} == frozen
+
+    assert qexp("resume", str(run), "recipe.epochs=6").code == 0
+    assert standin.seen[-1].recipe.then == "done"  # what the last resume changed holds
+
+
+def test_a_refused_override_does_not_stick(tiny: Qexp, qexp: Qexp) -> None:
+    tiny("recipe.then=crash")
+    (run,) = runs()
+    assert qexp("resume", str(run), "recipe.lr=-1").code == 2
+    assert qexp("resume", str(run), "recipe.lrr=1").code == 2
+    assert qexp("resume", str(run), "recipe.then=done").code == 0
+
+
+def test_resume_refuses_what_is_done_or_still_running(tiny: Qexp, qexp: Qexp) -> None:
+    tiny()
+    (run,) = runs("done")
+    assert qexp("resume", str(run)) == (
+        2,
+        "",
+        f"resume: {run} is already done (top-1 90.40). Add recipe.epochs=... to train longer.\n",
+    )
+    (run / "status.json").write_text(json.dumps({"state": "running", **owner()}))
+    said = qexp("resume", str(run))
+    assert said.code == 1
+    assert said.err.startswith(f"resume: {run} is still running (pid {os.getpid()} on ")
+
+
+def test_a_sweep_folder_resumes_its_unfinished_runs(tiny: Qexp, qexp: Qexp) -> None:
+    tiny("-m", "bits=2,3,4", "recipe.then='bits=3'")
+    (sweep,) = Path("outputs/sweeps").iterdir()
+    assert qexp("resume", str(sweep), "recipe.then=done").code == 0
+    assert len(runs("done")) == 3
+    said = qexp("resume", str(sweep))
+    assert said.code == 2
+    assert "is done" in said.err
+
+
+# ls, env, completion
+
+
+def test_ls_tells_done_failed_and_dead(tiny: Qexp, qexp: Qexp) -> None:
+    tiny("bits=2")
+    tiny("bits=3", "recipe.then=crash")
+    tiny("bits=4", "recipe.then=crash")
+    process = subprocess.Popen(["true"])
+    process.wait()
+    killed = {"state": "running", **owner(), "pid": process.pid, "started": "2026-01-01T00:00:00Z"}
+    (runs("failed")[-1] / "status.json").write_text(json.dumps(killed))
+    rows = [line.split() for line in qexp("ls").out.splitlines()]
+    assert rows[0] == ["name", "status", "top-1", "epoch", "age", "folder"]
+    assert [row[:4] for row in rows[1:]] == [
+        ["d-m/lsq-w2a2", "done", "90.20", "2"],
+        ["d-m/lsq-w3a3", "failed", "-", "2"],
+        ["d-m/lsq-w4a4", "dead", "-", "2"],
+    ]
+
+
+def test_env_names_versions_and_places(qexp: Qexp) -> None:
+    said = qexp("env")
+    assert said.code == 0
+    first = {line.split()[0] for line in said.out.splitlines()}
+    assert {"python", "torch", "commit", "gpus", "torch.compile", "configs", "data"} <= first
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("qexp tr", "train"),
+        ("qexp bench t", "train"),
+        ("qexp train quantizer=lsqp", "quantizer=lsqplus"),
+        ("qexp train model=resnet8 quantizer/weight=lsq_", "quantizer/weight=lsq_per_channel"),
+        ("qexp eval ch", "checkpoint="),
+        ("qexp nothing", ""),
+    ],
+)
+def test_completion(qexp: Qexp, monkeypatch: pytest.MonkeyPatch, line: str, expected: str) -> None:
+    monkeypatch.setenv("COMP_LINE", line)
+    assert qexp("-sc", "query=bash").out.strip() == expected
+
+
+def test_completion_installs_for_the_name_qexp(qexp: Qexp) -> None:
+    said = qexp("-sc", "install=bash")
+    assert said.code == 0
+    assert said.out.rstrip().endswith("hydra_bash_completion qexp")

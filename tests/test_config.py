@@ -1,0 +1,187 @@
+"""Every YAML composes and fits what it names; a wrong value is told before anything is built."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import standin
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from qexp.config import Train, check, configs_dir, run_name
+from qexp.errors import ConfigError
+from qexp.signature import says
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+GROUPS = ("dataset", "model", "recipe", "bitwidth", "quantizer", "experiment")
+CHOICES = [f"{g}={p.stem}" for g in GROUPS for p in sorted((CONFIGS / g).glob("*.yaml"))]
+PARTS = [
+    f"quantizer/{side}={path.stem}"
+    for side in ("weight", "act", "outer")
+    for path in sorted((CONFIGS / "quantizer" / side).glob("*.yaml"))
+]
+
+
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose("train", list(overrides))
+
+
+@pytest.mark.parametrize("choice", [*CHOICES, *PARTS])
+def test_a_choice_composes_and_fits_its_target(choice: str) -> None:
+    check(composed(choice), Train)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((CONFIGS / "experiment").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_every_leaf_of_an_experiment_survives_composition(path: Path) -> None:
+    text = OmegaConf.load(path)
+    cfg = composed(f"experiment={path.stem}")
+    leaves = [leaf for leaf in _leaves(text) if leaf[0].split(".")[0] not in ("defaults", "hydra")]
+    assert leaves
+    for key, value in leaves:
+        assert OmegaConf.select(cfg, key) == value, key
+
+
+def _leaves(node: Any, path: str = "") -> list[tuple[str, Any]]:
+    if isinstance(node, DictConfig):
+        return [
+            leaf
+            for key in node
+            for leaf in _leaves(node._get_node(key), f"{path}.{key}" if path else str(key))
+        ]
+    value = OmegaConf.to_container(node, resolve=False) if isinstance(node, ListConfig) else node
+    text = getattr(value, "_value", lambda: value)()
+    return [] if isinstance(text, str) and "${" in text else [(path, text)]
+
+
+def test_defaults_have_self_first_and_experiment_last() -> None:
+    defaults = [str(d) for d in OmegaConf.load(CONFIGS / "train.yaml").defaults]
+    assert defaults[0] == "_self_"
+    groups = [d for d in defaults if "override" not in d]
+    assert "experiment" in groups[-1]
+    order = [i for i, d in enumerate(groups) if "'recipe':" in d or "'quantizer':" in d]
+    assert "recipe" in groups[order[0]]
+    assert "quantizer" in groups[order[1]]
+
+
+def test_configs_are_found_beside_the_package() -> None:
+    assert configs_dir() == CONFIGS
+
+
+# Names of folders
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "bitwidth", "name"),
+    [
+        ({"name": "asq", "weight": 1, "act": 1}, {"weight": 2, "act": 4}, "asq-w2a4"),
+        ({"name": "fp32", "weight": None, "act": None}, {"weight": 4, "act": 4}, "fp32"),
+        (
+            {"name": "lsq", "weight": 1, "act": 1},
+            {"name": "sensitivity", "budget": 3.5},
+            "lsq-sensitivity3.5",
+        ),
+    ],
+)
+def test_a_run_is_named_by_method_and_bits(quantizer: dict, bitwidth: dict, name: str) -> None:
+    cfg = OmegaConf.create({"quantizer": quantizer, "bitwidth": bitwidth})
+    assert run_name(_root_=cfg) == name
+
+
+# check
+
+
+def node(**keys: Any) -> DictConfig:
+    return OmegaConf.create({"model": {"_target_": "standin.Model", "name": "m", **keys}})
+
+
+def problems(cfg: DictConfig, schema: type | None = None) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        check(cfg, schema)
+    return str(caught.value).splitlines()
+
+
+def test_what_the_program_gives_is_neither_missing_nor_settable() -> None:
+    check(node(width=4, checkpoint="auto"))
+    assert problems(node(num_classes=3)) == [
+        "config: no key 'model.num_classes' (Model has: scales, shortcut, width)."
+    ]
+
+
+def test_all_problems_are_told_at_once() -> None:
+    assert problems(node(widht=1, width="wide", shortcut="padd", scales=[1, "x"])) == [
+        "config: no key 'model.widht' (Model has: scales, shortcut, width). Did you mean 'width'?",
+        "config: model.width must be an integer, got 'wide' (str).",
+        "config: model.shortcut must be one of pad, projection, got 'padd' (str).",
+        "config: model.scales must be a list, each number or null, got [1, 'x'] (list).",
+    ]
+
+
+def test_a_target_that_takes_any_keyword_is_checked_for_what_it_needs() -> None:
+    cfg = OmegaConf.create({"x": {"_target_": "standin.open_ended", "other": 1}})
+    assert problems(cfg) == ["config: x.first is missing. Set x.first=..."]
+
+
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [
+        ("standin.Modle", "no 'Modle' in standin. Did you mean 'Model'?"),
+        ("qexp.quant.lsqq.LSQ", "no 'lsqq' in qexp.quant"),
+        ("nowhere.LSQ", "No module named 'nowhere'"),
+        ("LSQ", "write it as package.module.name"),
+    ],
+)
+def test_a_target_that_does_not_exist_is_named(target: str, reason: str) -> None:
+    (line,) = problems(OmegaConf.create({"quantizer": {"act": {"_target_": target}}}))
+    assert line.startswith(f"config: quantizer.act._target_ '{target}' cannot be imported: ")
+    assert reason in line
+
+
+def test_a_wrong_value_is_told_once_where_it_was_set() -> None:
+    lines = problems(composed("bits=four"), Train)
+    assert lines == ["config: bits must be an integer, got 'four' (str)."]
+
+
+def test_an_interpolation_that_leads_nowhere_is_one_line() -> None:
+    lines = problems(composed("model.width=${nix}"), Train)
+    assert len(lines) == 1
+    assert lines[0].startswith("config: model.width: ")
+
+
+def test_ranges_of_a_recipe_are_told_under_its_own_path() -> None:
+    lines = problems(composed("float.lr=-1", "recipe.epochs=0"), Train)
+    assert any(line.startswith("config: float.lr=-1") for line in lines)
+    assert any(line.startswith("config: recipe.epochs=0") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "words"),
+    [
+        (1, float, None),
+        (1.0, int, "an integer"),
+        (True, int, "an integer"),
+        (True, float, "a number"),
+        (1, bool, "true or false"),
+        (None, int | None, None),
+        ("x", int | None, "an integer or null"),
+        ("8", Literal[8, "8"], None),
+        (True, Literal[1], "one of 1"),
+        ([1, 2], Sequence[float], None),
+        (3, Sequence[float], "a list"),
+        ((1, "a"), tuple[int, ...], "a list, each integer"),
+        ([1, "a"], tuple[int, str], None),
+        ({"a": 1}, dict[str, int], None),
+        ("a", dict[str, int], "a mapping"),
+        ("data", Path, None),
+        ({"_target_": "x"}, int, None),
+        ("anything", Any, None),
+        ("anything", standin.Model, None),
+    ],
+)
+def test_a_value_fits_its_annotation(value: Any, hint: Any, words: str | None) -> None:
+    assert says(value, hint) == words
