@@ -83,7 +83,9 @@ def log_epoch(
     stuck = movement.stuck(network.model)
     if stuck:
         run.event("stuck", epoch=epoch, parameters=stuck)
+    if stuck and stuck != state["stuck"]:  # said once, not every epoch
         run.warn(f"{len(stuck)} quantizer parameters did not move in this epoch: {stuck[0]}, ...")
+    state["stuck"] = stuck
     for kind, counts in health(network.model).items():
         run.event("health", what=kind, epoch=epoch, layers=counts)
         run.warn(f"{kind.replace('_', ' ')}: {sum(counts.values())} in {len(counts)} quantizers")

@@ -162,7 +162,7 @@ def ptq(cfg: DictConfig, run: Run) -> dict[str, Any]:
     save(float=float_state(model), top1=test.top1)
     recipe = {k: v for k, v in asdict(s).items() if k not in ("cache_gb", "amp")}
     protocol = outcome.protocol(cfg, recipe | asdict(method), dataset, start.record())
-    run.info(f"top-1 {test.top1:.2f}, float {start.top1 if start.top1 is not None else -1:.2f}")
+    run.info(f"top-1 {test.top1:.2f}" + (f", float {start.top1:.2f}" if start.top1 else ""))
     return outcome.result(
         cfg,
         run,

@@ -148,6 +148,7 @@ def _first_state(
         "train_s": 0.0,  # of the last epoch, or its last part
         "trained": 0,  # images in that time
         "test_s": 0.0,
+        "stuck": [],  # quantizer parameters that the last epoch did not move
         "before": picture.weights(model),
     }
 

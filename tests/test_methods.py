@@ -1,0 +1,130 @@
+"""Every method through the runner: it composes, trains, learns, and stays within its bits."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from compose import tiny
+
+from qexp.config import configs_dir
+from qexp.recipes import build
+from qexp.recipes.qat import qat
+from qexp.runner.run import open_run
+
+
+def trained_methods() -> list[str]:
+    """Quantizers whose recipe is training, from the configs themselves."""
+    names = sorted(p.stem for p in (configs_dir() / "quantizer").glob("*.yaml"))
+    text = {n: (configs_dir() / "quantizer" / f"{n}.yaml").read_text() for n in names}
+    return [n for n in names if "recipe@_global_" not in text[n]]
+
+
+METHODS = trained_methods()
+HARD = "dataset.noise=96"  # the float network must leave something to learn
+# Its name says that it holds 2^b + 1 levels.
+OVERFULL = {"post_released"}
+
+
+@pytest.fixture(scope="module")
+def float_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("float")
+    cfg = tiny(out, "quantizer=fp32", "recipe.epochs=4", "recipe.batch_size=16", HARD)
+    cfg.recipe.plots = False
+    with open_run(Path(cfg.folder), cfg) as run:
+        run.finish(qat(cfg, run))
+    return run.dir / "last.pt"
+
+
+def test_the_methods_are_found() -> None:
+    assert {"lsq", "lsqplus"} <= set(METHODS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_method_learns_within_its_bits(tmp_path: Path, float_run: Path, method: str) -> None:
+    cfg = tiny(
+        tmp_path, f"quantizer={method}", "bits=3", f"model.checkpoint={float_run}",
+        "recipe.epochs=8", HARD,
+    )  # fmt: skip
+    with open_run(Path(cfg.folder), cfg) as run:
+        result = qat(cfg, run)
+        run.finish(result)
+    losses = [row["loss"] for row in _epochs(run.dir)]
+    assert min(losses[-2:]) < losses[0], f"the loss did not fall: {losses}"
+    rows = list(csv.DictReader((run.dir / "layers.csv").read_text().splitlines()))
+    for row in rows:
+        levels, bits = int(row["levels_used"]), float(row["w_bits"])
+        assert levels <= 2 ** math.ceil(bits), row
+        if method not in OVERFULL:
+            assert bits in (3, 8), row
+    assert result["size_bytes"] < result["fp32_bytes"]
+
+
+def _epochs(folder: Path) -> list[dict[str, float]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [r for r in map(json.loads, lines) if r["event"] == "epoch"]
+
+
+@pytest.mark.parametrize(("weight", "act"), [("apot", "asq"), ("codebook", "lsq"), ("lsq", "n2uq")])
+def test_any_weight_quantizer_goes_with_any_input_quantizer(
+    tmp_path: Path, float_run: Path, weight: str, act: str
+) -> None:
+    cfg = tiny(
+        tmp_path, f"quantizer/weight={weight}", f"quantizer/act={act}",
+        f"model.checkpoint={float_run}", "recipe.epochs=1",
+    )  # fmt: skip
+    with open_run(Path(cfg.folder), cfg) as run:
+        result = qat(cfg, run)
+        run.finish(result)
+    assert 0 <= result["top1"] <= 100
+
+
+def test_progressive_bits_end_at_the_last_stage(tmp_path: Path, float_run: Path) -> None:
+    cfg = tiny(
+        tmp_path, "bits=2", "bitwidth=progressive", f"model.checkpoint={float_run}",
+        "recipe.epochs=8",
+    )  # fmt: skip
+    with open_run(Path(cfg.folder), cfg) as run:
+        result = qat(cfg, run)
+        run.finish(result)
+    assert result["bits"]["weight_by_param"] == 2
+    assert [row["bits"] for row in _epochs(run.dir)] == [8, 4, 4, 2, 2, 2, 2, 2]
+
+
+def test_sensitivity_stays_in_its_budget_and_reports_three_averages(
+    tmp_path: Path, float_run: Path
+) -> None:
+    saved = tmp_path / "bits.yaml"
+    options = [f"model.checkpoint={float_run}", "recipe.epochs=1"]
+    policy = [
+        "bitwidth=sensitivity",
+        "bitwidth.budget=3",
+        "bitwidth.probes=2",
+        "bitwidth.images=16",
+    ]
+    cfg = tiny(tmp_path / "a", *options, *policy, f"bitwidth.save={saved}")
+    with open_run(Path(cfg.folder), cfg) as run:
+        first = qat(cfg, run)
+        run.finish(first)
+    assert first["bits"]["weight_by_param"] <= 3
+    assert {"weight_by_layer", "weight_with_outer", "act_by_layer"} <= first["bits"].keys()
+    again = tiny(tmp_path / "b", *options, "bitwidth=pattern", f"bitwidth.file={saved}")
+    with open_run(Path(again.folder), again) as run:
+        second = qat(again, run)
+        run.finish(second)
+    assert second["bits"] == first["bits"]
+
+
+def test_a_trained_run_is_restored_without_calibrating(tmp_path: Path, float_run: Path) -> None:
+    cfg = tiny(tmp_path, "quantizer=lsq", f"model.checkpoint={float_run}", "recipe.epochs=1")
+    with open_run(Path(cfg.folder), cfg) as run:
+        run.finish(qat(cfg, run))
+    model, dataset, _ = build.load_run(run.dir, "last.pt", "cpu")
+    saved = torch.load(run.dir / "last.pt", weights_only=True)["model"]
+    assert all(torch.equal(v, saved[k]) for k, v in model.state_dict().items())
+    model.eval()(next(iter(dataset.eval_batches("test")))[0])
+    assert all(torch.equal(v, saved[k]) for k, v in model.state_dict().items())
