@@ -17,7 +17,7 @@ DPI = 130
 SMALL = 8  # points
 # Okabe and Ito's palette: distinct for colour-blind readers, and in grey.
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#8a8a8a"
-PALETTE = (BLUE, RED, GREEN, ORANGE, "#CC79A7", "#56B4E9", "#5a3d8a", "#7a5c2e", "#000000", GREY)
+PALETTE = (BLUE, RED, GREEN, ORANGE, "#CC79A7", "#56B4E9", "#5a3d8a", "#7a5c2e", "#000000")
 
 
 def panels(
@@ -80,8 +80,16 @@ def save(
 
 
 def flat(values: Any) -> np.ndarray:
-    """A float array of one axis."""
-    return array(values).ravel()
+    """A float array of one axis, of the finite values; a single zero when there is none."""
+    every = array(values).ravel()
+    finite = every[np.isfinite(every)]
+    return finite if finite.size else np.zeros(1)
+
+
+def span(values: np.ndarray) -> tuple[float, float]:
+    """Where nearly all of `values` lie: 0.05th to 99.95th percentile, never empty."""
+    low, high = np.percentile(values, [0.05, 99.95])
+    return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 
 def array(values: Any) -> np.ndarray:

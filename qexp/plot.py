@@ -30,6 +30,7 @@ from qexp.figure import (
     number,
     panels,
     save,
+    span,
 )
 
 if TYPE_CHECKING:
@@ -105,6 +106,8 @@ def curves(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "") -> No
         axis.set_title(name.partition(" [")[0], fontsize=SMALL + 1)
         axis.grid(alpha=0.25)
         axis.locator_params(axis="x", integer=True)
+        if len(rows) == 1:
+            axis.set_xticks([rows[0]["epoch"]])
         if len(axis.lines) > 1:
             axis.legend(frameon=False, fontsize=SMALL)
     axes[2].set_ylim(bottom=0)
@@ -120,8 +123,8 @@ def weight_levels(items: Sequence[WeightPlot], path: Path, title: str = "") -> N
     figure, axes = panels(len(shown))
     for axis, item in zip(axes, shown, strict=True):
         before, after = flat(item.before), flat(item.after)
-        low, high = np.percentile(np.concatenate([before, after]), [0.05, 99.95])
-        edges = np.linspace(low, high, 81)
+        low, high = span(np.concatenate([before, after]))
+        edges = np.linspace(low, high, _bins(after) + 1).tolist()
         axis.hist(before, edges, density=True, color=GREY, alpha=0.45)
         axis.hist(after, edges, density=True, color=BLUE, histtype="step", linewidth=1.1)
         _draw_levels(axis, item.levels_before, GREY, ":")
@@ -144,9 +147,11 @@ def activation_thresholds(items: Sequence[ActivationPlot], path: Path, title: st
     figure, axes = panels(len(shown))
     for axis, item in zip(axes, shown, strict=True):
         values, levels = flat(item.values), flat(item.levels)
-        low, high = np.percentile(values, [0.05, 99.95])
-        low, high = min(low, levels.min()), max(high, levels.max())
-        axis.hist(values, np.linspace(low, high, 101), density=True, color=BLUE, alpha=0.55)
+        low, high = span(values)
+        if len(levels) <= MAX_LINES:  # 8 bits often reach far beyond the data
+            low, high = min(low, levels.min()), max(high, levels.max())
+        edges = np.linspace(low, high, _bins(values) + 1).tolist()
+        axis.hist(values, edges, density=True, color=BLUE, alpha=0.55)
         axis.set_yscale("log")  # after ReLU the zeros dwarf everything else
         _draw_levels(axis, item.thresholds, RED, "--")
         if len(levels) <= MAX_LINES:
@@ -224,7 +229,7 @@ def sensitivity(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "") 
 
 def _draw_levels(axis: Axes, levels: Any, color: str, style: str) -> None:
     """Vertical lines; ticks at the foot when there are too many to tell apart."""
-    rows = np.atleast_2d(array(levels))
+    rows = np.nan_to_num(np.atleast_2d(array(levels)))
     middle = np.median(rows, axis=0)
     if len(middle) > MAX_LINES:
         axis.vlines(
@@ -236,6 +241,11 @@ def _draw_levels(axis: Axes, levels: Any, color: str, style: str) -> None:
     if len(rows) > 1 and style == "-":
         for low, high in np.percentile(rows, [10, 90], axis=0).T:
             axis.axvspan(low, high, color=color, alpha=0.18, linewidth=0)
+
+
+def _bins(values: np.ndarray) -> int:
+    """Bins of a histogram: few for a small layer, whose counts would be noise."""
+    return int(np.clip(np.sqrt(values.size), 20, 80))
 
 
 def _frame(axis: Axes, title: str, low: float, high: float) -> None:

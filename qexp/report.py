@@ -124,11 +124,11 @@ def markdown_row(texts: Sequence[str]) -> str:
 
 def protocol_lines(table: Table) -> list[str]:
     """The table's protocol in one line, and one line for each that differs."""
-    common = " ".join(f"{key}={value}" for key, value in table.protocol.items())
+    common = " ".join(f"{key}={brief(value)}" for key, value in table.protocol.items())
     lines = [f"Protocol {table.protocol_hash or 'unknown'}: {common or 'no finished run'}."]
     for other, keys in table.others.items():
         changed = ", ".join(
-            f"{k}: {theirs} instead of {ours}" for k, (ours, theirs) in keys.items()
+            f"{k}: {brief(theirs)} instead of {brief(ours)}" for k, (ours, theirs) in keys.items()
         )
         lines.append(f"Protocol {other} differs, do not compare: {changed}.")
     lines.append(
@@ -136,6 +136,12 @@ def protocol_lines(table: Table) -> list[str]:
         "over n seeds; drop = float - ours."
     )
     return [f"{line}  " for line in lines[:-1]] + lines[-1:]
+
+
+def brief(value: Any) -> str:
+    """A value of a protocol; of a hash, the first digits."""
+    text = str(value)
+    return text[:8] if len(text) >= 32 and text.isalnum() else text
 
 
 def cells(row: Row) -> list[str]:

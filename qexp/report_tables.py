@@ -6,7 +6,8 @@ for one seed. `top1` is the last epoch's. A run that failed, or has not ended, j
 config it shares, else it has a row of its own: nothing is left out.
 
 Within a table, rows whose protocol differs from the most common one are flagged, and the keys that
-differ are listed. A float row is not asked about `first_last`, which says nothing about it.
+differ are listed. A float row is not asked about `first_last`, which says nothing about it, and a
+float network trained from scratch, where the others are not, is named a start and not compared.
 """
 
 from __future__ import annotations
@@ -211,10 +212,19 @@ def _compare(table: Table) -> None:
     reference = next(row for row in voters if row.protocol_hash == table.protocol_hash)
     table.protocol = reference.compared()
     for row in known:
+        if is_start(row, table.protocol):
+            row.flags.append("float start, trained from scratch")
+            continue
         differing = differences(table.protocol, row.compared(), is_float=row.first.is_float)
         if differing:
             table.others[row.protocol_hash] = differing
             row.flags.append(f"protocol differs: {', '.join(differing)}")
+
+
+def is_start(row: Row, protocol: Mapping[str, Any]) -> bool:
+    """Whether this is a float network the others may start from: its recipe differs by design."""
+    own = row.first.is_float and row.first.protocol.get("from_scratch")
+    return bool(own) and not protocol.get("from_scratch")
 
 
 def differences(

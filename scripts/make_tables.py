@@ -21,7 +21,7 @@ from qexp.errors import QexpError
 from qexp.report import markdown, markdown_row, show
 from qexp.report_papers import Paper, read_papers
 from qexp.report_runs import read_runs
-from qexp.report_tables import Row, Table, make_tables
+from qexp.report_tables import Row, Table, is_start, make_tables
 
 MARK = re.compile(
     r"<!-- table:(?P<name>[\w./-]+)(?P<full> full)? -->\n.*?<!-- /table -->", re.DOTALL
@@ -93,7 +93,7 @@ def by_protocol(table: Table) -> list[Table]:
 
 def pivot(table: Table, root: Path) -> str:
     """Methods down, bit-widths across, with the float networks and the protocol above."""
-    quantized = [row for row in table.rows if not row.first.is_float]
+    quantized = [row for row in table.rows if not row.first.is_float] or table.rows
     widths = list(dict.fromkeys(column(row) for row in quantized))
     names = sorted({row.name for row in quantized})
     papers = [row for row in quantized if row.paper]
@@ -117,8 +117,12 @@ def headline(table: Table, root: Path) -> str:
     if lows:
         same = f"{min(lows):.2f}" == f"{max(highs):.2f}"
         parts.append(f"float start {min(lows):.2f}" + ("" if same else f" to {max(highs):.2f}"))
-    controls = [cell(row, root) for row in table.rows if row.first.is_float]
-    if controls:
+    controls = [
+        cell(row, root)
+        for row in table.rows
+        if row.first.is_float and not is_start(row, table.protocol)
+    ]
+    if controls and lows:
         parts.append(f"float trained with the same schedule {', '.join(controls)}")
     return "; ".join(parts) + ". Top-1 in percent, last epoch, mean ± deviation over linked seeds."
 

@@ -147,6 +147,13 @@ def test_make_tables_check_fails_until_the_readme_is_rebuilt(project: Path) -> N
     assert script.main(["--check", "--root", str(project)]) == 1
 
 
+def test_a_table_of_float_networks_alone_has_its_numbers(project: Path) -> None:
+    for name in ("a0", "a1", "b", "c"):
+        (project / f"results/demo/{name}/result.json").unlink()
+    text = _script().rebuild((project / "README.md").read_text(), project)
+    assert "| fp32 | [92.30](results/demo/d) |" in text
+
+
 def test_readme_tables_split_protocols_and_link_every_number(project: Path) -> None:
     text = _script().rebuild((project / "README.md").read_text(), project)
     assert "protocol `aaaa`): epochs 10" in text

@@ -52,6 +52,15 @@ def test_activation_thresholds_accept_a_constant_and_a_sparse_input(out: Path) -
     assert out.read_bytes().startswith(PNG)
 
 
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_a_diverged_or_dead_layer_still_has_a_picture(out: Path, value: float) -> None:
+    w, levels = torch.full((4, 9), value), torch.full((3,), value)
+    plot.weight_levels([plot.WeightPlot("w", w, w, levels, levels, 2)], out)
+    plot.activation_thresholds([plot.ActivationPlot("a", w, levels[1:], levels, 2)], out)
+    plot.factors([plot.FactorPlot("f", w)], out)
+    assert out.read_bytes().startswith(PNG)
+
+
 def test_factor_codebook_and_sensitivity_figures_are_written(out: Path) -> None:
     plot.factors([plot.FactorPlot("conv1", 1 + 0.1 * torch.randn(50))], out)
     assert out.read_bytes().startswith(PNG)

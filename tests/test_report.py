@@ -144,6 +144,16 @@ def test_a_float_control_is_not_flagged_for_its_first_and_last_layer(tmp_path, c
     assert [row["flags"] for row in listed] == ["", ""]
 
 
+def test_a_float_start_is_named_so_and_not_compared(tmp_path, capsys) -> None:
+    make_run(tmp_path, "a", method="lsq")
+    scratch = {**PROTOCOL, "epochs": 200, "from_scratch": True}
+    make_run(tmp_path, "b", method="fp32", bits=32, protocol=scratch)
+    start, quantized = rows(capsys, tmp_path)
+    assert start["flags"] == "float start, trained from scratch"
+    assert quantized["flags"] == ""
+    assert "do not compare" not in report(capsys, str(tmp_path))
+
+
 def test_grouping_by_protocol_makes_tables_without_flags(tmp_path, capsys) -> None:
     make_run(tmp_path, "a")
     make_run(tmp_path, "b", protocol={**PROTOCOL, "epochs": 60})
