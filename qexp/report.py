@@ -24,7 +24,7 @@ FORMATS = ("md", "csv", "html")
 NONE = "n/a"
 COLUMNS = (
     "method", "bits", "top-1, last epoch", "worst to best seed", "best epoch", "float", "drop",
-    "paper", "ours - paper", "W bits: param / layer / all", "A bits", "kB", "GBOPs", "protocol",
+    "published", "ours - published", "W bits: param / layer / all", "A bits", "kB", "GBOPs", "protocol",
     "flags",
 )  # fmt: skip
 EXAMPLES = """\
@@ -194,12 +194,13 @@ def selected_on(row: Row) -> str:
 
 
 def cited(paper: Paper | None) -> str:
-    """`70.2 (float 70.5; arXiv ...)`; says when nobody has verified it."""
+    """`70.2 (float 70.5; arXiv ...)`; says when it is not the authors' or nobody verified it."""
     if paper is None:
         return NONE
     start = "" if paper.float_top1 is None else f"float {paper.float_top1:g}; "
+    who = "; somebody's re-run" if paper.kind == "rerun" else ""
     doubt = {"yes": "", "reported": "; quoted at second hand", "no": "; unverified"}
-    return f"{paper.top1:g} ({start}{paper.cite}{doubt[paper.verified]})"
+    return f"{paper.top1:g} ({start}{paper.cite}{who}{doubt[paper.verified]})"
 
 
 def to_csv(tables: Sequence[Table]) -> str:
@@ -235,6 +236,7 @@ def _csv_row(table: Table, row: Row) -> dict[str, Any]:
         "paper_top1": row.paper and row.paper.top1,
         "paper_float_top1": row.paper and row.paper.float_top1,
         "paper_source": row.paper and row.paper.cite,
+        "paper_kind": row.paper and row.paper.kind,
         "paper_verified": row.paper and row.paper.verified,
         "difference": row.difference,
         "w_bits_by_param": mean("bits", "weight_by_param"),

@@ -89,7 +89,7 @@ def _table(rows: Sequence[Row], beside: Path) -> str:
 
 
 def _kind(column: str) -> str:
-    if column in ("method", "paper", "protocol"):
+    if column in ("method", "published", "protocol"):
         return "text"
     return "bits" if column == "bits" else "number"
 

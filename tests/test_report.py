@@ -234,6 +234,16 @@ def test_the_papers_number_is_shown_for_exactly_the_same_case_only(tmp_path, cap
     assert "unverified" in report(capsys, str(tmp_path), "--papers", str(papers))
 
 
+def test_a_re_run_by_others_is_not_passed_off_as_the_papers(tmp_path, capsys) -> None:
+    papers = tmp_path / "papers.csv"
+    papers.write_text("".join(PAPERS.splitlines(keepends=True)[:2]))
+    make_run(tmp_path, "a")
+    (row,) = rows(capsys, tmp_path, "--papers", str(papers))
+    assert (row["paper_top1"], row["paper_kind"]) == ("90.5", "rerun")
+    text = report(capsys, str(tmp_path), "--papers", str(papers))
+    assert "90.5 (float 91; someone/repo, README; somebody's re-run)" in text
+
+
 class _Structure(HTMLParser):
     """Checks that every tag closes, and collects what the page would fetch."""
 
