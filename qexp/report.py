@@ -24,8 +24,8 @@ FORMATS = ("md", "csv", "html")
 NONE = "n/a"
 COLUMNS = (
     "method", "bits", "top-1, last epoch", "worst to best seed", "best epoch", "float", "drop",
-    "published", "ours - published", "W bits: param / layer / all", "A bits", "kB", "GBOPs", "protocol",
-    "flags",
+    "published", "ours - published", "W bits: param / layer / all", "A bits", "kB", "GBOPs",
+    "protocol", "flags",
 )  # fmt: skip
 EXAMPLES = """\
 examples:
