@@ -252,7 +252,7 @@ def test_cifar10_is_read_as_torchvision_reads_it() -> None:
     node: Any = OmegaConf.load(CONFIGS / "dataset" / "cifar10.yaml")
     node.root = str(DATA)
     data = instantiate(node, _convert_="all")
-    assert (data.train_size, data.num_classes, data.input_shape) == (50_000, 10, (3, 32, 32))
+    assert (data.num_classes, data.input_shape, data.train_size) == CIFAR10.card
     reference = datasets.CIFAR10(str(DATA), train=False)
     image, label = reference[7]
     x, y = next(data.eval_batches("test"))

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from qexp.data.folder import Folder
+from qexp.data.folder import Folder, ImageNet
 from qexp.errors import ConfigError, DataError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -56,6 +56,14 @@ def test_imagefolder_config_opens_a_folder(root: Path) -> None:
     assert (data.num_classes, data.input_shape, data.train_size) == (2, (3, 224, 224), 12)
     assert data.steps_per_epoch == 3
     assert data.protocol()["test_images"] == 12
+
+
+def test_imagenet_config_counts_a_thousand_classes(root: Path) -> None:
+    node: Any = OmegaConf.load(CONFIGS / "dataset" / "imagenet.yaml")
+    with pytest.raises(DataError, match=r"2 classes under .*, dataset.classes=1000"):
+        ImageNet(**{k: v for k, v in node.items() if k not in ("_target_", "root")}, root=str(root))
+    assert ImageNet.card.num_classes == node.classes
+    assert ImageNet.card.input_shape == (3, node.crop, node.crop)
 
 
 def test_number_of_workers_does_not_change_a_pixel(root: Path) -> None:

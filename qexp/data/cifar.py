@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from qexp.data.card import Card
 from qexp.data.memory import Images, InMemory
 from qexp.data.torchvision_files import read_torchvision
 
@@ -24,6 +25,7 @@ class CIFAR10(InMemory):
     root: str
     download: bool = False
     title: ClassVar[str] = "CIFAR-10"
+    card: ClassVar[Card] = Card(10, (3, 32, 32), 50_000)
 
     def read(self) -> Images:
         from torchvision import datasets
@@ -47,3 +49,4 @@ class CIFAR100(CIFAR10):
     """
 
     title: ClassVar[str] = "CIFAR-100"
+    card: ClassVar[Card] = Card(100, (3, 32, 32), 50_000)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from qexp.data.card import Card
 from qexp.data.memory import Images, InMemory
 from qexp.data.torchvision_files import read_torchvision
 
@@ -45,6 +47,7 @@ class FashionMNIST(InMemory):
 
     root: str
     download: bool = False
+    card: ClassVar[Card] = Card(10, (1, 28, 28), 60_000)
 
     def read(self) -> Images:
         from torchvision import datasets
