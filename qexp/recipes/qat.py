@@ -230,14 +230,14 @@ def _loss(
 
 
 def _check_finite(model: nn.Module, losses: Tensor, epoch: int) -> None:
-    """Stop the run at a non-finite loss, naming step and layer."""
+    """Stop the run at a non-finite loss, or weight after the last step, naming step and layer."""
     bad = ~torch.isfinite(losses)
-    if not bool(bad.any()):
-        return
-    step = int(bad.nonzero()[0])
-    kind = "NaN" if bool(losses[step].isnan()) else "infinite"
-    kept = f"last good checkpoint is last.pt (epoch {epoch})" if epoch else "no checkpoint yet"
     where = first_non_finite(model)
+    if not bool(bad.any()) and not where:
+        return
+    step = int(bad.nonzero()[0]) if bool(bad.any()) else len(losses) - 1
+    kind = "infinite" if bool(losses[step].isinf()) else "NaN"
+    kept = f"last good checkpoint is last.pt (epoch {epoch})" if epoch else "no checkpoint yet"
     raise RunError(
         f"run: loss is {kind} at epoch {epoch + 1}, step {step + 1}{where}; {kept}. "
         "Lower recipe.lr or set recipe.grad_clip."

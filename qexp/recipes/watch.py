@@ -33,9 +33,14 @@ def _learned(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def first_non_finite(model: nn.Module) -> str:
-    """` in layer 'x'`: the first layer, in module order, with a non-finite value; or nothing."""
-    for name, tensor in list(model.named_parameters()) + list(model.named_buffers()):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    """`, layer 'x' first`: the first layer, in module order, with a non-finite value; or nothing.
+
+    One host sync when all is well.
+    """
+    state = [(n, t) for n, t in model.state_dict().items() if t.is_floating_point()]
+    finite = torch.stack([torch.isfinite(t).all() for _, t in state]).tolist()
+    for (name, _), fine in zip(state, finite, strict=True):
+        if not fine:
             return f", layer '{name.rpartition('.')[0]}' first"
     return ""
 
