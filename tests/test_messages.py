@@ -1,0 +1,300 @@
+"""Wrong commands, configs, checkpoints and data: the line each one gets, and the exit code.
+
+Every case is the whole `qexp`, in this process. `*` in an expected line stands for any text;
+nothing else may be on stderr, and never a traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Qexp
+from PIL import Image
+
+from qexp.runner.folder import owner
+
+ALWAYS = ("device=cpu",)
+# A real run of a few steps on made images: what is wrong is met in the run itself.
+SMOKE = (
+    "train",
+    "experiment=smoke",
+    "dataset=synthetic",
+    "dataset.train_images=256",
+    "dataset.test_images=64",
+    "dataset.image_size=16",
+    *ALWAYS,
+)
+START = ("recipe.from_scratch=false",)
+FOLDER = ("dataset=imagefolder", "dataset.root=images", "dataset.crop=16", "dataset.resize=16")
+
+
+def matches(said: str, expected: str) -> bool:
+    pattern = ".*".join(re.escape(part) for part in expected.split("*"))
+    return re.fullmatch(pattern, said.rstrip("\n")) is not None
+
+
+COMMANDS = {
+    "trian": "qexp: unknown command 'trian'. Did you mean 'train'?",
+    "zzz": "qexp: unknown command 'zzz'. Run qexp for the list.",
+    "bits=4": "qexp: unknown command 'bits=4'. Did you mean 'qexp train bits=4'?",
+    "bench": "qexp: say which: qexp bench train or qexp bench inference.",
+    "bench trian": "qexp: unknown command 'bench trian'. Use qexp bench train or qexp bench *",
+    "train --foo": "qexp: unknown option --foo. Try: qexp COMMAND --hydra-help",
+    "train bits": "config: cannot read the override 'bits'. Write key=value.",
+    "train lr": "config: cannot read the override 'lr'. Write key=value.",
+    "train --config-name tarin": "config: no primary config 'tarin' in *",
+    "train --config-dir nix": "config: Additional config directory '*nix' not found",
+    "train -m --cfg job": "qexp: Only one of *",
+    "train bits=2,4": "config: Ambiguous value for argument 'bits=2,4'; *add --multirun*",
+    # unknown keys and choices
+    "train bitz=4": "config: no key 'bitz' (train has: *). Did you mean 'bits'?",
+    "train quantiser=lsq": "config: no key 'quantiser' (*). Did you mean 'quantizer'?",
+    "train quantizer.weight.inti=lsq": (
+        "config: no key 'quantizer.weight.inti' (lsq has: count, init, per_channel). "
+        "Did you mean 'init'?"
+    ),
+    "train +quantizer.weight.inti=lsq": (
+        "config: no key 'quantizer.weight.inti' (lsq has: count, init, per_channel). "
+        "Did you mean 'init'?"
+    ),
+    "train recipe.epoch=3": "config: no key 'recipe.epoch' (qat has: *). Did you mean 'epochs'?",
+    "train quantizer/wieght=lsq": "config: no key 'quantizer.wieght' (*). Did you mean 'weight'?",
+    "train quantizer=assq": "config: quantizer 'assq' not found. Options: *. Did you mean 'asq'?",
+    "train quantizer/act=lqs": "config: quantizer/act 'lqs' not found. Options: *.*",
+    "train experiment=smok": "config: experiment 'smok' not found. Options: *mean 'smoke'?",
+    "train dataset=mnist": "config: dataset 'mnist' not found. Options: *fashion_mnist*",
+    "train +dataset.flipp=true": "config: no key 'dataset.flipp' (*). Did you mean 'flip'?",
+    "train +model.num_classes=5": "config: no key 'model.num_classes' (resnet8 has: *",
+    "train ~seed": "config: seed is missing. Set seed=...",
+    # values
+    "train bits=0": "config: bits must be an integer from 1 to 16, or 32 for float; got 0.",
+    "train bits=33": "config: bits must be an integer from 1 to 16, or 32 for float; got 33.",
+    "train bits=-4": "config: bits must be an integer from 1 to 16, or 32 for float; got -4.",
+    "train bits=1.5": "config: bits must be an integer, got 1.5 (float).",
+    "train bits=four": "config: bits must be an integer, got 'four' (str).",
+    "train bits=true": "config: bits must be an integer, got True (bool).",
+    "train bits=null": "config: bits must be an integer, got None (NoneType).",
+    "train bitwidth.weight=33": "config: bitwidth.weight must be an integer from 1 to 16, *",
+    "train bitwidth.first_last=7": "config: bitwidth.first_last must be one of 8, fp32, same, *",
+    "train seed=-1": "config: seed must be from 0 to *; got -1.",
+    "train seed=one": "config: seed must be an integer, got 'one' (str).",
+    "train max_steps=0": "config: max_steps must be at least 1, or null for no limit; got 0.",
+    "train compile=yes": "config: compile must be one of off, kernels, model, auto, got *",
+    "train device=gpu": "config: device 'gpu' is none of auto, cpu, cuda, cuda:N, mps.",
+    "train device=cuda:99": "config: device=cuda:99, but *",
+    "train dry_run=maybe": "config: dry_run must be true or false, got 'maybe' (str).",
+    "train recipe.epochs=0": (
+        "config: recipe.epochs=0 is out of range: it must be at least 1.\n"
+        "config: recipe.warmup_epochs=0.0 is out of range: it must be from 0 to below epochs."
+    ),
+    "train recipe.ema=1": "config: recipe.ema=1 is out of range: it must be in [0, 1).",
+    "train launch=paralel": "config: launch 'paralel' not found. Options: *mean 'parallel'?",
+    "train recipe.epochs=ten": "config: recipe.epochs must be an integer, got 'ten' (str).",
+    "train recipe.lr=0": "config: recipe.lr=0* is out of range: it must be positive.",
+    "train recipe.optimizer=sdg": "config: recipe.optimizer=sdg is out of range: *",
+    "train model.depth=deep": "config: model.depth must be an integer, got 'deep' (str).",
+    "train quantizer.weight.init=best": (
+        "config: quantizer.weight.init must be one of lsq, mse, got 'best' (str)."
+    ),
+    "train quantizer.act._target_=qexp.quant.lsq.LQS": (
+        "config: quantizer.act._target_ 'qexp.quant.lsq.LQS' cannot be imported: *"
+        "Did you mean 'LSQ'?"
+    ),
+    # tools
+    "eval": "eval: no run given. *",
+    "eval run=x split=tset": "config: split must be one of test, val, train, got 'tset' (str).",
+    "resume": "qexp: the following arguments are required: run. Try: qexp resume --help",
+    "resume nix": "resume: no run 'nix' under 'outputs'. List runs with: qexp ls outputs",
+    "ls nix": "ls: no runs under 'nix'. Start one with: qexp train",
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_wrong_command_or_config_is_one_line_and_exit_2(
+    qexp: Qexp, tmp_path: Path, command: str
+) -> None:
+    said = qexp(*command.split())
+    assert matches(said.err, COMMANDS[command]), said.err
+    assert "Traceback" not in said.out + said.err
+    assert said.code == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_several_mistakes_are_told_at_once(qexp: Qexp) -> None:
+    said = qexp("train", "bits=four", "recipe.lr=x", "seed=-1", "+model.dept=3")
+    assert said.code == 2
+    assert sorted(line.split()[1] for line in said.err.splitlines()) == sorted(
+        ["bits", "recipe.lr", "seed", "no"]
+    )
+
+
+# Checkpoints and data: the run has begun, exit 1
+
+
+def image(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (20, 20)).save(path)
+
+
+def no_data(tmp_path: Path) -> tuple[str, ...]:
+    return ("dataset=cifar10",)
+
+
+def damaged_data(tmp_path: Path) -> tuple[str, ...]:
+    (tmp_path / "data" / "cifar-10-batches-py").mkdir(parents=True)
+    return ("dataset=cifar10",)
+
+
+def no_folder(tmp_path: Path) -> tuple[str, ...]:
+    return FOLDER
+
+
+def empty_folder(tmp_path: Path) -> tuple[str, ...]:
+    (tmp_path / "images" / "train").mkdir(parents=True)
+    return FOLDER
+
+
+def empty_class(tmp_path: Path) -> tuple[str, ...]:
+    for part in ("train", "val"):
+        image(tmp_path / "images" / part / "cat" / "1.png")
+        (tmp_path / "images" / part / "dog").mkdir()
+    return FOLDER
+
+
+def wrong_class_count(tmp_path: Path) -> tuple[str, ...]:
+    for part in ("train", "val"):
+        image(tmp_path / "images" / part / "cat" / "1.png")
+    return (*FOLDER, "dataset.classes=3")
+
+
+def unreadable_image(tmp_path: Path) -> tuple[str, ...]:
+    for part in ("train", "val"):
+        for name in ("cat", "dog"):
+            for number in range(4):
+                image(tmp_path / "images" / part / name / f"{number}.png")
+    for broken in (tmp_path / "images" / "train").rglob("*.png"):
+        broken.write_bytes(b"not an image")
+    return (*FOLDER, "dataset.workers=0", "recipe.batch_size=4", "recipe.calibration_images=4")
+
+
+def too_large_subset(tmp_path: Path) -> tuple[str, ...]:
+    return ("dataset.subset=100000",)
+
+
+def no_checkpoint(tmp_path: Path) -> tuple[str, ...]:
+    return (*START, "model.checkpoint=float.pt")
+
+
+def truncated_checkpoint(tmp_path: Path) -> tuple[str, ...]:
+    torch.save({"a": torch.zeros(1000)}, tmp_path / "float.pt")
+    whole = (tmp_path / "float.pt").read_bytes()
+    (tmp_path / "float.pt").write_bytes(whole[: len(whole) // 2])
+    return (*START, "model.checkpoint=float.pt")
+
+
+def other_model(tmp_path: Path) -> tuple[str, ...]:
+    torch.save(torch.nn.Linear(3, 3).state_dict(), tmp_path / "float.pt")
+    return (*START, "model.checkpoint=float.pt")
+
+
+def other_classes(tmp_path: Path) -> tuple[str, ...]:
+    from qexp.models.resnet import ResNet
+
+    torch.save(ResNet(num_classes=10, in_channels=3, depth=8).state_dict(), tmp_path / "float.pt")
+    return (*START, "model.checkpoint=float.pt", "dataset.classes=7")
+
+
+def unknown_weights(tmp_path: Path) -> tuple[str, ...]:
+    return (*START, "model=resnet18", "model.checkpoint=IMAGENET1K_V9", "dataset.image_size=32")
+
+
+def nan_loss(tmp_path: Path) -> tuple[str, ...]:
+    return ("recipe.lr=1e30",)
+
+
+def file_in_the_way(tmp_path: Path) -> tuple[str, ...]:
+    (tmp_path / "outputs").write_text("")
+    return ()
+
+
+def folder_of_another(tmp_path: Path) -> tuple[str, ...]:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    return ("out=locked/outputs",)
+
+
+RUNS = {
+    no_data: "data: CIFAR-10 not found under 'data'. Set dataset.root=..., or "
+    "dataset.download=true, or use dataset=fashion_mini.",
+    damaged_data: "data: CIFAR-10 under 'data*' is incomplete or damaged (*). Delete that folder*",
+    no_folder: "data: imagefolder not found under 'images': no folder 'train'. Set dataset.root=*",
+    empty_folder: "data: 'images/train' is empty: it needs one folder of images per class. *",
+    empty_class: "data: class 'dog' has no images in 'images/train'. *",
+    wrong_class_count: "data: 1 classes under 'images', dataset.classes=3. *",
+    unreadable_image: "data: images/train/*.png cannot be read as an image (*). Replace or *",
+    too_large_subset: "data: *subset*100*",
+    no_checkpoint: "checkpoint: float.pt not found.*",
+    truncated_checkpoint: "checkpoint: float.pt is truncated or not a PyTorch state dict (*). *",
+    other_model: "checkpoint: float.pt does not fit the model: *missing*unexpected*Set model=*",
+    other_classes: "checkpoint: float.pt does not fit the model: checkpoint has 10 classes, "
+    "dataset has 7. *",
+    unknown_weights: "checkpoint: torchvision has no weights 'IMAGENET1K_V9' of resnet18 (*",
+    nan_loss: "run: loss is * at epoch 1, step *; no checkpoint yet. Lower recipe.lr or set *",
+    file_in_the_way: "run: outputs*: a * file*. Set out=..., then start or resume the run.",
+    folder_of_another: "run: locked/outputs: no permission to write. Set out=... to a folder of *",
+}
+
+
+@pytest.mark.parametrize("prepare", RUNS, ids=lambda prepare: prepare.__name__)
+def test_bad_data_checkpoint_or_place_is_one_line_and_exit_1(
+    qexp: Qexp, tmp_path: Path, prepare: object
+) -> None:
+    if prepare is folder_of_another and os.geteuid() == 0:
+        pytest.skip("root may write anywhere")
+    more = prepare(tmp_path)  # type: ignore[operator]
+    said = qexp(*_settled(more))
+    assert matches(said.err, RUNS[prepare]), said.err  # type: ignore[index]
+    assert "Traceback" not in said.out + said.err
+    assert said.code == 1
+    for status in tmp_path.rglob("status.json"):
+        assert json.loads(status.read_text())["state"] == "failed"
+        assert "Traceback" in (status.parent / "train.log").read_text()
+
+
+def _settled(more: tuple[str, ...]) -> list[str]:
+    """SMOKE with `more`, which may choose another data set than the synthetic one."""
+    if not any(word.startswith("dataset=") for word in more):
+        return [*SMOKE, *more]
+    return [*(word for word in SMOKE if not word.startswith("dataset")), *more]
+
+
+def test_eval_of_what_is_no_run_and_of_a_truncated_checkpoint(qexp: Qexp, tmp_path: Path) -> None:
+    assert matches(qexp("eval", "run=nix").err, "eval: 'nix' is not a run folder. *qexp ls")
+    assert qexp(*SMOKE, "folder=outputs/run").code == 0
+    last = tmp_path / "outputs" / "run" / "last.pt"
+    last.write_bytes(last.read_bytes()[:2000])
+    said = qexp("eval", "run=outputs/run", *ALWAYS)
+    assert said.code == 1
+    assert matches(said.err, "checkpoint: 'outputs/run/last.pt' is truncated *2000 bytes*again.")
+
+
+def test_resume_of_a_running_run_and_of_one_without_config(qexp: Qexp, tmp_path: Path) -> None:
+    run = tmp_path / "outputs" / "x" / "run"
+    run.mkdir(parents=True)
+    (run / "status.json").write_text(json.dumps({"state": "running", **owner()}))
+    assert matches(qexp("resume", "x/run").err, "resume: outputs/x/run is still running (pid *")
+    (run / "status.json").write_text(json.dumps({"state": "failed"}))
+    said = qexp("resume", "x/run")
+    assert matches(said.err, "resume: outputs/x/run has no .hydra/config.yaml. Start a new run.")
+    assert said.code == 2
+
+
+def test_a_missing_part_of_qexp_is_one_line(qexp: Qexp, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "qexp.recipes.evaluate", None)
+    said = qexp("eval", "run=x")
+    assert said.code == 2
+    assert "\n" not in said.err.rstrip("\n")
