@@ -29,34 +29,36 @@ def random_bytes(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @kernel
-def _mix_forward(x: Tensor, x_hat: Tensor, dice: Tensor, threshold: int) -> Tensor:
-    return torch.where(dice < threshold, x, x_hat)
+def _mix_forward(x: Tensor, x_hat: Tensor, dice: Tensor, last: int) -> Tensor:
+    return torch.where(dice <= last, x, x_hat)
 
 
 @kernel
-def _mix_backward(grad: Tensor, dice: Tensor, threshold: int) -> tuple[Tensor, Tensor]:
+def _mix_backward(grad: Tensor, dice: Tensor, last: int) -> tuple[Tensor, Tensor]:
     zero = torch.zeros_like(grad)
-    to_x = dice < threshold
+    to_x = dice <= last
     return torch.where(to_x, grad, zero), torch.where(to_x, zero, grad)
 
 
 class _Mix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, x_hat: Tensor, dice: Tensor, threshold: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, x_hat: Tensor, dice: Tensor, last: int) -> Tensor:
         ctx.save_for_backward(dice)
-        ctx.threshold = threshold
-        return _mix_forward(x, x_hat, dice, threshold)
+        ctx.last = last
+        return _mix_forward(x, x_hat, dice, last)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x, grad_x_hat = _mix_backward(grads[0], ctx.saved_tensors[0], ctx.threshold)
+        grad_x, grad_x_hat = _mix_backward(grads[0], ctx.saved_tensors[0], ctx.last)
         return grad_x, grad_x_hat, None, None  # the dice are constants
 
 
 def mix(x: Tensor, x_hat: Tensor, probability: float, generator: torch.Generator) -> Tensor:
     """Each element from `x` with `probability`, else from `x_hat`. Shape: all alike."""
-    dice = random_bytes(x, generator)
-    return _Mix.apply(x, x_hat, dice, round(probability * 256))  # type: ignore[return-value]
+    last = round(probability * 256) - 1  # the largest byte that picks x
+    if last < 0:
+        return x_hat
+    return _Mix.apply(x, x_hat, random_bytes(x, generator), last)  # type: ignore[return-value]
 
 
 @contextmanager

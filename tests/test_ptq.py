@@ -1,0 +1,234 @@
+"""The post-training recipe: its methods, its checkpoints, its result."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compose import TINY
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from qexp import config
+from qexp.errors import ConfigError
+from qexp.quant.convert import quant_layers
+from qexp.quant.fold import fold_bn_
+from qexp.recipes import build
+from qexp.recipes import ptq as ptq_module
+from qexp.recipes.evaluate import evaluate_run
+from qexp.recipes.ptq import ptq
+from qexp.runner import checkpoint
+from qexp.runner.run import open_run
+
+METHODS = ("nearest", "adaround", "brecq", "qdrop", "aquant")
+FAST = (
+    *(o for o in TINY if not o.startswith("recipe.")),
+    "model.checkpoint=null",
+    "recipe.images=24",
+    "recipe.act_images=16",
+    "recipe.held_out=16",
+    "recipe.batch_size=16",
+    "recipe.minibatch=8",
+    "recipe.iterations=4",
+    "recipe.step_iterations=3",
+)
+
+
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(config.configs_dir()), version_base="1.3"):
+        return compose("train", overrides=list(overrides))
+
+
+def tiny(out: Path, *overrides: str) -> DictConfig:
+    cfg = composed(*FAST, f"out={out}", *overrides)
+    with open_dict(cfg):
+        cfg.folder = str(out / "run")
+    plain = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    assert isinstance(plain, DictConfig)
+    return plain
+
+
+def quantized(cfg: DictConfig, *, resume: bool = False) -> tuple[dict[str, Any], Path]:
+    with open_run(Path(cfg.folder), cfg, resume=resume) as run:
+        result = ptq(cfg, run)
+        run.finish(result)
+    return result, run.dir
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_and_its_checkpoint_gives_its_top1_again(
+    tmp_path: Path, method: str
+) -> None:
+    result, folder = quantized(tiny(tmp_path, f"quantizer={method}", "bits=3"))
+    written = json.loads((folder / "result.json").read_text())
+    assert written["method"] == method
+    assert written["recipe"] == "ptq"
+    assert written["w_bits"] == written["a_bits"] == 3
+    assert 0 <= written["top1"] <= 100
+    units = written["reconstruction"]["units"]
+    learned = {"nearest": 0, "adaround": 6, "brecq": 8, "qdrop": 5, "aquant": 5}[method]
+    assert len(units) == learned
+    for unit in units:
+        assert unit["wall_s"] > 0
+        assert unit["peak_bytes"] > 0
+        assert math.isfinite(unit["error"])
+    node = {"run": str(folder), "checkpoint": "last.pt", "split": "test", "device": "cpu"}
+    assert evaluate_run(DictConfig(node))["top1"] == result["top1"]
+
+
+@pytest.mark.parametrize("method", ["brecq", "aquant"])
+def test_a_run_stopped_between_units_resumes_bit_for_bit(
+    tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, whole = quantized(tiny(tmp_path / "whole", f"quantizer={method}", "bits=2"))
+    stopped = tiny(tmp_path / "stopped", f"quantizer={method}", "bits=2")
+    real, saves = checkpoint.save, []
+
+    def save_twice_then_stop(path: Path, state: dict[str, Any]) -> None:
+        real(path, state)
+        saves.append(path)
+        if len(saves) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ptq_module.checkpoint, "save", save_twice_then_stop)
+    with pytest.raises(KeyboardInterrupt):
+        quantized(stopped)
+    monkeypatch.setattr(ptq_module.checkpoint, "save", real)
+    result, folder = quantized(stopped, resume=True)
+    a, b = checkpoint.load(whole / "last.pt"), checkpoint.load(folder / "last.pt")
+    assert a["model"].keys() == b["model"].keys()
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    assert len(a["units"]) == len(b["units"])
+    assert result["top1"] == json.loads((whole / "result.json").read_text())["top1"]
+
+
+def test_saved_float_network_rounds_to_the_learned_codes(tmp_path: Path) -> None:
+    cfg = tiny(tmp_path, "quantizer=qdrop", "bits=2", "recipe.iterations=20")
+    _, folder = quantized(cfg)
+    state = checkpoint.load(folder / "last.pt")
+    model, dataset, _ = build.load_run(folder, "last.pt", "cpu")
+    plain = build.make_model(cfg, dataset, torch.device("cpu"))
+    fold_bn_(plain)
+    plain.load_state_dict(state["float"])  # strict: the folded network's own names
+    codes_moved = 0
+    for name, layer in quant_layers(model).items():
+        codes = layer.weight_quantizer.codes(layer.weight)
+        u = plain.get_parameter(f"{name}.weight") / layer.weight_quantizer.scale
+        q = layer.weight_quantizer
+        nearest = ((u + 0.5).floor() + q.zero).clamp(q.qmin, q.qmax)
+        assert torch.equal(nearest.int(), codes)
+        codes_moved += int((plain.get_parameter(f"{name}.weight") != layer.weight).sum())
+    assert codes_moved > 0
+
+
+def test_bias_correction_and_the_fisher_weights_are_options_of_any_method(tmp_path: Path) -> None:
+    options = ("quantizer.reconstruct.bias_correction=true", "quantizer.reconstruct.fisher=true")
+    result, _ = quantized(tiny(tmp_path, "quantizer=qdrop", *options))
+    assert len(result["reconstruction"]["bias_shifts"]) == 8  # every layer
+    assert result["protocol"]["bias_correction"] is True
+
+
+def test_max_steps_cuts_every_unit(tmp_path: Path) -> None:
+    result, _ = quantized(tiny(tmp_path, "quantizer=qdrop", "max_steps=2"))
+    assert {u["iterations"] for u in result["reconstruction"]["units"]} == {2}
+
+
+# ---------------------------------------------------------------------------------------------
+# Configs
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_ptq_method_selects_its_recipe_and_passes_the_check(method: str) -> None:
+    cfg = composed(f"quantizer={method}")
+    assert cfg.recipe._target_ == "qexp.recipes.ptq.ptq"
+    assert cfg.recipe.iterations == 20000
+    config.check(cfg, config.Train)
+
+
+def test_the_users_recipe_wins_over_the_methods() -> None:
+    assert composed("quantizer=qdrop", "recipe=ptq_quick").recipe.name == "ptq_quick"
+    assert composed("quantizer=nearest", "recipe=qat").recipe.name == "qat"
+
+
+def test_an_experiment_may_choose_another_recipe_than_its_method() -> None:
+    cfg = composed("experiment=ptq_cifar10_quick")
+    assert (cfg.recipe.name, cfg.quantizer.name) == ("ptq_quick", "qdrop")
+    cfg = composed("experiment=ptq_cifar10_quick", "quantizer=aquant")
+    assert (cfg.recipe.name, cfg.quantizer.name) == ("ptq_quick", "aquant")
+
+
+LADDER = {
+    "c0": ("nearest.Nearest", {}, {"bias_correction": False}),
+    "c1": ("nearest.Nearest", {}, {"bias_correction": True}),
+    "c2": ("aquant.AQuant", {"border": "constant", "per": "channel"}, {"borders": "joint"}),
+    "c3": ("aquant.AQuant", {"border": "linear", "init": "closed_form"}, {"borders": "fixed"}),
+    "c4": ("aquant.AQuant", {"border": "linear", "per": "row"}, {"borders": "joint"}),
+    "c5": ("aquant.AQuant", {"border": "quadratic", "fusion": "none"}, {"borders": "joint"}),
+    "c6_window": ("aquant.AQuant", {"fusion": "window"}, {"borders": "joint"}),
+    "c6_residual": ("aquant.AQuant", {"fusion": "residual"}, {"borders": "joint"}),
+    "c7_channel": ("aquant.AQuant", {"per": "channel"}, {"borders": "joint"}),
+    "c7_tensor": ("aquant.AQuant", {"per": "tensor"}, {"borders": "joint"}),
+    "c8": ("aquant.AQuant", {"per": "row"}, {"steps": "fixed", "borders": "joint"}),
+}
+
+
+@pytest.mark.parametrize("rung", LADDER)
+def test_every_rung_of_the_ladder_is_what_its_name_says(rung: str) -> None:
+    act, own, method = LADDER[rung]
+    cfg = composed(f"experiment=ptq_ladder_{rung}")
+    assert cfg.quantizer.act._target_ == f"qexp.quant.{act}"
+    assert own.items() <= cfg.quantizer.act.items()
+    assert method.items() <= cfg.quantizer.reconstruct.items()
+    assert cfg.recipe._target_ == "qexp.recipes.ptq.ptq"
+    assert cfg.quantizer.reconstruct.drop == 0.5
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("recipe.iterations=0", "recipe.iterations=0 is out of range"),
+        ("recipe.act_images=2000", "recipe.act_images=2000 is out of range"),
+        ("+recipe.epochs=3", "no key 'recipe.epochs'"),
+        ("quantizer.reconstruct.granularity=net", "granularity must be one of"),
+        ("+quantizer.reconstruct.dropp=0.5", "Did you mean 'drop'"),
+        ("quantizer.act.per=pixel", "quantizer.act.per must be one of"),
+    ],
+)
+def test_a_wrong_value_is_refused_before_anything_is_built(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config.check(composed("quantizer=aquant", override), config.Train)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["resnet18", "mobilenet_v2"])
+@pytest.mark.parametrize("method", ["qdrop", "aquant"])
+def test_imagenet_networks_run_through_on_the_cpu(tmp_path: Path, model: str, method: str) -> None:
+    small = [o for o in FAST if not o.startswith(("dataset.", "model."))]
+    cfg = composed(
+        *small,
+        f"model={model}",
+        "model.checkpoint=null",
+        f"quantizer={method}",
+        "dataset.image_size=224",
+        "dataset.train_images=40",
+        "dataset.test_images=8",
+        "recipe.minibatch=2",
+        "recipe.iterations=2",
+        "recipe.images=8",
+        "recipe.act_images=4",
+        "recipe.held_out=4",
+        "recipe.batch_size=4",
+        "recipe.cache_gb=0.05",
+        f"out={tmp_path}",
+    )
+    with open_dict(cfg):
+        cfg.folder = str(tmp_path / "run")
+    result, _ = quantized(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)))  # type: ignore[arg-type]
+    units = result["reconstruction"]["units"]
+    assert len(units) >= 8
+    assert any(u["spilled_bytes"] > 0 for u in units)
+    assert result["reconstruction"]["peak_bytes"] < 6e9

@@ -1,0 +1,282 @@
+"""Reconstruction of units: what it learns, that it helps, that it repeats."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qexp.models.resnet import ResNet
+from qexp.quant.adaround import AdaRound
+from qexp.quant.aquant import AQuant
+from qexp.quant.bias import channel_mean, correct_bias_
+from qexp.quant.blocks import Unit, find_units
+from qexp.quant.cache import Store, record
+from qexp.quant.convert import Bits, calibrate_, float_operands, quant_layers, quantize_
+from qexp.quant.drop import dropping, mix
+from qexp.quant.fisher import output_weights
+from qexp.quant.fold import fold_bn_
+from qexp.quant.nearest import Nearest
+from qexp.quant.plan import Method, Schedule, passes
+from qexp.quant.reconstruct import Data, beta_at, output_error, reconstruct_unit
+from qexp.quant.trace import Layer, trace
+
+FAST = Schedule(
+    iterations=80,
+    step_iterations=30,
+    minibatch=16,
+    penalty=0.1,
+    lr={"rounding": 0.1, "scale": 1e-3, "border": 1e-2, "mixing": 1e-2},
+)
+ADAROUND = Method("layer", quantized_inputs=False, steps="fixed", borders="fixed", drop=0, mix=0)
+BRECQ = Method("block", quantized_inputs=False, steps="after", borders="after", drop=0, mix=0)
+QDROP = Method("block")
+
+
+class Case:
+    """A folded ResNet-8 of width 4 with 2-bit weights and 3-bit inputs, and 8x8 images."""
+
+    def __init__(self, act: Any = Nearest) -> None:
+        torch.manual_seed(0)
+        model = ResNet(depth=8, num_classes=4, width=0.25).eval()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.weight, 0.8, 1.2)
+                nn.init.normal_(module.bias, 0, 0.2)
+        fold_bn_(model)
+        self.reference = copy.deepcopy(model)
+        self.layers: list[Layer] = trace(model, (3, 8, 8))
+        quantize_(model, self.layers, dict.fromkeys(self.names, Bits(2, 3)), AdaRound, act)
+        self.model = model
+        self.data = Data(torch.randn(48, 3, 8, 8), torch.randn(32, 3, 8, 8))
+        with float_operands(model):
+            calibrate_(model, self.data.images)
+
+    @property
+    def names(self) -> list[str]:
+        return [layer.name for layer in self.layers]
+
+    def run(self, unit: str, method: Method, schedule: Schedule = FAST, **more: Any) -> dict:
+        granularity = "layer" if method.granularity == "none" else method.granularity
+        units = {u.name: u for u in find_units(self.reference, self.names, granularity)}
+        store = more.pop("store", Store(torch.device("cpu"), math.inf, None))
+        sweep = passes(method, schedule)[more.pop("sweep", 0)]
+        return reconstruct_unit(
+            self.model, self.reference, units[unit], self.data, sweep, method, schedule, store,
+            batch_size=32, **more,
+        )  # fmt: skip
+
+    def state(self) -> dict[str, Tensor]:
+        return {k: v.clone() for k, v in self.model.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("method", "unit"),
+    [(ADAROUND, "layer1.0.conv1"), (BRECQ, "layer1.0"), (QDROP, "layer1.0"), (QDROP, "layer2.0")],
+    ids=["adaround", "brecq", "qdrop", "qdrop-shortcut"],
+)
+def test_a_unit_gets_closer_to_float_than_nearest_on_held_out_images(
+    method: Method, unit: str
+) -> None:
+    case = Case()
+    before = case.state()
+    row = case.run(unit, method)
+    assert row["error"] < row["error_before"]
+    changed = {k for k, v in case.state().items() if not torch.equal(v, before[k])}
+    assert changed
+    assert all(k.startswith(unit) and k.endswith((".rounding", ".scale")) for k in changed)
+    assert any(k.endswith("act_quantizer.scale") for k in changed) == method.quantized_inputs
+
+
+def test_rounding_variables_converge_to_decisions() -> None:
+    shares = []
+    for penalty in (0.0, 0.1):
+        long = replace(FAST, iterations=250, penalty=penalty)
+        shares.append(Case().run("layer1.0.conv1", ADAROUND, long)["converged"])
+    assert shares[0] < 0.7
+    assert shares[1] > 0.95
+
+
+@pytest.mark.parametrize("own", [{"per": "row"}, {"per": "channel"}, {"fusion": "residual"}])
+def test_borders_are_learned_with_the_rounding(own: dict[str, Any]) -> None:
+    case = Case(partial(AQuant, **own))
+    before = case.state()
+    row = case.run("layer1.0", QDROP)
+    assert row["error"] < row["error_before"]
+    moved = [k for k, v in case.state().items() if not torch.equal(v, before[k])]
+    assert sum(k.endswith(".border") for k in moved) == 2
+
+
+def test_the_second_pass_learns_steps_alone() -> None:
+    case = Case()
+    case.run("layer1.0", BRECQ)
+    before = case.state()
+    row = case.run("layer1.0", BRECQ, sweep=1)
+    moved = [k for k, v in case.state().items() if not torch.equal(v, before[k])]
+    assert sorted(moved) == [f"layer1.0.conv{i}.act_quantizer.scale" for i in (1, 2)]
+    assert row["pass"] == "steps"
+
+
+def test_equal_seeds_give_equal_bits_and_other_seeds_do_not() -> None:
+    states = []
+    for seed in (3, 3, 4):
+        case = Case()
+        case.run("layer1.0", QDROP, seed=seed)
+        states.append(case.state()["layer1.0.conv1.weight_quantizer.rounding"])
+    assert torch.equal(states[0], states[1])
+    assert not torch.equal(states[0], states[2])
+
+
+def test_a_cache_on_disk_changes_nothing_and_leaves_no_file(tmp_path: Path) -> None:
+    results = []
+    for store in (
+        Store(torch.device("cpu"), math.inf, None),
+        Store(torch.device("cpu"), 200_000, tmp_path),
+    ):
+        case = Case()
+        row = case.run("layer1.0", QDROP, store=store)
+        results.append((case.state()["layer1.0.conv2.weight_quantizer.rounding"], row))
+    assert torch.equal(results[0][0], results[1][0])
+    assert results[0][1]["spilled_bytes"] == 0
+    assert results[1][1]["spilled_bytes"] > 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_unit_with_nothing_to_learn_is_left_alone() -> None:
+    case = Case()
+    for layer in quant_layers(case.model).values():
+        layer.weight_quantizer = Nearest(8, shape=tuple(layer.weight.shape))
+    assert case.run("conv1", BRECQ) == {}
+
+
+def test_reconstruction_leaves_gradient_flags_and_modes_as_they_were() -> None:
+    case = Case()
+    frozen = case.model.get_parameter("conv1.weight").requires_grad_(False)
+    case.run("layer1.0", QDROP)
+    assert not frozen.requires_grad
+    assert case.model.get_parameter("linear.weight").requires_grad
+    assert all(p.grad is None for p in case.model.parameters())
+    rounding = [m for m in case.model.modules() if isinstance(m, AdaRound)]
+    assert not any(q.soft for q in rounding)
+
+
+# ---------------------------------------------------------------------------------------------
+# Parts
+
+
+def test_passes_of_the_published_methods() -> None:
+    names = {"rounding", "scale", "border", "mixing"}
+    assert passes(Method("none"), FAST) == []
+    assert [(p.learned, p.inputs) for p in passes(ADAROUND, FAST)] == [({"rounding"}, False)]
+    assert [(p.learned, p.inputs, p.p) for p in passes(BRECQ, FAST)] == [
+        ({"rounding"}, False, 2.0),
+        (names - {"rounding"}, True, 2.4),
+    ]
+    assert [(p.learned, p.inputs) for p in passes(QDROP, FAST)] == [(names, True)]
+    fixed = Method("block", steps="fixed", borders="joint")
+    assert [p.learned for p in passes(fixed, FAST)] == [names - {"scale"}]
+    weights_first = Method("block", steps="joint", borders="after")
+    assert [p.learned for p in passes(weights_first, FAST)] == [
+        {"rounding", "scale"},
+        {"border", "mixing"},
+    ]
+
+
+def test_beta_is_silent_in_the_warm_up_then_falls_linearly() -> None:
+    assert beta_at(0.19, (20, 2), 0.2) is None
+    assert beta_at(0.2, (20, 2), 0.2) == pytest.approx(20)
+    assert beta_at(0.6, (20, 2), 0.2) == pytest.approx(11)
+    assert beta_at(1.0, (20, 2), 0.2) == pytest.approx(2)
+
+
+def test_output_error_is_summed_over_channels_and_averaged_over_the_rest() -> None:
+    a, b = torch.randn(2, 5, 3, 4), torch.randn(2, 5, 3, 4)
+    for p in (2.0, 2.4):
+        expected = (a - b).abs().pow(p).sum(1).mean()
+        torch.testing.assert_close(output_error(a, b, p), expected)
+    w = torch.rand(2, 5, 3, 4)
+    expected = ((a - b).square() * w).sum(1).mean()
+    torch.testing.assert_close(output_error(a, b, 2.0, w), expected)
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.25, 0.5, 1.0])
+def test_mix_takes_the_share_it_says_and_routes_the_gradient(probability: float) -> None:
+    x = torch.zeros(100, 101, requires_grad=True)
+    x_hat = torch.ones(100, 101, requires_grad=True)
+    y = mix(x, x_hat, probability, torch.Generator().manual_seed(0))
+    assert float((y == 0).float().mean().detach()) == pytest.approx(probability, abs=0.02)
+    y.sum().backward()
+    for source, chosen in ((x, y == 0), (x_hat, y == 1)):
+        grad = torch.zeros_like(source) if source.grad is None else source.grad
+        assert torch.equal(grad, chosen.float())
+
+
+def test_dropping_ends_with_its_block() -> None:
+    q = Nearest(2, signed=False)
+    x = torch.rand(50, 50)
+    q.calibrate(x)
+    with dropping([q], 0.5, torch.Generator().manual_seed(0)):
+        share = float((q(x) == x).float().mean())
+    assert share == pytest.approx(0.5, abs=0.05)
+    assert float((q(x) == x).float().mean()) < 0.05
+
+
+def test_record_gives_what_the_unit_sees_and_refuses_what_does_not_run() -> None:
+    case = Case()
+    store = Store(torch.device("cpu"), math.inf, None)
+    unit = case.reference.get_submodule("layer1.0")
+    x, y = record(case.reference, unit, case.data.images, 24, store, output=True)
+    assert y is not None
+    with torch.no_grad():
+        torch.testing.assert_close(unit(x), y)
+    assert store.used == x.nbytes + y.nbytes
+    with pytest.raises(ValueError, match="not part of"):
+        record(case.reference, nn.Conv2d(3, 3, 1), case.data.images, 24, store, output=True)
+
+
+def test_fisher_weights_are_the_damped_gradient_of_the_logits() -> None:
+    case = Case()
+    unit = Unit("layer1.0", ("layer1.0.conv1", "layer1.0.conv2"))
+    later = [n for n in case.names if n.startswith(("layer2", "layer3", "linear"))]
+    store = Store(torch.device("cpu"), math.inf, None)
+    images = case.data.images[:16]
+    weights = output_weights(case.model, case.reference, unit, later, images, 16, store)
+    assert weights.shape == (16, 4, 8, 8)
+    assert weights.min() >= 1
+    assert weights.max() > 1
+    assert all(m.weight_enabled and m.act_enabled for m in quant_layers(case.model).values())
+    # The rest is float: with the unit in float too, both networks agree and no element matters.
+    with float_operands(case.model):
+        alike = output_weights(case.model, case.reference, unit, later, images, 16, store)
+    torch.testing.assert_close(alike, torch.ones_like(alike), rtol=0, atol=1e-5)
+    row = case.run("layer1.0", Method("block", fisher=True), later=later)
+    assert row["error"] < row["error_before"]
+
+
+def test_bias_correction_gives_every_layer_the_mean_of_the_float_one() -> None:
+    case = Case()
+    images = case.data.images
+    shifts = correct_bias_(case.model, case.reference, images)
+    assert set(shifts) == set(case.names)
+    assert max(shifts.values()) > 0
+    means: dict[str, list[Tensor]] = {n: [] for n in case.names}
+    for net in (case.reference, case.model):
+        handles = [
+            net.get_submodule(n).register_forward_hook(
+                lambda m, i, y, n=n: means[n].append(channel_mean(y)) and None
+            )
+            for n in case.names
+        ]
+        with torch.no_grad():
+            net(images)
+        for handle in handles:
+            handle.remove()
+    for ours, theirs in means.values():
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
