@@ -24,7 +24,7 @@ def weights(seed: int = 0) -> Tensor:
 
 
 def post_numpy(w: np.ndarray, e: np.ndarray, alpha: float, levels: list[float], g: float):
-    """METHODS: v = clip(w/alpha), nearest level by search; STE and RCF gradients."""
+    """v = clip(w/alpha), nearest level by search; STE and RCF gradients."""
     w_hat, dw, da = np.zeros_like(w), np.zeros_like(w), 0.0
     for i, value in np.ndenumerate(w):
         v = value / alpha
