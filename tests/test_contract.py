@@ -19,12 +19,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from qexp.quant.adaround import AdaRound
+from qexp.quant.aquant import AQuant
 from qexp.quant.asq import ASQ
 from qexp.quant.codebook import Codebook
 from qexp.quant.dorefa import PACT, DoReFaActivation, DoReFaWeight
 from qexp.quant.functional import compile_kernels
 from qexp.quant.lsq import LSQ, LSQPlus
 from qexp.quant.n2uq import N2UQ, N2UQWeight
+from qexp.quant.nearest import Nearest
 from qexp.quant.power import POST, POT, APoT, POSTReleased
 from qexp.quant.quantizer import Quantizer
 
@@ -125,6 +128,16 @@ CASES = [
     ),
     Case("dorefa-act", DoReFaActivation, "relu", refines=True),
     Case("dorefa-act-signed", DoReFaActivation, "signed"),
+    Case("nearest-weight", partial(Nearest, per_channel=True), "weight", refines=True),
+    Case("nearest-weight-symmetric", partial(Nearest, symmetric=True), "weight", refines=True),
+    Case("nearest-act", partial(Nearest, estimator="percentile"), "relu"),
+    Case("nearest-act-signed", Nearest, "signed", refines=True),
+    # The rounding was chosen for the weights it was calibrated on: other values, other errors.
+    Case("adaround", AdaRound, "weight", idempotent=False, monotone=False),
+    # Per row needs im2col columns: tests/test_aquant.py.
+    Case("aquant-channel", partial(AQuant, per="channel"), "relu", refines=True),
+    Case("aquant-tensor", partial(AQuant, per="tensor", border="linear"), "relu", refines=True),
+    Case("aquant-signed", partial(AQuant, per="channel"), "signed", refines=True),
     Case("pact", PACT, "relu", refines=True),
     Case("pact-signed", PACT, "signed"),
 ]
