@@ -39,12 +39,12 @@ Departs from the paper:
     paper a learned bias (RPReLU) shifts the inputs, and codes start at 0. Levels stay uniform.
  2. `init: mse`. The paper's s = 0, beta = 1 supposes inputs of about [0, 2].
  3. The gradients of s, a, beta1, beta2 are multiplied by LSQ's 1 / sqrt(features * m): they are
-    sums over all elements, too large for SGD at the weights' rate; Adam, the paper's optimizer,
-    does not see a factor. `count: null` leaves them alone.
+    sums over all elements as LSQ's is, which diverges under SGD without it (LSQ's ablation); Adam,
+    the paper's optimizer, does not see a factor. `count: null` leaves them alone.
  4. a, beta1, beta2 are kept positive in the forward and their gradients pass the guard; the
     released code stops the gradient of an a_i below 1e-3, and does not guard beta.
  5. The weight gradient has no factor 1 / scale: constant per channel, invisible to Adam, but under
-    SGD it would multiply the learning rate by 1 / scale, 10 to 100.
+    SGD it would multiply the learning rate by 1 / scale, another number for each channel.
  6. Neither RPReLU nor the pre-activation order: those are the network's.
 """
 
