@@ -89,9 +89,15 @@ CASES = [
     Case("post-nozero", partial(POST, levels="no_zero", base=2.0), "weight"),
     Case("post-released", POSTReleased, "weight", overflows=True),
     Case("pot", partial(POT, init="mse"), "weight", refines=True),
-    # APoT takes the mean out and does not put it back: a second pass sees another mean.
-    Case("apot", APoT, "weight", idempotent=False),
-    Case("apot-plain", partial(APoT, normalize=False, init="mse"), "weight", refines=True),
+    Case("apot", APoT, "weight"),
+    Case("apot-mse", partial(APoT, init="mse"), "weight", refines=True),
+    # The mean comes out and is not put back: a second pass sees another one.
+    Case(
+        "apot-normalized",
+        partial(APoT, normalize=True, init="three_std", grad_scale="one"),
+        "weight",
+        idempotent=False,
+    ),
     # ASQ's factor depends on the input: another input, another grid.
     *(
         Case(f"asq-{f}", partial(ASQ, factor=f), "relu", idempotent=False, equivariant=False)

@@ -214,7 +214,7 @@ def test_apot_gradients_equal_autograd_of_the_composed_form_in_float64(
     bits: int, normalize: bool
 ) -> None:
     w, e = weights(4), torch.randn(SHAPE)
-    q = APoT(bits, shape=SHAPE, normalize=normalize, init="mse")
+    q = APoT(bits, shape=SHAPE, normalize=normalize, init="mse", grad_scale="one")
     q.calibrate(w)
     v, v64 = w.clone().requires_grad_(), w.double().requires_grad_()
     q(v).backward(e)
@@ -291,6 +291,7 @@ def test_widths_without_a_grid_are_refused_with_the_ones_that_have_it(
         ({"base": 1.0}, "base"),
         ({"levels": "all"}, "levels"),
         ({"signed": False}, "signed"),
+        ({"init": "max"}, "init"),
     ],
 )
 def test_wrong_options_are_named(own: dict[str, object], message: str) -> None:
@@ -300,12 +301,12 @@ def test_wrong_options_are_named(own: dict[str, object], message: str) -> None:
 
 def test_three_std_needs_normalised_weights() -> None:
     with pytest.raises(ValueError, match="normalize=true"):
-        APoT(4, shape=SHAPE, normalize=False)
+        APoT(4, shape=SHAPE, init="three_std")
 
 
 def test_apot_statistics_follow_training_and_stand_still_in_evaluation() -> None:
     w = weights(6)
-    q = APoT(4, shape=SHAPE)
+    q = APoT(4, shape=SHAPE, normalize=True)
     q.calibrate(w)
     std = q.std.clone()
     q.eval()(2 * w)
@@ -317,16 +318,17 @@ def test_apot_statistics_follow_training_and_stand_still_in_evaluation() -> None
 
 def test_apot_allows_two_forwards_before_one_backward() -> None:
     w = weights(7).requires_grad_()
-    q = APoT(4, shape=SHAPE).train()
+    q = APoT(4, shape=SHAPE, normalize=True).train()
     q.calibrate(w.detach())
     (q(w) + q(w * 2)).sum().backward()  # the buffers moved in between
     assert w.grad is not None
     assert w.grad.isfinite().all()
 
 
-def test_apot_keeps_the_magnitude_of_the_weights() -> None:
+@pytest.mark.parametrize("normalize", [True, False])
+def test_apot_keeps_the_magnitude_of_the_weights(normalize: bool) -> None:
     w = torch.randn(SHAPE, generator=torch.Generator().manual_seed(8)) * 0.05
-    q = APoT(5, shape=SHAPE)
+    q = APoT(5, shape=SHAPE, normalize=normalize)
     q.calibrate(w)
     with torch.no_grad():
         w_hat = q(w)
