@@ -8,7 +8,7 @@ help:            ## this list
 	@sed -n 's/^\([a-z]*\): .*## /\1	/p' $(MAKEFILE_LIST) | sort | expand -t 8
 
 run: $(VENV)/.installed   ## quantize a network to 4 bits on the embedded data: minutes, no network
-	$(BIN)/qexp train quantizer=lsq bits=4
+	$(BIN)/qexp train quantizer=asq bits=4
 
 test: $(VENV)/.tested     ## the fast tests: about three minutes on two cores
 	$(BIN)/python -m pytest
@@ -23,8 +23,8 @@ type: $(VENV)/.tested     ## types
 bench: $(VENV)/.installed ## cost of a training step against float
 	$(BIN)/qexp bench train
 
-table: $(VENV)/.installed ## the table of all runs, beside the papers' numbers
-	$(BIN)/qexp report
+table: $(VENV)/.installed ## rebuild the tables of README.md from results/
+	$(BIN)/python scripts/make_tables.py
 
 clean:           ## remove what was built; runs, data and results stay
 	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .hypothesis
