@@ -24,6 +24,12 @@ class Said(NamedTuple):
 Qexp = Callable[..., Said]
 
 
+@pytest.fixture(autouse=True)
+def kernels_compile_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests use small tensors, which `compile=kernels` would otherwise run eagerly."""
+    monkeypatch.setattr("qexp.quant.functional.SMALL", 0)
+
+
 @pytest.fixture
 def qexp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Qexp:
     """Call `qexp` as a shell would: `qexp("train", "bits=4") -> (code, out, err)`."""

@@ -2,14 +2,16 @@
 
 Uniform grid:         x_int = clip(round(x / scale), qmin, qmax),   x_hat = x_int * scale
 Straight-through:     d round(v)/dv := 1, so the gradient passes where x is not clipped.
-Learned step (LSQ):   dx_hat/dscale = x_int - [not clipped] * x / scale        (Esser et al. 2020, eq. 3)
+Learned step (LSQ):   dx_hat/dscale = x_int - [not clipped] * x / scale   (Esser et al. 2020, eq. 3)
 Arbitrary grid:       x_hat = the nearest of at most 2**bits sorted levels, by `torch.bucketize`.
 
 Layout of a fused call. Every quantizer here shares one scale per *row*: one row for the whole
 tensor, one per output channel of a weight [C_out, ...], or one per sample of an activation
 [N, ...]. `as_rows` views the tensor as [rows, elements] in its own memory order (contiguous or
 channels_last), so an elementwise kernel sees two dimensions whatever the layer is, and
-`torch.compile` builds it once for all layers.
+`torch.compile` builds it once for all layers. When the whole network is compiled the kernels keep
+the tensor's own shape instead (`operands`): the compiler chooses each layer's memory order after
+it has traced the views, and a view in the other order would turn every read into a gather.
 
 Memory. The fused functions save `x` and the scale, nothing else, and recompute the codes in
 backward: `x` is what the preceding ReLU already saved, so a quantized layer keeps one tensor
@@ -33,6 +35,10 @@ MIN_SCALE = 1.1920929e-07
 
 _compiled = False
 
+# Elements below which a kernel runs eagerly even so: calling a compiled function costs more than
+# fusing saves. Most weights of small networks are below.
+SMALL = 1 << 15
+
 
 def compile_kernels(enabled: bool) -> None:
     """Run every `@kernel` function through `torch.compile` (True) or eagerly (False)."""
@@ -48,14 +54,15 @@ def kernels_compiled() -> bool:
 def kernel(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Mark an elementwise function of [rows, elements] tensors that is worth fusing.
 
-    Inside a whole-model `torch.compile` the plain function is traced, so nothing nests.
+    Its first argument is the large tensor. Inside a whole-model `torch.compile` the plain
+    function is traced, so nothing nests.
     """
     compiled: Callable[..., Any] | None = None
 
     @wraps(fn)
     def run(*args: Any) -> Any:
         nonlocal compiled
-        if not _compiled or torch.compiler.is_compiling():
+        if not _compiled or torch.compiler.is_compiling() or args[0].numel() < SMALL:
             return fn(*args)
         if compiled is None:
             compiled = torch.compile(fn, dynamic=True, fullgraph=True)
@@ -114,10 +121,37 @@ def as_rows(x: Tensor, rows: int) -> Tensor:
 
 def from_rows(y: Tensor, like: Tensor) -> Tensor:
     """Undo `as_rows`: [rows, elements] -> the shape and memory format of `like`."""
+    if y.shape == like.shape:
+        return y
     if _is_channels_last(like):
         n, c, h, w = like.shape
         return y.reshape(n, h, w, c).permute(0, 3, 1, 2)
     return y.reshape(like.shape)
+
+
+def operands(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """`x` and its `scale` as a kernel takes them; `from_rows` undoes it.
+
+    Shape: x [N, ...], scale [] or [N, 1, ...] -> [rows, elements] and [rows, 1]; while a whole
+    network is compiled, x as it is and scale with as many dimensions (module docstring).
+    """
+    if torch.compiler.is_compiling():
+        return x, scale.reshape(-1, *[1] * (x.dim() - 1))
+    rows = scale.numel()
+    return as_rows(x, rows), scale.reshape(rows, 1)
+
+
+def in_order_of(grad: Tensor, x: Tensor) -> Tensor:
+    """`grad` in the memory order of `x`: a gradient may arrive in another one."""
+    if torch.compiler.is_compiling() or grad.stride() == x.stride():
+        return grad  # the compiler sees to it
+    return torch.empty_like(x, dtype=grad.dtype).copy_(grad)
+
+
+def sum_to(t: Tensor, scale: Tensor) -> Tensor:
+    """Sum `t` over the axes that `scale` broadcasts along. Shape: operands; result as scale."""
+    axes = [i for i, size in enumerate(scale.shape) if size == 1]
+    return t.sum(axes, keepdim=True)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -139,9 +173,9 @@ def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
 
 @kernel
 def _uniform_forward(x: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
-    # x [R, M], scale [R, 1] float32
-    x_int = (x.float() / scale).round().clamp(qmin, qmax)
-    return (x_int * scale).to(x.dtype)
+    # x [R, M], scale [R, 1] float32 (see `operands`)
+    x_int = (x.float() / scale).round_().clamp_(qmin, qmax)
+    return x_int.mul_(scale).to(x.dtype)
 
 
 @kernel
@@ -150,43 +184,37 @@ def _uniform_backward(
 ) -> tuple[Tensor, Tensor]:
     # grad, x [R, M]; scale [R, 1]
     z = x.float() / scale
-    inside = (z >= qmin) & (z <= qmax)
-    e = grad.float()
+    clipped = z.clamp(qmin, qmax)
+    inside = clipped == z
     # dL/dx = e * [inside]                                                    [R, M]
-    grad_x = torch.where(inside, grad, torch.zeros_like(grad))
+    grad_x = torch.where(inside, grad, 0.0)
     # dL/dscale = sum e * (x_int - [inside] * z)                              [R, 1]
-    x_int = z.round().clamp(qmin, qmax)
-    t = x_int - torch.where(inside, z, torch.zeros_like(z))
-    return grad_x, (e * t).sum(1, keepdim=True)
+    t = clipped.round_().sub_(torch.where(inside, z, 0.0))
+    return grad_x, sum_to(t.mul_(grad), scale)
 
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, qmin: int, qmax: int, g: float) -> Tensor:
-        rows = scale.numel()
-        # The guard is straight-through: a step pushed below MIN_SCALE still gets its gradient.
-        step = scale.reshape(rows, 1).clamp_min(MIN_SCALE)
         ctx.save_for_backward(x, scale)
         ctx.qmin, ctx.qmax, ctx.g = qmin, qmax, g
-        return from_rows(_uniform_forward(as_rows(x, rows), step, qmin, qmax), x)
+        # The guard is straight-through: a step pushed below MIN_SCALE still gets its gradient.
+        rows, step = operands(x, scale.clamp_min(MIN_SCALE))
+        return from_rows(_uniform_forward(rows, step, qmin, qmax), x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         x, scale = ctx.saved_tensors
-        rows = scale.numel()
-        step = scale.reshape(rows, 1).clamp_min(MIN_SCALE)
-        # A gradient may arrive in another layout than x: bring it into x's memory order.
-        grad = grads[0]
-        if grad.stride() != x.stride():
-            grad = torch.empty_like(x, dtype=grad.dtype).copy_(grad)
-        grad_x, grad_scale = _uniform_backward(
-            as_rows(grad, rows), as_rows(x, rows), step, ctx.qmin, ctx.qmax
-        )
+        rows, step = operands(x, scale.clamp_min(MIN_SCALE))
+        grad, _ = operands(in_order_of(grads[0], x), scale)
+        grad_x, grad_scale = _uniform_backward(grad, rows, step, ctx.qmin, ctx.qmax)
         grad_scale = (grad_scale * ctx.g).reshape(scale.shape).to(scale.dtype)
         return from_rows(grad_x, x), grad_scale, None, None, None  # bounds and g are constants
 
 
-def fake_quantize(x: Tensor, scale: Tensor, qmin: int, qmax: int, grad_scale: float = 1.0) -> Tensor:
+def fake_quantize(
+    x: Tensor, scale: Tensor, qmin: int, qmax: int, grad_scale: float = 1.0
+) -> Tensor:
     """Quantize and dequantize on a uniform grid, differentiable in `x` and `scale`.
 
     Shape: x [N, ...]; scale [] (one row), or [N, 1, ...] (one per row of x); result as x.
