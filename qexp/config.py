@@ -254,6 +254,9 @@ def _ranges(plain: Mapping[str, Any]) -> Iterator[str]:
         yield f"config: seed must be from 0 to 2**63 - 1; got {seed}."
     if _is_int(steps) and steps < 1:
         yield f"config: max_steps must be at least 1, or null for no limit; got {steps}."
+    threads = plain.get("threads")
+    if _is_int(threads) and threads < 1:
+        yield f"config: threads must be at least 1, or null for all cores; got {threads}."
     if isinstance(plain.get("device"), str):
         from qexp.runner.device import pick_device
 

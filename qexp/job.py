@@ -70,11 +70,13 @@ def resume_run(cfg: DictConfig) -> dict[str, Any]:
 def _run(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
     from hydra.utils import get_method
 
+    from qexp.runner.device import set_threads
     from qexp.runner.run import open_run
 
     recipe = get_method(cfg.recipe._target_)
     began = time.perf_counter()
     with open_run(Path(cfg.folder), cfg, resume=resume) as run:
+        set_threads(cfg.threads)  # put back when the run ends
         run.info(f"run: {run.dir}")
         result = recipe(cfg, run)
         run.finish(result)

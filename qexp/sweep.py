@@ -8,7 +8,7 @@ it is there whatever launcher ran the job.
 A job is skipped when a finished run of the identical config exists under `out`: identity is a hash
 of the resolved config without the keys that say where and how it is computed (runner/folder.py).
 Neither the job's number nor its folder's name plays a part, so a sweep may be repeated, enlarged
-or reordered. `force=true` runs everything.
+or reordered. The commit plays none either: after a change of the code, `force=true` runs all.
 """
 
 from __future__ import annotations

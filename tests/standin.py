@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from omegaconf import DictConfig
 
 from qexp.errors import ConfigError, DataError
@@ -57,7 +58,7 @@ def recipe(cfg: DictConfig, run: Any) -> dict[str, Any]:
         raise KeyboardInterrupt
     if then == "terminate":
         os.kill(os.getpid(), signal.SIGTERM)
-    return {"top1": 90.0 + cfg.bits / 10}
+    return {"top1": 90.0 + cfg.bits / 10, "threads": torch.get_num_threads()}
 
 
 class Data:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import standin
+import torch
 from conftest import Qexp
 
 from qexp import __version__
@@ -128,6 +129,15 @@ def test_an_interrupted_run_says_how_to_continue(tiny: Qexp, how: str) -> None:
     (run,) = runs("interrupted")
     assert said.code == 130
     assert said.err == f"interrupted. Continue with: qexp resume {run}\n"
+
+
+def test_threads_are_set_for_the_run_and_put_back(tiny: Qexp) -> None:
+    before = torch.get_num_threads()
+    assert tiny("threads=3").code == 0
+    (run,) = runs("done")
+    assert read_json(run / "result.json")["threads"] == 3
+    assert read_json(run / "env.json")["threads"] == 3
+    assert torch.get_num_threads() == before
 
 
 def test_two_runs_in_one_process_do_not_share_a_folder(tiny: Qexp) -> None:

@@ -65,8 +65,8 @@ def gpu_models() -> list[str]:
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 
 
-def describe(seed: int | None) -> dict[str, Any]:
-    """Everything env.json holds."""
+def describe(seed: int | None, threads: int | None = None) -> dict[str, Any]:
+    """Everything env.json holds. `threads`: as the run will set them; None: as they are."""
     import torch
 
     commit, dirty = source_version()
@@ -80,7 +80,7 @@ def describe(seed: int | None) -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": cpu_model(),
         "cpu_count": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        "threads": threads or torch.get_num_threads(),
         "gpus": gpu_models(),
         "cuda": torch.version.cuda,
         "seed": seed,

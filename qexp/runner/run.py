@@ -62,7 +62,7 @@ class Run:
         self._metrics: IO[str] = open(folder / "metrics.jsonl", "a")  # noqa: SIM115
         self._log: IO[str] = open(folder / "train.log", "a")  # noqa: SIM115
         self._writer: SummaryWriter | None = None
-        self._environment: dict[str, Any] = describe(cfg.get("seed"))
+        self._environment: dict[str, Any] = describe(cfg.get("seed"), cfg.get("threads"))
         self._overrides = _task_overrides()
 
     # What happened
