@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
+from qexp import plot
 from qexp.quant.accounting import account
 from qexp.quant.convert import quantizers
 from qexp.recipes import picture
@@ -150,6 +152,9 @@ def result(
     omega = getattr(network.policy, "sensitivity_by_layer", None)
     cost = account(network.model, network.layers, omega)
     write_bytes(run.dir / "layers.csv", ("\n".join(cost.csv_lines()) + "\n").encode())
+    if omega and cfg.recipe.get("plots", True):
+        rows = [asdict(layer) for layer in cost.layers]
+        plot.sensitivity(rows, run.dir / "sensitivity.png", cfg.bitwidth.name)
     bits = cfg.bitwidth
     return {
         "method": cfg.get("method") or cfg.quantizer.name,

@@ -35,7 +35,7 @@ from qexp.recipes.settings import Settings
 from qexp.recipes.start import FloatStart, float_start
 from qexp.recipes.watch import Movement, first_non_finite
 from qexp.runner import checkpoint
-from qexp.runner.device import pick_device, seed_everything, set_threads
+from qexp.runner.device import pick_device, seed_everything
 from qexp.runner.run import Run
 
 CHECK_EVERY = 200  # steps between looks at the loss for NaN: one host sync each
@@ -48,7 +48,6 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
     s.check()
     device = pick_device(cfg.device)
     seed_everything(cfg.seed)
-    set_threads(cfg.threads)
     last = run.dir / "last.pt"
     saved = checkpoint.load(last) if run.resumed and last.exists() else None
 
