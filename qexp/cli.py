@@ -102,6 +102,8 @@ def _dispatch(argv: list[str]) -> int:
         return _completion(argv[1:])
     if argv[0] in TOOLS:
         return _tool(argv[0])(argv[1:])
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a `_target_` may be the user's, in the folder he works in
     name, rest = command_of(argv)
     return run_task(name, rest)
 

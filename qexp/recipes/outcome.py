@@ -155,15 +155,14 @@ def result(
     if omega and cfg.recipe.get("plots", True):
         rows = [asdict(layer) for layer in cost.layers]
         plot.sensitivity(rows, run.dir / "sensitivity.png", cfg.bitwidth.name)
-    bits = cfg.bitwidth
     return {
         "method": cfg.get("method") or cfg.quantizer.name,
         "dataset": cfg.dataset.name,
         "model": cfg.model.name,
         "recipe": cfg.recipe.name,
-        "policy": "float" if is_float(cfg) else bits.get("name"),
-        "w_bits": 32 if is_float(cfg) else bits.get("weight", cfg.bits),
-        "a_bits": 32 if is_float(cfg) else bits.get("act", cfg.bits),
+        "policy": "float" if is_float(cfg) else cfg.bitwidth.get("name"),
+        "w_bits": 32 if is_float(cfg) else _nominal(cfg, "weight"),
+        "a_bits": 32 if is_float(cfg) else _nominal(cfg, "act"),
         "top1": top1,
         "fp32_top1": fp32_top1,
         "drop": None if fp32_top1 is None else fp32_top1 - top1,
@@ -175,6 +174,12 @@ def result(
         "granularity": granularity(network.model),
         "health": health(network.model),
     }
+
+
+def _nominal(cfg: DictConfig, operand: str) -> int:
+    """The width a policy is asked for; `bits` where it decides by itself."""
+    asked = cfg.bitwidth.get(operand)
+    return asked if isinstance(asked, int) else cfg.bits
 
 
 def granularity(model: nn.Module) -> dict[str, list[str]]:

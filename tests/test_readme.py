@@ -1,0 +1,36 @@
+"""The README's own example of a quantizer works as printed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from compose import TINY
+
+from qexp.cli import main
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def block(language: str) -> str:
+    text = README.read_text()
+    return text.split(f"```{language}\n")[1].split("```")[0]
+
+
+def test_a_quantizer_in_one_file_trains_within_its_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = tmp_path / "my_configs" / "quantizer" / "weight"
+    configs.mkdir(parents=True)
+    (tmp_path / "mine.py").write_text(block("python"))
+    (configs / "ternary.yaml").write_text(block("yaml"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    command = ["train", "--config-dir", "my_configs", "quantizer=lsq", "quantizer/weight=ternary"]
+    assert main([*command, *TINY, "bits=2", "out=runs", "recipe.epochs=1"]) == 0
+    (result,) = (tmp_path / "runs").glob("*/*-w2a2/*/result.json")
+    assert json.loads(result.read_text())["bits"]["weight_by_param"] == 2
+    rows = (result.parent / "layers.csv").read_text().splitlines()
+    assert {row.split(",")[6] for row in rows if row.startswith("layer1")} == {"3"}
