@@ -9,16 +9,22 @@ bits are those of the two operands it multiplies.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qexp.quant.quantizer import Quantizer
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
-class QuantConv2d(nn.Conv2d):
-    """`nn.Conv2d` with quantized operands. Shape: x [N, C_in, H, W] -> [N, C_out, H', W']."""
 
+class QuantizedOperands:
+    """What a quantized convolution and a quantized linear layer share."""
+
+    weight: Tensor
     weight_quantizer: Quantizer
     act_quantizer: Quantizer
     weight_enabled = True
@@ -27,13 +33,13 @@ class QuantConv2d(nn.Conv2d):
 
     @classmethod
     def from_float(
-        cls, conv: nn.Conv2d, weight_quantizer: Quantizer, act_quantizer: Quantizer
-    ) -> QuantConv2d:
-        """Wrap `conv`, sharing its parameters."""
+        cls, layer: nn.Module, weight_quantizer: Quantizer, act_quantizer: Quantizer
+    ) -> Self:
+        """Wrap a float layer, sharing its parameters."""
         self = cls.__new__(cls)
-        self.__dict__ = {**conv.__dict__}
-        self._modules = {**conv._modules}
-        self._parameters = {**conv._parameters}
+        self.__dict__ = {**layer.__dict__}
+        self.__dict__["_modules"] = {**layer._modules}
+        self.__dict__["_parameters"] = {**layer._parameters}
         self.weight_quantizer = weight_quantizer
         self.act_quantizer = act_quantizer
         return self
@@ -44,8 +50,12 @@ class QuantConv2d(nn.Conv2d):
             return self.weight
         return self.weight_quantizer(self.weight) if self.w_hat is None else self.w_hat
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.quantized_weight()
+
+class QuantConv2d(QuantizedOperands, nn.Conv2d):
+    """`nn.Conv2d` with quantized operands. Shape: x [N, C_in, H, W] -> [N, C_out, H', W']."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        x, weight = input, self.quantized_weight()
         if not self.act_enabled:
             return self._conv_forward(x, weight, self.bias)
         if self.act_quantizer.on_columns:
@@ -67,7 +77,12 @@ class QuantConv2d(nn.Conv2d):
         if self.bias is not None:
             out = out + self.bias.to(out.dtype)[:, None]
         size = [
-            (x.shape[2 + i] + 2 * self.padding[i] - self.dilation[i] * (self.kernel_size[i] - 1) - 1)
+            (
+                x.shape[2 + i]
+                + 2 * self.padding[i]
+                - self.dilation[i] * (self.kernel_size[i] - 1)
+                - 1
+            )
             // self.stride[i]
             + 1
             for i in range(2)
@@ -75,39 +90,12 @@ class QuantConv2d(nn.Conv2d):
         return out.view(n, self.out_channels, *size)
 
 
-class QuantLinear(nn.Linear):
-    """`nn.Linear` with quantized operands. Shape: x [N, C_in] -> [N, C_out]."""
+class QuantLinear(QuantizedOperands, nn.Linear):
+    """`nn.Linear` with quantized operands. Shape: x [N, ..., C_in] -> [N, ..., C_out]."""
 
-    weight_quantizer: Quantizer
-    act_quantizer: Quantizer
-    weight_enabled = True
-    act_enabled = True
-    w_hat: Tensor | None = None
-
-    @classmethod
-    def from_float(
-        cls, linear: nn.Linear, weight_quantizer: Quantizer, act_quantizer: Quantizer
-    ) -> QuantLinear:
-        """Wrap `linear`, sharing its parameters."""
-        self = cls.__new__(cls)
-        self.__dict__ = {**linear.__dict__}
-        self._modules = {**linear._modules}
-        self._parameters = {**linear._parameters}
-        self.weight_quantizer = weight_quantizer
-        self.act_quantizer = act_quantizer
-        return self
-
-    def quantized_weight(self) -> Tensor:
-        """The weight that multiplies: quantized, frozen, or (disabled) the float one."""
-        if not self.weight_enabled:
-            return self.weight
-        return self.weight_quantizer(self.weight) if self.w_hat is None else self.w_hat
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.quantized_weight()
-        if self.act_enabled:
-            x = self.act_quantizer(x)
-        return F.linear(x, weight, self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        x = self.act_quantizer(input) if self.act_enabled else input
+        return F.linear(x, self.quantized_weight(), self.bias)
 
 
 QuantLayer = QuantConv2d | QuantLinear

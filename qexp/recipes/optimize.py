@@ -1,9 +1,9 @@
-"""Optimizer groups, the learning rate as a function of the step, and the weight average."""
+"""Optimizer groups, the learning rate as a function of the step, averages of weights and norms."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -75,6 +75,38 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> float:
     return optimizer.param_groups[0]["lr"]
 
 
+def carry_momentum(old: torch.optim.Optimizer, new: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Keep the momentum of every parameter that both optimizers have."""
+    for group in new.param_groups:
+        for parameter in group["params"]:
+            if parameter in old.state:
+                new.state[parameter] = old.state[parameter]
+    return new
+
+
+@torch.no_grad()
+def reestimate_bn_(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], images: int) -> None:
+    """Replace batch norm statistics by the plain average over about `images` training images.
+
+    The rest of the network, quantizers included, stays in eval mode: nothing else adapts.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [m.momentum for m in norms]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # cumulative average
+        norm.train()
+    seen = 0
+    for x, _ in batches:
+        model(x)
+        seen += len(x)
+        if seen >= images:
+            break
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
 class WeightAverage:
     """Exponential moving average of a network's state: avg <- decay * avg + (1-decay) * now.
 
@@ -94,7 +126,7 @@ class WeightAverage:
         self.step += 1
         now = model.state_dict()
         floating = [k for k, v in self.state.items() if v.is_floating_point()]
-        torch._foreach_lerp_(
+        torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
             [self.state[k] for k in floating], [now[k] for k in floating], 1 - decay
         )
         for k, v in self.state.items():

@@ -16,7 +16,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig
 from torch import nn
 
-from qexp.errors import DataError
+from qexp.errors import DataError, origin
 from qexp.quant.accounting import Account, account
 from qexp.quant.bitwidth import Uniform
 from qexp.quant.convert import calibrate_, quantizers
@@ -66,15 +66,17 @@ def _card(cfg: DictConfig) -> Card:
     """From the data itself; where it is absent, from its class's `card` (classes, shape, size)."""
     try:
         dataset = build.make_dataset(cfg, torch.device("cpu"))
-    except DataError as error:
+    except Exception as error:  # instantiate wraps what a data set raises
+        cause = origin(error)
+        if not isinstance(cause, DataError):
+            raise
         known = getattr(get_class(cfg.dataset._target_), "card", None)
         if known is None:
             raise
-        shape = known.input_shape
-        if "size" in cfg.dataset:
-            shape = (shape[0], cfg.dataset.size, cfg.dataset.size)
-        print(f"note: {error} The plan uses the data set's published sizes.")
-        return Card(known.num_classes, shape, known.train_size, False)
+        channels, side, _ = known.input_shape
+        side = cfg.dataset.get("crop", side)
+        print(f"note: {cause} The plan uses the data set's published sizes.")
+        return Card(known.num_classes, (channels, side, side), known.train_size, False)
     return Card(dataset.num_classes, dataset.input_shape, dataset.train_size, True)
 
 
@@ -82,7 +84,7 @@ def _table(cost: Account, network: build.Network) -> list[str]:
     layers = {layer.name: layer for layer in network.layers}
     swaps = {swap.layer.name: swap.note for swap in network.swaps}
     head = ("layer", "kind", "shape", "W bits", "A bits", "input", "weights", "bytes", "quantizers")
-    rows = [head]
+    rows: list[tuple[str, ...]] = [head]
     for row in cost.layers:
         signed = "signed" if layers[row.name].signed else "unsigned"
         rows.append(

@@ -30,7 +30,14 @@ from qexp.recipes import build, outcome, picture
 from qexp.recipes.compilation import compile_for
 from qexp.recipes.evaluate import Score, evaluate
 from qexp.recipes.observe import log_quantizers
-from qexp.recipes.optimize import WeightAverage, lr_factor, make_optimizer, set_lr
+from qexp.recipes.optimize import (
+    WeightAverage,
+    carry_momentum,
+    lr_factor,
+    make_optimizer,
+    reestimate_bn_,
+    set_lr,
+)
 from qexp.recipes.settings import Settings
 from qexp.recipes.start import FloatStart, float_start
 from qexp.recipes.watch import Movement, first_non_finite
@@ -102,13 +109,13 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
     while state["epoch"] * dataset.steps_per_epoch < steps:
         epoch = state["epoch"]
         if _change_bits(cfg, s, network, images, epoch, run):
-            optimizer = _carry(optimizer, _optimizer(model, s))
+            optimizer = carry_momentum(optimizer, _optimizer(model, s))
         for quantizer in quantizers(model).values():
             quantizer.progress(epoch / s.epochs)
         movement = Movement(model)
         _train_epoch(forward, model, dataset, optimizer, average, start, s, state, steps, save)
         if s.bn_reestimate and (epoch + 1) * dataset.steps_per_epoch >= steps:
-            _reestimate_bn(model, dataset, s)
+            reestimate_bn_(model, dataset.train_batches(s.epochs), s.bn_reestimate)
         began = time.perf_counter()
         test = _score(model, average, dataset, s, "test")
         val = _score(model, average, dataset, s, "val") if dataset.has_val else None
@@ -268,35 +275,6 @@ def _change_bits(
     network.bits = bits
     run.info(f"epoch {epoch}: bits are now {network.policy.bits_at(epoch, s.epochs)}")
     return True
-
-
-def _carry(old: torch.optim.Optimizer, new: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Keep the momentum of every parameter that both optimizers have."""
-    for group in new.param_groups:
-        for parameter in group["params"]:
-            if parameter in old.state:
-                new.state[parameter] = old.state[parameter]
-    return new
-
-
-@torch.no_grad()
-def _reestimate_bn(model: nn.Module, dataset: Any, s: Settings) -> None:
-    """Replace batch norm statistics by the plain average over `bn_reestimate` training images."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta = [m.momentum for m in norms]
-    model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # cumulative average
-        norm.train()
-    seen = 0
-    for x, _ in dataset.train_batches(s.epochs):
-        model(x)
-        seen += len(x)
-        if seen >= s.bn_reestimate:
-            break
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
 
 
 def _score(

@@ -53,7 +53,8 @@ def float_start(
     model = make_model(cfg, dataset, device)
     if s.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    spec = None if s.from_scratch else cfg.model.get("checkpoint")
+    spec = cfg.model.get("checkpoint")
+    spec = None if s.from_scratch or spec == "none" else spec
     start = FloatStart(model, None, None, spec, None)
     if spec == "auto":
         start.source = str(float_checkpoint(cfg, run))
