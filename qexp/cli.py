@@ -12,6 +12,7 @@ raised into one line and an exit code: 0 done, 1 the run failed, 2 bad command o
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -27,17 +28,18 @@ if TYPE_CHECKING:
 
 
 class Command(NamedTuple):
-    """A Hydra task: its primary config, and what it does in one line."""
+    """A Hydra task: its primary config, what it does in one line, whether it takes comma lists."""
 
     config: str
     summary: str
+    lists: bool = False  # see `_as_lists`
 
 
 COMMANDS = {
     "train": Command("train", "quantize a float network, train it, evaluate it"),
     "eval": Command("eval", "top-1 of a finished run"),
     "export": Command("export", "pack a finished run into a file that other programs load"),
-    "bench train": Command("bench_train", "cost of a training step against float"),
+    "bench train": Command("bench_train", "cost of a training step against float", True),
     "bench inference": Command("bench_inference", "cost of a forward pass against float"),
 }
 TOOLS = {
@@ -156,7 +158,19 @@ def run_task(name: str, argv: Sequence[str]) -> int:
     from qexp.config import configs_dir
     from qexp.job import Job
 
-    return hydra_main(Job(name), configs_dir(), COMMANDS[name].config, argv)
+    command = COMMANDS[name]
+    if command.lists and not {"-m", "--multirun"} & set(argv):
+        argv = [_as_lists(word) for word in argv]
+    return hydra_main(Job(name), configs_dir(), command.config, argv)
+
+
+def _as_lists(word: str) -> str:
+    """`model=a,b` -> `models=[a,b]`: one job that compares, where Hydra would see a sweep.
+
+    A key cannot be called like a config group, hence the plural.
+    """
+    plural = re.sub(r"^(quantizer|model)=", r"\1s=", word)
+    return re.sub(r"^([\w.]+)=([\w.-]+(?:,[\w.-]+)+)$", r"\1=[\2]", plural)
 
 
 def hydra_main(job: Any, config_path: Path, config_name: str, argv: Sequence[str]) -> int:

@@ -37,7 +37,7 @@ _compiled = False
 
 # Elements below which a kernel runs eagerly even so: calling a compiled function costs more than
 # fusing saves. Most weights of small networks are below.
-SMALL = 1 << 15
+SMALL = 1 << 14
 
 
 def compile_kernels(enabled: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import random
@@ -15,6 +16,9 @@ import numpy as np
 import torch
 
 from qexp.errors import ConfigError
+
+# Of glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def pick_device(name: str) -> torch.device:
@@ -80,3 +84,17 @@ def compiler_available(device: torch.device | str = "cpu") -> tuple[bool, str]:
     if not header.is_file():
         return False, f"no Python headers ({header}; install python3-dev)"
     return True, compiler
+
+
+def keep_memory() -> bool:
+    """Let freed memory stay with this process; returns whether the C library can be told (glibc).
+
+    A training step frees and takes the same large tensors again and again. By default glibc hands
+    each back to the system, which clears every page anew at its first touch; kept, it is reused.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):  # not glibc
+        return False
+    keep = 2**31 - 1  # bytes; the largest value mallopt takes
+    return bool(mallopt(_M_MMAP_THRESHOLD, keep)) and bool(mallopt(_M_TRIM_THRESHOLD, keep))

@@ -1,0 +1,140 @@
+"""`qexp bench train`: what a quantized training step costs, as a ratio to the float one.
+
+For each model, dtype and way to compile, these take turns in one process (`bench_step`):
+
+    fp32          the float network, compiled where the network is compiled
+    fp32 again    a second float network: how far its ratio is from 1 is the noise
+    quantizers    the same network quantized, as `qexp train` would build it
+    peers         other implementations of a learned step, on request (`bench_peers`)
+
+`ratio` = median step / median float step of the same group. `compile=model` is compared with
+compiled float, and `eager_ratio` with the eager float network, which takes turns as well.
+Beside each stands its floor (`bench_floor`). The networks have random weights and one batch of
+noise: a step's time does not depend on what is in it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from qexp import bench_table, messages
+from qexp.bench_floor import measure_machine
+from qexp.bench_peers import peers
+from qexp.bench_settings import DTYPES, Settings
+from qexp.bench_step import AGAIN, EAGER, FLOAT, Contender, Group, make_step, take_turns
+from qexp.config import configs_dir
+from qexp.errors import ConfigError
+from qexp.models.build import build_model
+from qexp.quant.convert import calibrate_, quantize_
+from qexp.quant.trace import trace
+from qexp.recipes import build
+from qexp.runner.atomic import write_json
+from qexp.runner.device import compiler_available, keep_memory, pick_device, seed_everything
+from qexp.runner.device import set_threads as use_threads
+from qexp.runner.environment import describe
+
+CLASSES = 10
+GRAPHS = 64  # compiled networks that share one forward: dynamo's own limit is 8
+
+
+def bench_train(cfg: DictConfig) -> list[dict[str, Any]]:
+    """Run the bench; prints a table, writes and returns the rows of bench.json."""
+    s = Settings.of(cfg)
+    device = pick_device(s.device)
+    threads = use_threads(s.threads)
+    if device.type == "cpu":
+        keep_memory()
+    modes = _possible(s.compile, device)
+    for model in s.models:  # a wrong name is found before anything is timed
+        for name in s.quantizers:
+            _composed(s, name, model)
+    rows: list[dict[str, Any]] = []
+    print(f"{bench_table.device_name(device)}, {threads} CPU threads, batch {s.batch}", flush=True)
+    for dtype in s.dtype:
+        machine = measure_machine(device, DTYPES[dtype])
+        print(bench_table.rates(machine, dtype), flush=True)
+        for model in s.models:
+            for mode in modes:
+                facts = {"model": model, "dtype": dtype, "compile": mode, "device": str(device)}
+                group = _group(s, model, DTYPES[dtype], mode, device)
+                with torch._dynamo.config.patch(recompile_limit=GRAPHS):
+                    take_turns(group.contenders, s.repeats, s.warmup, device)
+                new = bench_table.rows(group, machine, {**facts, **s.facts(threads)})
+                print(bench_table.text(new), flush=True)
+                rows += new
+    folder = Path(s.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "bench.json", rows)
+    write_json(folder / "env.json", describe(s.seed, threads))
+    bench_table.write_csv(folder / "bench.csv", rows)
+    bench_table.draw(folder / "bench.png", rows)
+    print(f"bench: {folder}/bench.json, bench.csv, bench.png")
+    return rows
+
+
+def _possible(modes: Sequence[str], device: torch.device) -> list[str]:
+    """The modes that this machine can run."""
+    available, reason = compiler_available(device)
+    if available or list(modes) == ["off"]:
+        return list(modes)
+    print(f"bench: only compile=off is possible here ({reason})")
+    return ["off"]
+
+
+def _composed(s: Settings, quantizer: str, model: str) -> DictConfig:
+    """The training config of one quantizer and model: what `qexp train` would see."""
+    overrides = [f"quantizer={quantizer}", f"model={model}", f"bits={s.bits}", *s.overrides]
+    try:
+        if GlobalHydra.instance().is_initialized():  # knows the user's --config-dir
+            return compose("train", overrides)
+        with initialize_config_dir(str(configs_dir()), version_base="1.3"):
+            return compose("train", overrides)
+    except messages.COMPOSITION as error:
+        source = messages.Source(configs_dir(), "train", overrides)
+        raise ConfigError(messages.explain(error, source)) from error
+
+
+def _group(s: Settings, model: str, dtype: torch.dtype, mode: str, device: torch.device) -> Group:
+    """The networks that take turns, calibrated, with their steps."""
+    torch.compiler.reset()  # the graphs of the group before
+    seed_everything(s.seed)
+    node: Any = OmegaConf.to_container(_composed(s, s.quantizers[0], model).model, resolve=True)
+    size = s.image_size or (224 if node["_target_"].startswith("torchvision.") else 32)
+    order = torch.channels_last if s.channels_last else torch.contiguous_format
+    net = build_model(node, CLASSES, 3).to(device, memory_format=order)  # type: ignore[call-overload]
+    images = torch.randn(s.batch, 3, size, size, device=device).to(memory_format=order)
+    labels = torch.randint(CLASSES, (s.batch,), device=device)
+    layers = trace(net, (3, size, size))
+
+    def contender(name: str, network: nn.Module, how: str, quantized: set[str]) -> Contender:
+        step = make_step(network, how, images, labels, dtype)
+        return Contender(name, network, step, quantized)
+
+    float_mode = "model" if mode == "model" else "off"
+    found = [contender(n, copy.deepcopy(net), float_mode, set()) for n in (FLOAT, AGAIN)]
+    if mode == "model":
+        found.append(contender(EAGER, copy.deepcopy(net), "off", set()))
+    for name in s.quantizers:
+        cfg = _composed(s, name, model)
+        network = build.make_network(cfg, copy.deepcopy(net), (3, size, size))
+        calibrate_(network.model, images)
+        quantized = {layer for layer, bits in network.bits.items() if bits != (32, 32)}
+        found.append(contender(name, network.model, mode, quantized))
+    if s.peers and mode == "off":
+        cfg = _composed(s, s.quantizers[0], model)
+        widths = build.make_network(cfg, copy.deepcopy(net), (3, size, size)).bits
+        for name, factories in peers().items():
+            network = copy.deepcopy(net)
+            quantize_(network, layers, widths, **factories)
+            calibrate_(network, images)
+            found.append(contender(name, network, "off", set(widths)))
+    return Group(layers, found)

@@ -1,0 +1,112 @@
+"""What a training step must cost on this machine at least, from two measured rates.
+
+    compute = flops / matrix rate        memory = bytes / copy bandwidth
+    floor   = max(compute, memory) + bytes of the quantizers / copy bandwidth
+
+Counted are the operations and the compulsory traffic of the convolutions and linear layers: in
+forward their input is read and their output written; in backward the output's gradient and the
+input are read and the input's gradient written. Backward costs twice forward; the first layer
+needs no gradient of its input. Batch norm, ReLU and the optimizer are left out, so a float step
+stays above its floor.
+
+A quantizer that runs by itself (eager or as a kernel) reads x and writes x_hat, then reads x and
+the gradient and writes a gradient: five tensors of the size of each quantized operand. Compiled
+with the network it can be fused into its neighbours, which costs no traffic: floor ratio 1.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qexp.quant.trace import Layer
+
+COPY_BYTES = 1 << 26  # of the copied tensor: beyond every cache
+MATRIX = {"cpu": 1024, "cuda": 8192}  # rows of the square matrices
+TRIES = 10
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What was measured: bytes/s read and written by a copy, flops/s of a matrix product."""
+
+    copy_bytes_per_s: float
+    flops_per_s: float
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Compulsory work of one step: flops, bytes of the layers, bytes of separate quantizers."""
+
+    flops: float
+    layer_bytes: float
+    quantizer_bytes: float
+
+    def float_s(self, machine: Machine) -> float:
+        """Seconds of the float step."""
+        compute = self.flops / machine.flops_per_s
+        return max(compute, self.layer_bytes / machine.copy_bytes_per_s)
+
+    def quantizers_s(self, machine: Machine) -> float:
+        """Seconds that quantizers add when nothing is fused with them."""
+        return self.quantizer_bytes / machine.copy_bytes_per_s
+
+
+def work(layers: Sequence[Layer], quantized: set[str], batch: int, itemsize: int) -> Floor:
+    """The floor of a step.
+
+    Args:
+        layers: of the float network.
+        quantized: names of the layers whose operands are quantized.
+        itemsize: bytes of an activation's element.
+    """
+    flops = layer_bytes = quantizer_bytes = 0.0
+    for layer in layers:
+        x = batch * _product(layer.act_shape)
+        y = batch * layer.macs * layer.weight_shape[0] / layer.weights
+        first = layer.position == "first"
+        flops += 2 * layer.macs * batch * (2 if first else 3)
+        layer_bytes += itemsize * (x + y + y + x + (0 if first else x)) + 12 * layer.weights
+        if layer.name in quantized:
+            quantizer_bytes += 5 * (itemsize * x + 4 * layer.weights)
+    return Floor(flops, layer_bytes, quantizer_bytes)
+
+
+def _product(shape: Sequence[int]) -> int:
+    n = 1
+    for d in shape:
+        n *= d
+    return n
+
+
+def measure_machine(device: torch.device, dtype: torch.dtype) -> Machine:
+    """Copy bandwidth and matrix rate of `device`, each the best of ten."""
+    source = torch.ones(COPY_BYTES // 4, device=device)
+    target = torch.empty_like(source)
+    copied = _best(lambda: target.copy_(source), device)
+    n = MATRIX.get(device.type, 1024)
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    b = torch.randn(n, n, device=device, dtype=dtype)
+    multiplied = _best(lambda: a @ b, device)
+    return Machine(2 * COPY_BYTES / copied, 2 * n**3 / multiplied)
+
+
+def _best(operation: Callable[[], Tensor], device: torch.device) -> float:
+    times = []
+    for _ in range(TRIES):
+        synchronize(device)
+        began = time.perf_counter()
+        operation()
+        synchronize(device)
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, if it runs by itself."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,127 @@
+"""Other ways to run a learned step, timed beside ours (`qexp bench train peers=true`).
+
+    aten      torch's own `_fake_quantize_learnable_per_tensor_affine`, the op under torchao's and
+              MQBench's learned fake-quantizers
+    composed  LSQ's equations as a chain of autograd operations with detach, as most published
+              code writes it
+    torchao   its LearnableFakeQuantize, where the package is installed
+    brevitas  its IntQuant under a learned scale, where the package is installed
+
+Each does the quantizing inside our layers, on the operands that ours quantizes, from LSQ's start
+(torchao from its own observer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qexp.quant.functional import round_ste, scale_grad
+from qexp.quant.lsq import grad_scale, lsq_scale
+from qexp.quant.quantizer import Quantizer
+
+
+class Peer(Quantizer):
+    """LSQ with one step, whose fake quantization another implementation does.
+
+    Args:
+        fake_quantize: (x, scale, qmin, qmax, g) -> x_hat, differentiable in x and scale.
+        weight: whether it quantizes a weight; N of the gradient scale counts as in `LSQ`.
+    """
+
+    def __init__(
+        self,
+        bits: int,
+        *,
+        signed: bool = True,
+        shape: Sequence[int] = (),
+        fake_quantize: Callable[[Tensor, Tensor, int, int, float], Tensor],
+        weight: bool,
+    ) -> None:
+        super().__init__(bits, signed=signed, shape=shape)
+        self.fake_quantize = fake_quantize
+        self.weight = weight
+        self.scale = nn.Parameter(torch.ones(1))
+
+    @torch.no_grad()
+    def calibrate(self, x: Tensor) -> None:
+        self.scale.copy_(lsq_scale(x, self.qmax, per_row=False))
+        self.calibrated.fill_(True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        g = grad_scale(x, 1, self.qmax, "tensor" if self.weight else "sample")
+        return self.fake_quantize(x, self.scale, self.qmin, self.qmax, g)
+
+
+def _aten(x: Tensor, scale: Tensor, qmin: int, qmax: int, g: float) -> Tensor:
+    zero = torch.zeros_like(scale)
+    op = torch.ops.aten._fake_quantize_learnable_per_tensor_affine.default
+    return op(x, scale, zero, qmin, qmax, g)
+
+
+def _composed(x: Tensor, scale: Tensor, qmin: int, qmax: int, g: float) -> Tensor:
+    step = scale_grad(scale, g)
+    return round_ste((x / step).clamp(qmin, qmax)) * step
+
+
+def _brevitas(x: Tensor, scale: Tensor, qmin: int, qmax: int, g: float) -> Tensor:
+    signed = qmin < 0
+    bits = torch.tensor(float((qmax - qmin + 1).bit_length() - 1), device=x.device)
+    zero = torch.zeros((), device=x.device)
+    return _int_quant(signed)(scale_grad(scale, g), zero, bits, x)
+
+
+@cache
+def _int_quant(signed: bool) -> Any:
+    from brevitas.core.quant import IntQuant  # type: ignore[import-not-found]
+
+    return IntQuant(narrow_range=False, signed=signed)
+
+
+class Torchao(Peer):
+    """torchao's module, started by its own observer on the batch that calibrates."""
+
+    @torch.no_grad()
+    def calibrate(self, x: Tensor) -> None:
+        from torch.ao.quantization import MinMaxObserver
+        from torchao.quantization.pt2e import (  # type: ignore[import-not-found]
+            learnable_fake_quantize as theirs,
+        )
+
+        self.module = theirs.LearnableFakeQuantize(
+            MinMaxObserver,
+            self.qmin,
+            self.qmax,
+            use_grad_scaling=True,
+            dtype=torch.qint8 if self.qmin < 0 else torch.quint8,
+            qscheme=torch.per_tensor_symmetric if self.qmin < 0 else torch.per_tensor_affine,
+        ).to(x.device)
+        self.module(x)
+        self.module.enable_range_learning()
+        del self.scale
+        self.calibrated.fill_(True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x)
+
+
+def peers() -> dict[str, dict[str, Any]]:
+    """Quantizer factories by name, as keywords of `quantize_`, of every peer that is here."""
+    found = {"aten": _factories(Peer, _aten), "composed": _factories(Peer, _composed)}
+    if find_spec("torchao") is not None:
+        found["torchao"] = _factories(Torchao, _aten)
+    if find_spec("brevitas") is not None:
+        found["brevitas"] = _factories(Peer, _brevitas)
+    return found
+
+
+def _factories(cls: type[Peer], fake_quantize: Callable[..., Tensor]) -> dict[str, Any]:
+    return {
+        "weight": partial(cls, fake_quantize=fake_quantize, weight=True),
+        "act": partial(cls, fake_quantize=fake_quantize, weight=False),
+    }

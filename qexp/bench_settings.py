@@ -1,0 +1,83 @@
+"""The keys of `qexp bench train`, checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, ListConfig
+
+from qexp.errors import ConfigError, did_you_mean
+
+MODES = ("off", "kernels", "model")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`configs/bench_train.yaml`, checked; what may be a list is one."""
+
+    quantizers: list[str]
+    models: list[str]
+    compile: list[str]
+    dtype: list[str]
+    bits: int
+    batch: int
+    image_size: int | None
+    channels_last: bool
+    overrides: list[str]
+    peers: bool
+    repeats: int
+    warmup: int
+    device: str
+    threads: int | None
+    seed: int
+    out: str
+
+    @classmethod
+    def of(cls, cfg: DictConfig) -> Settings:
+        """Read the config.
+
+        Raises:
+            ConfigError: a value out of range or an unknown choice.
+        """
+        found: dict[str, Any] = {}
+        for field in fields(cls):
+            value = cfg[field.name]
+            if isinstance(value, ListConfig):
+                value = list(value)
+            elif str(field.type).startswith("list"):
+                value = [value]
+            found[field.name] = value
+        found["compile"] = ["off" if mode is False else mode for mode in found["compile"]]  # YAML
+        settings = cls(**found)
+        settings.check()
+        return settings
+
+    def check(self) -> None:
+        """Raise a ConfigError with all that is wrong."""
+        problems = [
+            f"config: {key}={value} is not an option. Use {', '.join(options)}."
+            + did_you_mean(str(value), options)
+            for key, options in (("compile", MODES), ("dtype", tuple(DTYPES)))
+            for value in getattr(self, key)
+            if value not in options
+        ]
+        for key in ("batch", "repeats", "warmup", "image_size", "threads"):
+            value = getattr(self, key)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                problems.append(f"config: {key} must be a positive integer, got {value!r}.")
+        if problems:
+            raise ConfigError("\n".join(problems))
+
+    def facts(self, threads: int) -> dict[str, Any]:
+        """What every row of bench.json says about how it was measured."""
+        return {
+            "batch": self.batch,
+            "bits": self.bits,
+            "repeats": self.repeats,
+            "threads": threads,
+            "channels_last": self.channels_last,
+            "overrides": self.overrides,
+        }

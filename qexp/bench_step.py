@@ -1,0 +1,162 @@
+"""Training steps that take turns, and what each of them costs.
+
+A `Contender` is a network with its own optimizer and one way to run it. `take_turns` runs one
+step of each, again and again, in one process: whatever else the machine does hits all of them
+alike. The order rotates, so that none always follows the same neighbour.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qexp.bench_floor import synchronize
+from qexp.quant.functional import compile_kernels
+from qexp.quant.trace import Layer
+
+LEARNING_RATE = 1e-4  # small: the images are noise, and no step may diverge
+
+
+# Names of the float networks that take turns with the quantized ones.
+FLOAT, AGAIN, EAGER = "fp32", "fp32 again", "fp32 eager"
+
+
+@dataclass
+class Contender:
+    """What is timed.
+
+    Attributes:
+        name: of its quantizer.
+        step: one training step: forward, cross-entropy, backward, SGD with momentum.
+        quantized: names of the layers that are quantized.
+        wall_s, cpu_s: of each timed step; CPU seconds of all threads together.
+        warmup_s: of the untimed first steps, compiling included.
+    """
+
+    name: str
+    model: nn.Module
+    step: Callable[[], None]
+    quantized: set[str] = field(default_factory=set)
+    wall_s: list[float] = field(default_factory=list)
+    cpu_s: list[float] = field(default_factory=list)
+    warmup_s: float = 0.0
+    saved_bytes: int = 0
+    peak_bytes: int | None = None
+
+
+class Group(NamedTuple):
+    """Contenders that take turns, the float network first, and the layers they share."""
+
+    layers: list[Layer]
+    contenders: list[Contender]
+
+
+def make_step(
+    model: nn.Module, mode: str, images: Tensor, labels: Tensor, dtype: torch.dtype
+) -> Callable[[], None]:
+    """One training step of `model` on a batch that stays the same."""
+    forward = torch.compile(model, dynamic=False) if mode == "model" else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9)
+    device, amp = images.device.type, dtype == torch.bfloat16
+
+    def step() -> None:
+        compile_kernels(mode == "kernels")
+        optimizer.zero_grad()
+        with torch.autocast(device, torch.bfloat16, enabled=amp):
+            loss = F.cross_entropy(forward(images), labels)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def take_turns(
+    contenders: Sequence[Contender], repeats: int, warmup: int, device: torch.device
+) -> None:
+    """Fill in what each contender's step costs."""
+    for contender in contenders:
+        began = time.perf_counter()
+        for _ in range(warmup):
+            contender.step()
+        synchronize(device)
+        contender.warmup_s = time.perf_counter() - began
+    gc.collect()
+    gc.disable()  # a collection would be charged to whoever is running
+    try:
+        for turn in range(repeats):
+            first = turn % len(contenders)
+            for contender in (*contenders[first:], *contenders[:first]):
+                _timed(contender, device)
+    finally:
+        gc.enable()
+    for contender in contenders:
+        contender.saved_bytes = saved_bytes(contender)
+        contender.peak_bytes = peak_bytes(contender, device)
+    compile_kernels(False)
+
+
+def _timed(contender: Contender, device: torch.device) -> None:
+    synchronize(device)
+    wall, cpu = time.perf_counter(), time.process_time()
+    contender.step()
+    synchronize(device)
+    contender.wall_s.append(time.perf_counter() - wall)
+    contender.cpu_s.append(time.process_time() - cpu)
+
+
+# ---------------------------------------------------------------------------------------------
+# Memory
+
+
+def saved_bytes(contender: Contender) -> int:
+    """Bytes that a step keeps for backward: storages counted once, parameters left out."""
+    state = (*contender.model.parameters(), *contender.model.buffers())
+    own = {t.untyped_storage().data_ptr() for t in state}
+    kept: dict[int, int] = {}
+
+    def keep(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        contender.step()
+    return sum(kept.values())
+
+
+def peak_bytes(contender: Contender, device: torch.device) -> int | None:
+    """What a step needs above what is allocated before it; None where it cannot be read.
+
+    On a GPU from torch's allocator; on Linux from the high-water mark of resident memory.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        contender.step()
+        return torch.cuda.max_memory_allocated(device) - before
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # hand freed memory back, so that all of it is seen again
+        Path("/proc/self/clear_refs").write_text("5")  # the mark starts anew
+        before = _status("VmRSS")
+        contender.step()
+        return _status("VmHWM") - before
+    except (OSError, AttributeError, KeyError):  # not Linux, or not glibc
+        contender.step()
+        return None
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    return int(fields[name].split()[0]) * 1024  # kB
