@@ -1,0 +1,69 @@
+"""Copy runs into `results/`, as they are committed: small text files, no weights, no host names.
+
+    python scripts/collect.py results/fashion_methods outputs/fashion_mini-resnet8 [...]
+
+Every run below the given folders is copied to `TABLE/<name>-s<seed>[-k]/`: result.json,
+config.yaml, layers.csv, metrics.jsonl, and a status.json with its state and error.
+A run whose tree differed from its commit is refused: its numbers cannot be traced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from qexp.runner.folder import RESULT, STATUS, find_runs, read_json, read_status
+
+COPIED = (RESULT, "config.yaml", "layers.csv", "metrics.jsonl")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 1 when a run was refused."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("table", type=Path)
+    parser.add_argument("folders", type=Path, nargs="+")
+    parser.add_argument("--unfinished", action="store_true", help="take failed runs too")
+    given = parser.parse_args(argv)
+    refused = 0
+    for run in (run for folder in given.folders for run in find_runs(folder)):
+        state = read_status(run).get("state")
+        if state != "done" and not given.unfinished:
+            continue
+        if read_json(run / RESULT).get("dirty"):
+            print(f"refused, uncommitted code: {run}", file=sys.stderr)
+            refused += 1
+            continue
+        print(copy(run, given.table))
+    return int(bool(refused))
+
+
+def copy(run: Path, table: Path) -> Path:
+    """Copy one run; an identical one that is there already is left alone."""
+    seed = read_json(run / RESULT).get("seed", "x")
+    name = f"{run.parent.name}-s{seed}"
+    target, number = table / name, 1
+    while target.exists() and not same(run, target):
+        number += 1
+        target = table / f"{name}-{number}"
+    target.mkdir(parents=True, exist_ok=True)
+    for file in COPIED:
+        if (run / file).is_file():
+            shutil.copyfile(run / file, target / file)
+    status = read_status(run)
+    kept = {key: status[key] for key in ("state", "error", "identity") if key in status}
+    (target / STATUS).write_text(json.dumps(kept, indent=2) + "\n")
+    return target
+
+
+def same(run: Path, target: Path) -> bool:
+    """Whether `target` was copied from this run."""
+    mine, theirs = run / RESULT, target / RESULT
+    return mine.is_file() and theirs.is_file() and mine.read_bytes() == theirs.read_bytes()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
