@@ -74,6 +74,7 @@ class Eval:
     checkpoint: str
     split: Literal["test", "val", "train"]
     device: str
+    trust: bool
 
 
 def configs_dir() -> Path:

@@ -212,7 +212,7 @@ def frozen_weights(model: nn.Module) -> Iterator[None]:
     layers = list(quant_layers(model).values())
     with torch.no_grad():
         for module in layers:
-            module.w_hat = module.quantized_weight()
+            module.w_hat = module.quantized_weight().detach()  # a float weight is a Parameter
     try:
         yield
     finally:

@@ -51,23 +51,51 @@ def evaluate(
 def evaluate_run(cfg: DictConfig) -> dict[str, Any]:
     """`qexp eval run=FOLDER [split=test]`: rebuild a run's network and score it.
 
-    Returns what was measured; prints nothing.
+    `checkpoint=FILE.safetensors` scores a packed file instead (`qexp export`), with or without the
+    run it comes from. Returns what was measured; prints nothing.
     """
     from qexp.recipes.build import load_run
 
+    name = str(cfg.get("checkpoint", "last.pt"))
+    if name.endswith(".safetensors"):
+        return _evaluate_file(cfg, name)
     if not cfg.get("run"):
         raise ConfigError("eval: no run given. Try: qexp eval run=outputs/.../<run folder>")
+    folder = _run_folder(cfg)
+    model, dataset, trained = load_run(folder, name, cfg.device)
+    score = evaluate(model, dataset.eval_batches(cfg.split), amp=bool(trained.recipe.amp))
+    return _measured(cfg, score, folder, name, OmegaConf.select(trained, "dataset.name"))
+
+
+def _evaluate_file(cfg: DictConfig, name: str) -> dict[str, Any]:
+    from qexp.export.command import load_packed
+    from qexp.runner.device import pick_device
+
+    folder = _run_folder(cfg) if cfg.get("run") else None
+    path = Path(name) if folder is None or Path(name).is_file() else folder / name
+    model, dataset, amp = load_packed(
+        path, folder, pick_device(cfg.device), trust=bool(cfg.get("trust"))
+    )
+    score = evaluate(model, dataset.eval_batches(cfg.split), amp=amp)
+    return _measured(cfg, score, path.parent, path.name, dataset.name)
+
+
+def _run_folder(cfg: DictConfig) -> Path:
     folder = Path(cfg.run)
     if not (folder / "config.yaml").is_file():
         raise CheckpointError(f"eval: '{folder}' is not a run folder. List runs with: qexp ls")
-    model, dataset, trained = load_run(folder, cfg.get("checkpoint", "last.pt"), cfg.device)
-    score = evaluate(model, dataset.eval_batches(cfg.split), amp=bool(trained.recipe.amp))
+    return folder
+
+
+def _measured(
+    cfg: DictConfig, score: Score, folder: Path, checkpoint: str, dataset: str
+) -> dict[str, Any]:
     return {
         "run": str(folder),
-        "checkpoint": cfg.get("checkpoint", "last.pt"),
+        "checkpoint": checkpoint,
         "split": cfg.split,
         "top1": score.top1,
         "loss": score.loss,
         "images_per_s": score.images_per_s,
-        "dataset": OmegaConf.select(trained, "dataset.name"),
+        "dataset": dataset,
     }

@@ -1,0 +1,168 @@
+"""`qexp export`: a finished run as one file, and `qexp eval` of such a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from qexp import config
+from qexp.errors import CheckpointError, ConfigError
+from qexp.quant.accounting import account
+from qexp.quant.convert import check_calibrated
+from qexp.quant.trace import trace
+
+
+@dataclass
+class Export:
+    """`configs/export.yaml`."""
+
+    run: str | None
+    checkpoint: str
+    format: Literal["packed"]
+    file: str | None
+
+
+def export(cfg: DictConfig) -> dict[str, Any]:
+    """Write the network of `cfg.run` to a file and print what was written.
+
+    Raises:
+        ConfigError: an argument, a missing package, or a quantizer without packed form.
+        CheckpointError: `cfg.run` is not a finished run.
+    """
+    from qexp.recipes.build import load_run
+
+    config.check(cfg, Export)
+    require("safetensors")
+    if not cfg.run:
+        raise ConfigError("export: no run given. Try: qexp export run=outputs/.../<run folder>")
+    folder = Path(cfg.run)
+    if not (folder / "config.yaml").is_file():
+        raise CheckpointError(f"export: '{folder}' is not a run folder. List runs with: qexp ls")
+    model, dataset, trained = load_run(folder, cfg.checkpoint, "cpu")
+    check_calibrated(model)
+    writer, suffix = FORMATS[cfg.format]
+    path = Path(cfg.file) if cfg.file else folder / f"model{suffix}"
+    if path.suffix != suffix or not path.parent.is_dir():
+        raise ConfigError(f"export: file must be a name in a folder that exists, like x{suffix}.")
+    return writer(model.eval(), dataset, trained, path)
+
+
+def require(package: str) -> None:
+    """Raise one line unless an optional package is there."""
+    from importlib.util import find_spec
+
+    if find_spec(package) is None:
+        raise ConfigError(
+            f"export: this needs the package '{package}'. Try: pip install 'qexp[export]'"
+        )
+
+
+def _packed(model: nn.Module, dataset: Any, trained: DictConfig, path: Path) -> dict[str, Any]:
+    from qexp.export.network import allowed
+    from qexp.export.packed import write
+
+    packed = pack_run(model, dataset, trained)
+    size = write(packed, path)
+    data = sum(t.numel() * t.element_size() for t in packed.tensors.values())
+    cost = account(model, trace(model, dataset.input_shape))
+    print(
+        f"packed: {path} | {size:,} bytes (tensors {data:,}, header {size - data:,}) | "
+        f"{size / cost.fp32_bytes:.3f} of the float network's {cost.fp32_bytes:,}"
+    )
+    if not allowed(packed.header.target):
+        print(f"packed: {packed.header.target} is your own model: qexp eval needs trust=true")
+    return {"file": str(path), "bytes": size, "data_bytes": data, "fp32_bytes": cost.fp32_bytes}
+
+
+def pack_run(model: nn.Module, dataset: Any, trained: DictConfig) -> Any:
+    """The `Packed` of a run's network and config."""
+    from qexp.export.packed import pack_network
+
+    node: Any = OmegaConf.to_container(trained.model, resolve=True)
+    keywords = {k: v for k, v in node.items() if k not in ("_target_", "name", "checkpoint")}
+    return pack_network(
+        model,
+        target=node["_target_"],
+        keywords=keywords,
+        num_classes=dataset.num_classes,
+        input_shape=tuple(dataset.input_shape),
+        data={
+            "name": str(trained.dataset.name),
+            "mean": [float(v) for v in trained.dataset.get("mean") or ()],
+            "std": [float(v) for v in trained.dataset.get("std") or ()],
+        },
+    )
+
+
+FORMATS: dict[str, tuple[Callable[..., dict[str, Any]], str]] = {
+    "packed": (_packed, ".safetensors"),
+}
+
+# ---------------------------------------------------------------------------------------------
+# Evaluation of a file
+
+BATCH = 256  # images; a file has no recipe
+
+
+def load_packed(
+    path: Path, run: Path | None, device: torch.device, *, trust: bool = False
+) -> tuple[nn.Module, Any, bool]:
+    """`(network, data set, amp)` of a packed file.
+
+    Args:
+        run: a run's folder, whose data set and mixed precision are used; without one, the data
+            set that the file names, with the file's normalisation, in float32.
+
+    Raises:
+        CheckpointError: a file that is refused, or that does not fit the data set.
+    """
+    require("safetensors")
+    from qexp.export.header import FormatError
+    from qexp.export.network import restore
+    from qexp.export.packed import read, refusal
+    from qexp.recipes.build import make_dataset
+
+    packed = read(path)
+    try:
+        model = restore(packed, trust=trust)
+    except FormatError as error:
+        raise refusal(path, error) from error
+    if run is None:
+        dataset, amp = _named_dataset(packed.header.data, device), False
+    else:
+        trained = OmegaConf.load(run / "config.yaml")
+        assert isinstance(trained, DictConfig)
+        dataset, amp = make_dataset(trained, device), bool(trained.recipe.amp)
+    shape = (dataset.num_classes, tuple(dataset.input_shape))
+    if shape != (packed.header.num_classes, packed.header.input_shape):
+        raise CheckpointError(
+            f"export: '{path}' is for {packed.header.num_classes} classes of images "
+            f"{list(packed.header.input_shape)}, the data set has {shape[0]} of {list(shape[1])}. "
+            "Give the run it was trained in: run=FOLDER"
+        )
+    return model.to(device), dataset, amp
+
+
+def _named_dataset(data: Any, device: torch.device) -> Any:
+    """One of our data sets, with the file's normalisation: a file names no code and no path."""
+    from hydra.utils import instantiate
+
+    ours = {p.stem: p for p in sorted((config.configs_dir() / "dataset").glob("*.yaml"))}
+    names = {str(OmegaConf.select(OmegaConf.load(p), "name")): p for p in ours.values()}
+    if data["name"] not in names:
+        raise CheckpointError(
+            f"export: the file was trained on '{data['name']}', which is not one of qexp's data "
+            "sets. Give the run it was trained in: run=FOLDER"
+        )
+    node: Any = OmegaConf.load(names[data["name"]])
+    for key in ("mean", "std"):
+        if len(data[key]) != len(node.get(key) or ()):
+            raise CheckpointError(f"export: the file's {key} is not that of '{data['name']}'.")
+        node[key] = data[key]
+    return instantiate(node, _convert_="all", device=device, batch_size=BATCH, seed=0)

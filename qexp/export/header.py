@@ -1,0 +1,212 @@
+"""The JSON header of a packed file, and how strictly it is read.
+
+Every field has a type and a range; anything else is refused before a tensor is looked at. Lists of
+weights and inputs hold what layers share: a layer names one of each by its index.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from qexp.export.bits import MAX_WIDTH
+from qexp.export.coding import CODERS, Coding
+from qexp.export.inputs import KINDS, Input
+
+FORMAT = "qexp-packed"
+VERSION = 1
+
+MAX_ITEMS = 10_000  # layers, norms, grids: far above any classifier, far below trouble
+MAX_SIZE = 65_536  # of a dimension, and of the number of classes
+FORMS = ("affine", "table", "codebook")
+WEIGHT_KINDS = {kind for kind, _, _ in CODERS.values()}
+
+
+class FormatError(ValueError):
+    """A file that is not what this module writes; the message is the end of a sentence."""
+
+
+@dataclass(frozen=True)
+class LayerEntry:
+    """A quantized layer: indices into `weights` and `inputs`, None for a float operand."""
+
+    name: str
+    shape: tuple[int, ...]
+    weight: int | None
+    input: int | None
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a packed file says beside its tensors.
+
+    Attributes:
+        target, keywords: the float network: a dotted name and its keywords.
+        input_shape: [C, H, W] of one image.
+        data: `name`, `mean`, `std` of the data set it was trained on.
+        norms: batch norms that are stored as a gain and a bias; the network has no others.
+    """
+
+    target: str
+    keywords: Mapping[str, Any]
+    num_classes: int
+    input_shape: tuple[int, ...]
+    data: Mapping[str, Any]
+    weights: tuple[Coding, ...] = ()
+    inputs: tuple[Input, ...] = ()
+    layers: tuple[LayerEntry, ...] = ()
+    norms: tuple[str, ...] = field(default=())
+
+    def to_json(self) -> str:
+        """One line, without spaces and defaults."""
+        plain = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        plain["weights"] = [
+            {k: v for k, v in asdict(c).items() if v or k == "qmin"} for c in self.weights
+        ]
+        return json.dumps(plain, separators=(",", ":"), allow_nan=False)
+
+
+def parse(text: str) -> Header:
+    """The header in `text`.
+
+    Raises:
+        FormatError: not JSON, another version, or a field of another type or range.
+    """
+    try:
+        plain = json.loads(text, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise FormatError("its header is not JSON") from error
+    if not isinstance(plain, dict) or plain.pop("format", None) != FORMAT:
+        raise FormatError("it has no qexp-packed header")
+    version = plain.pop("version", None)
+    if version != VERSION or isinstance(version, bool):
+        raise FormatError(f"it is of version {str(version)[:20]}, this qexp reads {VERSION}")
+    _keys(plain, set(Header.__dataclass_fields__), "header")
+    header = Header(
+        target=_text(plain["target"], "target"),
+        keywords=_keywords(plain["keywords"], "keywords"),
+        num_classes=_whole(plain["num_classes"], "num_classes", 1, MAX_SIZE),
+        input_shape=_sizes(plain["input_shape"], "input_shape", 3),
+        data=_data(plain["data"]),
+        weights=tuple(_coding(c) for c in _items(plain["weights"], "weights")),
+        inputs=tuple(_input(i) for i in _items(plain["inputs"], "inputs")),
+        layers=tuple(_layer(e) for e in _items(plain["layers"], "layers")),
+        norms=tuple(_text(n, "norms") for n in _items(plain["norms"], "norms")),
+    )
+    names = [entry.name for entry in header.layers] + list(header.norms)
+    if len(set(names)) != len(names):
+        raise FormatError("it names a layer twice")
+    for entry in header.layers:
+        for index, of in ((entry.weight, header.weights), (entry.input, header.inputs)):
+            if index is not None and index >= len(of):
+                raise FormatError(f"layer {entry.name!r} has an index beyond its list")
+    return header
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(name)  # NaN and Infinity are not JSON
+
+
+def _keys(plain: Any, wanted: set[str], where: str, optional: frozenset[str] = frozenset()) -> None:
+    if not isinstance(plain, dict) or not wanted - optional <= set(plain) <= wanted:
+        raise FormatError(f"its {where} must have the fields {', '.join(sorted(wanted))}")
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str) or not 0 < len(value) <= 200 or not value.isprintable():
+        raise FormatError(f"{where} must be a name")
+    return value
+
+
+def _whole(value: Any, where: str, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise FormatError(f"{where} must be an integer from {low} to {high}")
+    return value
+
+
+def _items(value: Any, where: str) -> Sequence[Any]:
+    if not isinstance(value, list) or len(value) > MAX_ITEMS:
+        raise FormatError(f"{where} must be a list of at most {MAX_ITEMS} items")
+    return value
+
+
+def _number(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise FormatError(f"{where} must be a number")
+    if not abs(value) < 2**127 or not math.isfinite(value):
+        raise FormatError(f"{where} is out of the range of float32")
+    return float(value)
+
+
+def _sizes(value: Any, where: str, *ranks: int) -> tuple[int, ...]:
+    items = _items(value, where)
+    if len(items) not in ranks:
+        raise FormatError(f"{where} must have {' or '.join(map(str, ranks))} dimensions")
+    return tuple(_whole(v, where, 1, MAX_SIZE) for v in items)
+
+
+def _keywords(value: Any, where: str) -> dict[str, Any]:
+    """Scalars only: no object, no list, no number that would build a network of any size."""
+    if not isinstance(value, dict) or len(value) > 50:
+        raise FormatError(f"{where} must be an object")
+    for key, item in value.items():
+        _text(key, where)
+        if isinstance(item, str):
+            _text(item, f"{where}.{key}")
+        elif isinstance(item, (int, float)):
+            if not abs(item) <= 1000:
+                raise FormatError(f"{where}.{key} must be from -1000 to 1000")
+        elif item is not None:
+            raise FormatError(f"{where}.{key} must be a number, a name, true, false or null")
+    return dict(value)
+
+
+def _data(value: Any) -> dict[str, Any]:
+    _keys(value, {"name", "mean", "std"}, "data")
+    moments = {k: [_number(v, k) for v in _items(value[k], k)] for k in ("mean", "std")}
+    return {"name": _text(value["name"], "data.name"), **moments}
+
+
+def _coding(value: Any) -> Coding:
+    optional = frozenset({"offset", "grid"})
+    _keys(value, set(Coding.__dataclass_fields__), "weights", optional)
+    width = _whole(value["width"], "width", 1, MAX_WIDTH)
+    levels = _whole(value["levels"], "levels", 1, 2**width)
+    grid = tuple(_number(v, "grid") for v in _items(value.get("grid", []), "grid"))
+    form, kind = _text(value["form"], "form"), _text(value["kind"], "kind")
+    if form not in FORMS or kind not in WEIGHT_KINDS:
+        raise FormatError("it has weights of an unknown kind")
+    if len(grid) != (levels if form == "table" else 0):
+        raise FormatError("it has a grid of another length than its levels")
+    return Coding(
+        kind=kind,
+        form=form,  # type: ignore[arg-type]
+        bits=_whole(value["bits"], "bits", 1, 16),
+        width=width,
+        qmin=_whole(value["qmin"], "qmin", -(2**16), 2**16),
+        levels=levels,
+        offset=_number(value.get("offset", 0.0), "offset"),
+        grid=grid,
+    )
+
+
+def _input(value: Any) -> Input:
+    _keys(value, set(Input.__dataclass_fields__), "inputs")
+    if _text(value["kind"], "kind") not in KINDS:
+        raise FormatError("it has inputs of an unknown kind")
+    if not isinstance(value["signed"], bool):
+        raise FormatError("signed must be true or false")
+    bits = _whole(value["bits"], "bits", 1, 16)
+    return Input(value["kind"], bits, value["signed"], _keywords(value["keywords"], "keywords"))
+
+
+def _layer(value: Any) -> LayerEntry:
+    _keys(value, set(LayerEntry.__dataclass_fields__), "layers")
+    weight, source = (
+        None if value[k] is None else _whole(value[k], k, 0, MAX_ITEMS) for k in ("weight", "input")
+    )
+    shape = _sizes(value["shape"], "shape", 2, 4)
+    return LayerEntry(_text(value["name"], "layers"), shape, weight, source)

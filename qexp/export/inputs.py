@@ -1,0 +1,145 @@
+"""Activation quantizers in a file: a fixed table of kinds, their keywords, their tensors.
+
+Inputs are quantized at run time, so a file holds what the quantizer needs for that, under the
+quantizer's own names; docs/format.md has each kind's equations. Buffers that only training reads
+are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qexp.errors import ConfigError
+from qexp.quant.aquant import DEGREE, AQuant
+from qexp.quant.asq import ASQ
+from qexp.quant.dorefa import PACT, DoReFaActivation
+from qexp.quant.lsq import LSQ, LSQPlus
+from qexp.quant.n2uq import N2UQ
+from qexp.quant.nearest import Nearest
+from qexp.quant.quantizer import Quantizer
+
+
+@dataclass(frozen=True)
+class Input:
+    """An activation quantizer without its tensors: what the layers of a network share."""
+
+    kind: str
+    bits: int
+    signed: bool
+    keywords: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Kind(NamedTuple):
+    """A class, the keywords that inference needs, and the state names that are stored."""
+
+    cls: type[Quantizer]
+    keywords: Callable[[Any], dict[str, Any]]
+    stored: Callable[[Any], tuple[str, ...]]
+
+
+def _asq_keywords(q: ASQ) -> dict[str, Any]:
+    keywords = {"factor": q.factor, "dequantize": q.dequantize}
+    if q.adapter is None:
+        return keywords
+    channels = q.shape[0]
+    # Any reduction that gives the same hidden width; none of them: a single layer.
+    hidden = len(q.adapter[0].bias) if len(q.adapter) > 1 else 1  # type: ignore[arg-type]
+    return keywords | {"reduction": channels // hidden}
+
+
+def _asq_stored(q: ASQ) -> tuple[str, ...]:
+    adapter = () if q.adapter is None else tuple(f"adapter.{n}" for n in q.adapter.state_dict())
+    return ("scale", *adapter, *(("mean_abs",) if q.factor == "statistics" else ()))
+
+
+def _aquant_keywords(q: AQuant) -> dict[str, Any]:
+    border = {degree + 1: name for name, degree in DEGREE.items()}[q.border.shape[0]]
+    return {"border": border, "per": q.per, "fusion": q.fusion}
+
+
+def _aquant_stored(q: AQuant) -> tuple[str, ...]:
+    zero = ("zero",) if q.signed else ()
+    return ("scale", *zero, "border", *(("mixing",) if q.fusion != "none" else ()))
+
+
+def _no_keywords(q: Quantizer) -> dict[str, Any]:
+    return {}
+
+
+def _just(*names: str) -> Callable[[Any], tuple[str, ...]]:
+    return lambda q: names
+
+
+KINDS: dict[str, Kind] = {
+    "lsq": Kind(LSQ, _no_keywords, _just("scale")),
+    "lsqplus": Kind(LSQPlus, _no_keywords, _just("scale", "offset")),
+    "asq": Kind(ASQ, _asq_keywords, _asq_stored),
+    "n2uq": Kind(N2UQ, _no_keywords, _just("start", "lengths", "input_scale", "output_scale")),
+    "pact": Kind(PACT, _no_keywords, _just("alpha")),
+    "dorefa": Kind(DoReFaActivation, _no_keywords, _just("scale")),
+    "nearest": Kind(
+        Nearest,
+        lambda q: {"symmetric": q.symmetric},
+        lambda q: ("scale", "zero") if q.signed and not q.symmetric else ("scale",),
+    ),
+    "aquant": Kind(AQuant, _aquant_keywords, _aquant_stored),
+}
+
+
+def describe(quantizer: Quantizer, name: str) -> tuple[Input, dict[str, Tensor]]:
+    """`(input, tensors)` of a calibrated activation quantizer.
+
+    Raises:
+        ConfigError: its class has no packed form.
+    """
+    for word, kind in KINDS.items():
+        if type(quantizer) is kind.cls:
+            keywords = kind.keywords(quantizer)
+            state = quantizer.state_dict()
+            tensors = {n: _stored(n, state[n], quantizer.bits) for n in kind.stored(quantizer)}
+            return Input(word, quantizer.bits, quantizer.signed, keywords), tensors
+    raise ConfigError(
+        f"export: layer '{name}' has inputs of {type(quantizer).__name__}, which has no packed "
+        "form. Add it to qexp.export.inputs.KINDS."
+    )
+
+
+def _stored(name: str, value: Tensor, bits: int) -> Tensor:
+    if name == "zero":
+        return value.cpu().to(torch.int8 if bits <= 8 else torch.int16)
+    return value.detach().float().cpu().clone()
+
+
+def make(entry: Input, shape: Sequence[int]) -> Quantizer:
+    """The quantizer of `entry`, uncalibrated, for a layer with the receptive field `shape`.
+
+    Raises:
+        ValueError, TypeError: its class refuses bits or keywords.
+    """
+    kind = KINDS[entry.kind]
+    quantizer = kind.cls(entry.bits, signed=entry.signed, shape=tuple(shape), **entry.keywords)
+    if kind.keywords(quantizer) != dict(entry.keywords):
+        raise ValueError(f"keywords of an input of kind {entry.kind} are not {entry.keywords}")
+    return quantizer
+
+
+def state(entry: Input, quantizer: Quantizer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The whole state of `quantizer`: stored tensors, and its own buffers where none is stored.
+
+    Raises:
+        ValueError: other tensors are stored than this kind has.
+    """
+    names = KINDS[entry.kind].stored(quantizer)
+    if set(names) != set(tensors):
+        raise ValueError(f"an input of kind {entry.kind} has {', '.join(names)}")
+    own = {n: t for n, t in quantizer.state_dict().items() if n not in names}
+    # A zero point that is not stored is 0; the quantizer may have been built without storage.
+    own = {n: torch.zeros(t.shape) if t.is_meta else t for n, t in own.items()}
+    own["calibrated"] = torch.tensor(True)
+    zeros = {n: t.float() for n, t in tensors.items() if n == "zero"}
+    return {**own, **tensors, **zeros}

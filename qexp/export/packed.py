@@ -1,0 +1,257 @@
+"""A packed file: a quantized network as integers, and back. docs/format.md is its description.
+
+Tensors of a safetensors file, by layer NAME:
+
+    NAME.w.codes              uint8, packed codes (bits.py)
+    NAME.w.scale, zero, ...   what reads them (coding.py)
+    NAME.a.scale, ...         the input's quantizer (inputs.py)
+    NAME.affine               a batch norm: [gain, bias], [2, C]
+    any other name            a float tensor of the network, under its own name
+
+and in its metadata the JSON header (`qexp`) and the sha256 of header and tensor bytes (`sha256`).
+
+A batch norm in eval mode is y = gain * x + bias with gain = weight / sqrt(var + eps) and
+bias' = bias - mean * gain. It is stored so, two vectors instead of four: the convolution's codes
+stay what was trained, and the values are those that torch's own kernel computes. The accounting
+counts four (`qexp.quant.accounting`), so a file of data is 8 bytes a norm's channel smaller.
+
+No code is in the file and none is run from it: see `network.py` for what a header may name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from qexp.errors import CheckpointError, ConfigError
+from qexp.export import coding, inputs
+from qexp.export.bits import pack, unpack
+from qexp.export.header import FormatError, Header, LayerEntry, parse
+from qexp.quant.convert import quant_layers
+from qexp.quant.quantizer import Identity, Quantizer
+from qexp.runner.atomic import write_bytes
+
+DTYPES = (torch.uint8, torch.int8, torch.int16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A file's header and tensors, checked against each other only by what reads them."""
+
+    header: Header
+    tensors: Mapping[str, Tensor]
+
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        """Tensors whose name starts with `prefix` and a dot, by the rest of it."""
+        n = len(prefix) + 1
+        return {k[n:]: t for k, t in self.tensors.items() if k.startswith(f"{prefix}.")}
+
+    def codes(self, entry: LayerEntry) -> Tensor:
+        """Codes of a layer's weight, int32 in [qmin, qmax], shape of the weight.
+
+        Raises:
+            FormatError: a code beyond the levels, or another number of bytes than codes.
+        """
+        assert entry.weight is not None
+        how = self.header.weights[entry.weight]
+        data = self.tensors.get(f"{entry.name}.w.codes")
+        if data is None or data.dtype != torch.uint8:
+            raise FormatError(f"layer {entry.name!r} has no codes")
+        try:
+            stored = unpack(data, how.width, math.prod(entry.shape))
+        except ValueError as error:
+            raise FormatError(f"layer {entry.name!r} has codes of another size") from error
+        if int(stored.max()) >= how.levels:
+            raise FormatError(f"layer {entry.name!r} has codes beyond its levels")
+        return stored.reshape(entry.shape) + how.qmin
+
+    def weight(self, entry: LayerEntry) -> Tensor:
+        """The weight that a layer multiplies with, float32.
+
+        Raises:
+            FormatError: its tensors are not those of its form.
+        """
+        assert entry.weight is not None
+        how = self.header.weights[entry.weight]
+        parts = self.part(f"{entry.name}.w")
+        parts.pop("codes", None)
+        rows = (1, entry.shape[0])
+        needed, optional = {
+            "affine": ({"scale"}, {"zero"}),
+            "table": ({"scale"}, {"gain"}),
+            "codebook": ({"codebook"}, set()),
+        }[how.form]
+        if not needed <= set(parts) <= needed | optional:
+            raise FormatError(f"layer {entry.name!r} has other tensors than its form")
+        for key, value in parts.items():
+            tail = (how.levels,) if key == "codebook" else ()
+            integer = value.dtype != torch.float32
+            if value.dim() == 0 or value.shape[0] not in rows or value.shape[1:] != tail:
+                raise FormatError(f"tensor {entry.name}.w.{key} has shape {list(value.shape)}")
+            if integer != (key == "zero") or value.dtype == torch.uint8:
+                raise FormatError(f"tensor {entry.name}.w.{key} is {value.dtype}")
+        return coding.decode(how, self.codes(entry), parts)
+
+
+# ---------------------------------------------------------------------------------------------
+# Network -> tensors
+
+
+@torch.no_grad()
+def pack_network(
+    model: nn.Module,
+    *,
+    target: str,
+    keywords: Mapping[str, Any],
+    num_classes: int,
+    input_shape: tuple[int, ...],
+    data: Mapping[str, Any],
+) -> Packed:
+    """A calibrated network, quantized or float, as header and tensors.
+
+    Raises:
+        ConfigError: a quantizer without packed form, or state that is not float.
+    """
+    model.eval()
+    tensors: dict[str, Tensor] = {}
+    weights: list[coding.Coding] = []
+    acts: list[inputs.Input] = []
+    layers = []
+    for name, layer in quant_layers(model).items():
+        w_index = a_index = None
+        if not isinstance(layer.weight_quantizer, Identity):
+            how, codes, parts = coding.encode(layer.weight_quantizer, layer.weight, name)
+            w_index = _index(weights, how)
+            tensors[f"{name}.w.codes"] = pack(codes - how.qmin, how.width)
+            tensors |= {f"{name}.w.{key}": value for key, value in parts.items()}
+        if not isinstance(layer.act_quantizer, Identity):
+            source, parts = inputs.describe(layer.act_quantizer, name)
+            a_index = _index(acts, source)
+            tensors |= {f"{name}.a.{key}": value for key, value in parts.items()}
+        layers.append(LayerEntry(name, tuple(layer.weight.shape), w_index, a_index))
+    norms = [n for n, m in model.named_modules() if isinstance(m, _BatchNorm)]
+    tensors |= {f"{name}.affine": affine(model.get_submodule(name), name) for name in norms}
+    tensors |= _floats(model, [e for e in layers if e.weight is not None], norms)
+    header = Header(
+        target=target,
+        keywords=dict(keywords),
+        num_classes=num_classes,
+        input_shape=tuple(input_shape),
+        data=dict(data),
+        weights=tuple(weights),
+        inputs=tuple(acts),
+        layers=tuple(layers),
+        norms=tuple(norms),
+    )
+    parse(header.to_json())  # what is written can be read
+    return Packed(header, tensors)
+
+
+def _index(items: list[Any], item: Any) -> int:
+    if item not in items:
+        items.append(item)
+    return items.index(item)
+
+
+def affine(norm: nn.Module, name: str) -> Tensor:
+    """Gain and bias of a batch norm in eval mode, [2, C] float32, as torch's kernel has them."""
+    assert isinstance(norm, _BatchNorm)
+    if norm.running_mean is None or norm.running_var is None:
+        raise ConfigError(
+            f"export: batch norm '{name}' has no running statistics. Train with them to export."
+        )
+    mean, var = norm.running_mean.cpu().float(), norm.running_var.cpu().float()
+    gain = 1 / (var + norm.eps).sqrt()
+    gain = gain if norm.weight is None else gain * norm.weight.detach().cpu()
+    bias = -mean * gain if norm.bias is None else norm.bias.detach().cpu() - mean * gain
+    return torch.stack((gain, bias)).float()
+
+
+def _floats(model: nn.Module, packed: list[LayerEntry], norms: list[str]) -> dict[str, Tensor]:
+    """State of no quantizer, no batch norm, no packed weight."""
+    owners = [n for n, m in model.named_modules() if isinstance(m, Quantizer)] + norms
+    prefixes = tuple(f"{name}." for name in owners)
+    weights = {f"{entry.name}.weight" for entry in packed}
+    kept = {}
+    for name, value in model.state_dict().items():
+        if name in weights or (prefixes and name.startswith(prefixes)):
+            continue
+        if not value.is_floating_point():
+            raise ConfigError(f"export: '{name}' is {value.dtype}; only float state can be packed.")
+        kept[name] = value.detach().float().cpu().contiguous().clone()
+    return kept
+
+
+# ---------------------------------------------------------------------------------------------
+# Files
+
+
+def write(packed: Packed, path: Path) -> int:
+    """Replace `path` by the packed file; its size in bytes."""
+    from safetensors.torch import save
+
+    text = packed.header.to_json()
+    tensors = {name: value.contiguous() for name, value in packed.tensors.items()}
+    blob = save(tensors)
+    digest = _digest(text, blob)
+    write_bytes(path, save(tensors, metadata={"qexp": text, "sha256": digest}))
+    return path.stat().st_size
+
+
+def _digest(text: str, blob: bytes) -> str:
+    """sha256 of the header's JSON followed by the tensors' bytes, hexadecimal."""
+    length = int.from_bytes(blob[:8], "little")
+    return hashlib.sha256(text.encode() + blob[8 + length :]).hexdigest()
+
+
+def read(path: Path) -> Packed:
+    """The packed file at `path`.
+
+    Raises:
+        CheckpointError: missing, or not a packed file of this version, whatever is in it.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"export: no file '{path}'. Write one with: qexp export run=FOLDER")
+    try:
+        return _decoded(path.read_bytes())
+    except FormatError as error:
+        raise refusal(path, error) from error
+
+
+def refusal(path: Path, error: FormatError) -> CheckpointError:
+    """The one line that refuses a file."""
+    return CheckpointError(
+        f"export: '{path}' is not a packed model that can be read: {error}. Export it again."
+    )
+
+
+def _decoded(blob: bytes) -> Packed:
+    from safetensors.torch import load
+
+    try:
+        tensors = load(blob)  # checks lengths, offsets and sizes against the file's
+    except Exception as error:  # SafetensorError, or a dtype that torch does not have
+        raise FormatError("it is truncated or not a safetensors file") from error
+    length = int.from_bytes(blob[:8], "little")
+    metadata = json.loads(blob[8 : 8 + length]).get("__metadata__") or {}
+    text = metadata.get("qexp")
+    if not isinstance(text, str):
+        raise FormatError("it has no qexp-packed header")
+    header = parse(text)
+    if metadata.get("sha256") != _digest(text, blob):
+        raise FormatError("its bytes are not those that were written (sha256)")
+    for name, value in tensors.items():
+        if value.dtype not in DTYPES:
+            raise FormatError(f"tensor {name[:80]!r} is {value.dtype}")
+        if value.dtype == torch.float32 and not bool(value.isfinite().all()):
+            raise FormatError(f"tensor {name[:80]!r} is not finite")
+    return Packed(header, tensors)

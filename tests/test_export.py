@@ -1,0 +1,385 @@
+"""Packed files: the same network, at the size that the accounting says, from nobody trusted."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Qexp
+from torch import Tensor, nn
+
+from qexp.errors import CheckpointError, ConfigError
+from qexp.export import bits
+from qexp.export.header import FormatError, parse
+from qexp.export.network import allowed, restore
+from qexp.export.packed import Packed, pack_network, read, write
+from qexp.models.resnet import ResNet
+from qexp.quant.accounting import account
+from qexp.quant.adaround import AdaRound
+from qexp.quant.aquant import AQuant
+from qexp.quant.asq import ASQ
+from qexp.quant.codebook import Codebook
+from qexp.quant.convert import Bits, calibrate_, quant_layers, quantize_
+from qexp.quant.dorefa import PACT, DoReFaActivation, DoReFaWeight
+from qexp.quant.fold import fold_bn_
+from qexp.quant.lsq import LSQ, LSQPlus
+from qexp.quant.n2uq import N2UQ, N2UQWeight
+from qexp.quant.nearest import Nearest
+from qexp.quant.power import POST, POT, APoT, POSTReleased
+from qexp.quant.trace import trace
+
+pytest.importorskip("safetensors")
+
+SHAPE = (3, 8, 8)
+MODEL = {"depth": 8, "shortcut": "projection", "width": 0.5}
+TARGET = "qexp.models.resnet.ResNet"
+
+METHODS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "lsq": (LSQ, LSQ),
+    "lsq_per_channel": (partial(LSQ, per_channel=True), LSQPlus),
+    "asq+post": (POST, ASQ),
+    "asq_exp+pot": (POT, partial(ASQ, factor="exp", reduction=2)),
+    "asq_statistics": (LSQ, partial(ASQ, factor="statistics")),
+    "post_released": (POSTReleased, LSQ),
+    "apot": (partial(APoT, normalize=True), LSQ),
+    "adq": (Codebook, N2UQ),
+    "adq_per_channel": (partial(Codebook, per_channel=True), N2UQ),
+    "n2uq": (N2UQWeight, N2UQ),
+    "dorefa": (DoReFaWeight, DoReFaActivation),
+    "pact": (DoReFaWeight, PACT),
+    "nearest": (partial(Nearest, per_channel=True), Nearest),
+    "adaround": (AdaRound, partial(Nearest, symmetric=True)),
+    "aquant": (AdaRound, AQuant),
+    "aquant_fusion": (AdaRound, partial(AQuant, per="row", fusion="residual", border="linear")),
+}
+
+
+def images(n: int = 16) -> Tensor:
+    return torch.randn(n, *SHAPE, generator=torch.Generator().manual_seed(1))
+
+
+def network(method: str, widths: Bits | None = None, *, fold: bool = False) -> nn.Module:
+    """A calibrated ResNet-8 with batch norms that do something, 4 bits, 8 at the ends."""
+    torch.manual_seed(0)
+    model = ResNet(num_classes=10, **MODEL)  # type: ignore[arg-type]
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 2)
+            nn.init.normal_(module.bias)
+    model(images())
+    model.eval()
+    if fold:
+        fold_bn_(model)
+    layers = trace(model, SHAPE)
+    weight, act = METHODS[method]
+    chosen = {layer.name: widths or Bits(4, 4) for layer in layers}
+    chosen[layers[0].name] = chosen[layers[-1].name] = Bits(8, 8)
+    quantize_(model, layers, chosen, weight, act, LSQ, LSQ)
+    calibrate_(model, images())
+    with torch.no_grad():  # adapters and borders away from their neutral start
+        for name, parameter in model.named_parameters():
+            if "adapter" in name or "border" in name:
+                parameter.add_(0.05 * torch.rand_like(parameter))
+    return model.eval()
+
+
+def packed_of(model: nn.Module) -> Packed:
+    return pack_network(
+        model,
+        target=TARGET,
+        keywords=MODEL,
+        num_classes=10,
+        input_shape=SHAPE,
+        data={"name": "synthetic", "mean": [0.5] * 3, "std": [0.25] * 3},
+    )
+
+
+def through_a_file(model: nn.Module, folder: Path) -> nn.Module:
+    write(packed_of(model), folder / "x.safetensors")
+    return restore(read(folder / "x.safetensors"))
+
+
+# Bits
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 5, 8, 13, 16])
+def test_codes_survive_packing_at_every_width(width: int) -> None:
+    codes = torch.randint(0, 2**width, (3, 7))
+    data = bits.pack(codes, width)
+    assert data.numel() == -(-21 * width // 8)
+    assert torch.equal(bits.unpack(data, width, 21), codes.reshape(-1).int())
+
+
+def test_the_first_code_is_in_the_low_bits() -> None:
+    assert bits.pack(torch.tensor([1, 2, 3]), 4).tolist() == [0x21, 0x03]
+    assert bits.pack(torch.tensor([7, 0, 1]), 3).tolist() == [0b01000111, 0]
+
+
+def test_codes_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="do not fit 2 bits"):
+        bits.pack(torch.tensor([4]), 2)
+
+
+# The same network
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_reloaded_network_is_the_same_bit_for_bit(method: str, tmp_path: Path) -> None:
+    model = network(method, fold="aquant" in method or method == "adaround")
+    again = through_a_file(model, tmp_path)
+    for name, layer in quant_layers(model).items():
+        assert torch.equal(quant_layers(again)[name].weight, layer.quantized_weight()), name
+    x = images(8)
+    with torch.no_grad():
+        torch.testing.assert_close(again(x), model(x), rtol=1e-5, atol=1e-6)
+        assert torch.equal(again(x).argmax(1), model(x).argmax(1))
+
+
+@pytest.mark.parametrize("widths", [Bits(2, 2), Bits(3, 5), Bits(4, 32), Bits(32, 4)])
+def test_widths_and_float_operands_survive(widths: Bits, tmp_path: Path) -> None:
+    model = network("lsq", widths)
+    again = through_a_file(model, tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(again(images(4)), model(images(4)))
+
+
+def test_a_float_network_survives(tmp_path: Path) -> None:
+    model = ResNet(num_classes=10, **MODEL).eval()  # type: ignore[arg-type]
+    again = through_a_file(model, tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(again(images(4)), model(images(4)))
+
+
+def test_packing_leaves_the_network_as_it_was() -> None:
+    model = network("adq")
+    before = copy.deepcopy(model.state_dict())
+    packed_of(model)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+# Size
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_tensors_are_as_large_as_the_accounting_says(method: str) -> None:
+    model = network(method, fold="aquant" in method)
+    packed = packed_of(model)
+    data = sum(t.numel() * t.element_size() for t in packed.tensors.values())
+    counted = account(model, trace(model, SHAPE)).size_bytes
+    # The accounting counts a batch norm as four vectors, the file has two.
+    norms = sum(t.numel() // 2 for n, t in packed.tensors.items() if n.endswith(".affine"))
+    assert data == pytest.approx(counted - 8 * norms, rel=0.01)
+
+
+def test_codes_take_their_true_width() -> None:
+    packed = packed_of(network("lsq", Bits(3, 4)))
+    for entry in packed.header.layers[1:-1]:
+        count = torch.Size(entry.shape).numel()
+        assert packed.tensors[f"{entry.name}.w.codes"].numel() == -(-count * 3 // 8)
+
+
+# Refusals
+
+
+def test_an_unknown_quantizer_is_named() -> None:
+    class Mine(LSQ):
+        pass
+
+    model = network("lsq")
+    layer: Any = model.get_submodule("linear")
+    layer.weight_quantizer.__class__ = Mine
+    with pytest.raises(ConfigError, match="layer 'linear' has weights of Mine, which has no"):
+        packed_of(model)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "os.system",
+        "torch.hub.load",
+        "qexp.models.load.fetch_weights",
+        "qexp.models.resnet.F.relu",
+        "torchvision.models.get_model",
+        "torchvision.models._api.get_model",
+        "torchvision.models.resnet",
+    ],
+)
+def test_only_models_may_be_named(target: str, tmp_path: Path) -> None:
+    assert not allowed(target)
+    packed = packed_of(network("lsq"))
+    with pytest.raises(CheckpointError, match="neither of qexp nor a classifier"):
+        restore(Packed(parse(changed(packed, target=target)), packed.tensors))
+
+
+def test_classifiers_of_torchvision_may_be_named() -> None:
+    assert allowed("torchvision.models.resnet18")
+    assert allowed("torchvision.models.mobilenet_v2")
+    assert not allowed("torchvision.models.detection.fasterrcnn_resnet50_fpn")
+
+
+def changed(packed: Packed, **fields: Any) -> str:
+    return json.dumps({**json.loads(packed.header.to_json()), **fields})
+
+
+HOSTILE: dict[str, dict[str, Any]] = {
+    "version": {"version": 2},
+    "format": {"format": "other"},
+    "true is no version": {"version": True},
+    "extra field": {"surprise": 1},
+    "classes": {"num_classes": 10**12},
+    "negative": {"num_classes": -1},
+    "image": {"input_shape": [3, 10**9, 8]},
+    "depth": {"keywords": {"depth": 10**9}},
+    "width": {"keywords": {"depth": 8, "width": 1e30}},
+    "nested": {"keywords": {"depth": {"_target_": "os.system"}}},
+    "unknown keyword": {"keywords": {"depth": 8, "dept": 8}},
+    "weights": {"keywords": {"depth": 8, "weights": "DEFAULT"}},
+    "layers": {"layers": [{"name": "../../x", "shape": [4, 4], "weight": None, "input": None}]},
+    "shape": {"layers": [{"name": "linear", "shape": [65536] * 4, "weight": 0, "input": 0}]},
+    "index": {"layers": [{"name": "linear", "shape": [10, 32], "weight": 99, "input": 0}]},
+    "bool index": {"layers": [{"name": "linear", "shape": [10, 32], "weight": True, "input": 0}]},
+    "norms": {"norms": ["bn1", "bn1"]},
+    "no such norm": {"norms": ["conv1"]},
+    "kind": {"inputs": [{"kind": "os", "bits": 4, "signed": True, "keywords": {}}]},
+    "bits": {"inputs": [{"kind": "lsq", "bits": 64, "signed": True, "keywords": {}}]},
+    "grid": {"weights": []},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", HOSTILE.values(), ids=HOSTILE.keys())
+def test_a_hostile_header_is_refused(fields: dict[str, Any]) -> None:
+    packed = packed_of(network("lsq"))
+    with pytest.raises(FormatError) as error:
+        restore(Packed(parse(changed(packed, **fields)), packed.tensors))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "shape", "codes", "dtype", "long"])
+def test_tensors_that_do_not_fit_are_refused(change: str) -> None:
+    packed = packed_of(network("lsq"))
+    tensors = dict(packed.tensors)
+    if change == "missing":
+        del tensors["linear.bias"]
+    elif change == "extra":
+        tensors["surprise"] = torch.zeros(1)
+    elif change == "shape":
+        tensors["bn1.affine"] = torch.zeros(2, 1000)
+    elif change == "codes":
+        tensors["conv1.w.codes"] = tensors["conv1.w.codes"][:-1]
+    elif change == "dtype":
+        tensors["conv1.w.scale"] = tensors["conv1.w.scale"].to(torch.int8)
+    else:
+        tensors["conv1.w.scale"] = torch.ones(3)
+    with pytest.raises(FormatError):
+        restore(Packed(packed.header, tensors))
+
+
+def test_a_code_beyond_the_levels_is_refused() -> None:
+    packed = packed_of(network("adq"))  # 15 levels in 4 bits
+    name = next(e.name for e in packed.header.layers[1:])
+    codes = packed.tensors[f"{name}.w.codes"]
+    with pytest.raises(FormatError, match="codes beyond its levels"):
+        restore(Packed(packed.header, {**packed.tensors, f"{name}.w.codes": codes | 0xFF}))
+
+
+def test_damage_is_seen_before_anything_is_built(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    write(packed_of(network("lsq")), path)
+    blob = bytearray(path.read_bytes())
+    blob[-7] ^= 1
+    path.write_bytes(bytes(blob))
+    with pytest.raises(CheckpointError, match=r"are not those that were written \(sha256\)"):
+        read(path)
+    path.write_bytes(bytes(blob[: len(blob) // 2]))
+    with pytest.raises(CheckpointError, match="it is truncated or not a safetensors file"):
+        read(path)
+
+
+def test_the_digest_is_of_header_and_tensors(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    write(packed_of(network("lsq")), path)
+    blob = path.read_bytes()
+    length = int.from_bytes(blob[:8], "little")
+    metadata = json.loads(blob[8 : 8 + length])["__metadata__"]
+    digest = hashlib.sha256(metadata["qexp"].encode() + blob[8 + length :]).hexdigest()
+    assert metadata["sha256"] == digest
+
+
+# Commands
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """A finished tiny run: one step of training."""
+    import compose
+
+    from qexp.recipes.qat import qat
+    from qexp.runner.run import open_run
+
+    overrides = ("quantizer=asq", "max_steps=1", "model.checkpoint=none", "recipe.epochs=1")
+    cfg = compose.tiny(tmp_path, *overrides)
+    with open_run(Path(cfg.folder), cfg) as run:
+        run.finish(qat(cfg, run))
+    return Path(cfg.folder)
+
+
+def test_an_exported_run_evaluates_to_the_same_top1(
+    qexp: Qexp, run_folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    capsys.readouterr()  # what training said
+    said = qexp("export", f"run={run_folder}")
+    assert said.code == 0, said.err
+    file = run_folder / "model.safetensors"
+    assert said.out.startswith(f"packed: {file} | {file.stat().st_size:,} bytes")
+    ran = qexp("eval", f"run={run_folder}", "device=cpu").out.split(" | ")
+    said = qexp("eval", f"run={run_folder}", f"checkpoint={file}", "device=cpu")
+    assert said.code == 0, said.err
+    assert ran[:2] == said.out.split(" | ")[:2]
+    alone = qexp("eval", f"checkpoint={file}", "device=cpu")  # synthetic, but of other sizes
+    assert alone.code == 1
+    assert "Give the run it was trained in: run=FOLDER" in alone.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "export: no run given."),
+        (("run=nowhere",), "export: 'nowhere' is not a run folder."),
+        (("run=x", "format=zip"), "config: format must be"),
+        (("run=x", "formt=packed"), "config: no key 'formt'"),
+    ],
+)
+def test_wrong_arguments_are_one_line(qexp: Qexp, arguments: tuple[str, ...], message: str) -> None:
+    said = qexp("export", *arguments)
+    assert said.code in (1, 2)
+    assert message in said.err
+    assert said.err.count("\n") == 1
+
+
+def test_a_missing_package_is_named(qexp: Qexp, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    hidden = lambda name, *a: None if name == "safetensors" else find(name, *a)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", hidden)
+    monkeypatch.delitem(sys.modules, "safetensors", raising=False)
+    said = qexp("export", "run=x")
+    assert said.code == 2
+    assert "needs the package 'safetensors'. Try: pip install 'qexp[export]'" in said.err
+
+
+def test_a_file_that_is_none_is_one_line(qexp: Qexp, tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").write_bytes(b"\x80\x04pickle")
+    said = qexp("eval", "checkpoint=x.safetensors", "device=cpu")
+    assert said.code == 1
+    assert said.err == (
+        "export: 'x.safetensors' is not a packed model that can be read: it is truncated or not a "
+        "safetensors file. Export it again.\n"
+    )

@@ -1,0 +1,142 @@
+"""Damaged and hostile packed files: refused in one line, never a crash, a hang, or a huge size.
+
+Two kinds of mutation of a good file: of any bytes, which the checksum or safetensors finds; and of
+header or tensors with the checksum made anew, as someone who means harm would.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from qexp.errors import CheckpointError
+from qexp.export.header import FormatError
+from qexp.export.network import restore
+from qexp.export.packed import pack_network, read, write
+from qexp.models.resnet import ResNet
+from qexp.quant.asq import ASQ
+from qexp.quant.convert import Bits, calibrate_, quantize_
+from qexp.quant.power import POST
+from qexp.quant.trace import trace
+
+pytest.importorskip("safetensors")
+
+SHAPE = (3, 4, 4)
+MODEL = {"depth": 8, "width": 0.125}
+# What a mutation may put in: bytes that mean something in JSON, in lengths, and in numbers.
+SPICE = [b"", b"\x00", b"\xff", b"9", b"-", b"e9", b'"', b"}", b"[", b"null", b"NaN", b"1e999"]
+WORDS = [10**12, -1, 0, 2**63, 1e308, True, None, "../../etc/passwd", "os.system", [], {}, [[]]]
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    torch.manual_seed(0)
+    model: nn.Module = ResNet(num_classes=3, **MODEL).eval()  # type: ignore[arg-type]
+    layers = trace(model, SHAPE)
+    quantize_(model, layers, {layer.name: Bits(4, 4) for layer in layers}, POST, ASQ)
+    calibrate_(model, torch.randn(4, *SHAPE))
+    packed = pack_network(
+        model,
+        target="qexp.models.resnet.ResNet",
+        keywords=MODEL,
+        num_classes=3,
+        input_shape=SHAPE,
+        data={"name": "synthetic", "mean": [0.5] * 3, "std": [0.25] * 3},
+    )
+    path = tmp_path_factory.mktemp("fuzz") / "good.safetensors"
+    write(packed, path)
+    return path.read_bytes()
+
+
+def mutate_bytes(blob: bytes, dice: random.Random) -> bytes:
+    """Replace, insert, delete or cut somewhere; the header's length and text more often."""
+    for _ in range(dice.choice((1, 1, 2, 8))):
+        end = dice.choice((8, 200, 6000, len(blob)))
+        at = dice.randrange(min(end, len(blob)) or 1)
+        how = dice.randrange(4)
+        spice = dice.choice(SPICE) or bytes([dice.randrange(256)])
+        if how == 0:
+            blob = blob[:at] + spice + blob[at + len(spice) :]
+        elif how == 1:
+            blob = blob[:at] + spice + blob[at:]
+        elif how == 2:
+            blob = blob[:at] + blob[at + dice.randrange(1, 50) :]
+        elif dice.random() < 0.2:
+            blob = blob[:at]
+    return blob
+
+
+def mutate_meaning(blob: bytes, dice: random.Random) -> bytes:
+    """Change values of both headers, and tensor bytes; the checksum is right again."""
+    import hashlib
+
+    length = int.from_bytes(blob[:8], "little")
+    entries, data = json.loads(blob[8 : 8 + length]), bytearray(blob[8 + length :])
+    header = json.loads(entries["__metadata__"]["qexp"])
+    for _ in range(dice.choice((1, 1, 3))):
+        tree = dice.choice((header, header, entries))
+        while True:  # walk to a random leaf or stop on the way
+            keys = list(tree) if isinstance(tree, dict) else list(range(len(tree)))
+            if not keys:
+                break
+            key = dice.choice(keys)
+            if key == "__metadata__":
+                break
+            below = tree[key]
+            if not isinstance(below, (dict, list)) or not below or dice.random() < 0.15:
+                tree[key] = dice.choice([*WORDS, dice.randrange(20), dice.choice(keys)])
+                break
+            tree = below
+    if dice.random() < 0.3:
+        for _ in range(4):
+            data[dice.randrange(len(data))] = dice.randrange(256)
+    text = json.dumps(header)
+    digest = hashlib.sha256(text.encode() + bytes(data)).hexdigest()
+    entries["__metadata__"] = {"qexp": text, "sha256": digest}
+    head = json.dumps(entries).encode()
+    head += b" " * (-len(head) % 8)
+    return len(head).to_bytes(8, "little") + head + bytes(data)
+
+
+def load(path: Path) -> bool:
+    """Whether the file is accepted; any error but the two that refuse it passes through."""
+    try:
+        model = restore(read(path))
+        with torch.no_grad():
+            model(torch.zeros(1, *SHAPE))
+    except (CheckpointError, FormatError) as error:
+        return "\n" in str(error)  # refused, but not in one line
+    return True
+
+
+def fuzz(good: bytes, folder: Path, rounds: int) -> None:
+    path = folder / "x.safetensors"
+    path.write_bytes(good)
+    assert load(path)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for seed in range(rounds):
+        dice = random.Random(seed)
+        meant = seed % 2
+        path.write_bytes((mutate_meaning if meant else mutate_bytes)(good, dice))
+        began = time.process_time()
+        accepted = load(path)
+        assert time.process_time() - began < 5, f"seed {seed} hangs"
+        assert meant or not accepted or path.read_bytes() == good, f"seed {seed} is accepted"
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 300_000, f"{grown} KiB more memory"
+
+
+def test_no_mutation_crashes_the_reader(good: bytes, tmp_path: Path) -> None:
+    fuzz(good, tmp_path, 300)
+
+
+@pytest.mark.slow
+def test_no_mutation_of_ten_thousand_crashes_the_reader(good: bytes, tmp_path: Path) -> None:
+    fuzz(good, tmp_path, 10_000)
