@@ -78,9 +78,10 @@ def _brevitas(x: Tensor, scale: Tensor, qmin: int, qmax: int, g: float) -> Tenso
 
 @cache
 def _int_quant(signed: bool) -> Any:
+    from brevitas.core.function_wrapper import Identity  # type: ignore[import-not-found]
     from brevitas.core.quant import IntQuant  # type: ignore[import-not-found]
 
-    return IntQuant(narrow_range=False, signed=signed)
+    return IntQuant(narrow_range=False, signed=signed, input_view_impl=Identity())
 
 
 class Torchao(Peer):

@@ -12,7 +12,6 @@ raised into one line and an exit code: 0 done, 1 the run failed, 2 bad command o
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import sys
 import traceback
@@ -32,7 +31,7 @@ class Command(NamedTuple):
 
     config: str
     summary: str
-    lists: bool = False  # see `_as_lists`
+    lists: bool = False  # see `bench_words`
 
 
 COMMANDS = {
@@ -159,18 +158,11 @@ def run_task(name: str, argv: Sequence[str]) -> int:
     from qexp.job import Job
 
     command = COMMANDS[name]
-    if command.lists and not {"-m", "--multirun"} & set(argv):
-        argv = [_as_lists(word) for word in argv]
+    if command.lists:
+        from qexp import bench_words
+
+        argv = bench_words.translate(argv)
     return hydra_main(Job(name), configs_dir(), command.config, argv)
-
-
-def _as_lists(word: str) -> str:
-    """`model=a,b` -> `models=[a,b]`: one job that compares, where Hydra would see a sweep.
-
-    A key cannot be called like a config group, hence the plural.
-    """
-    plural = re.sub(r"^(quantizer|model)=", r"\1s=", word)
-    return re.sub(r"^([\w.]+)=([\w.-]+(?:,[\w.-]+)+)$", r"\1=[\2]", plural)
 
 
 def hydra_main(job: Any, config_path: Path, config_name: str, argv: Sequence[str]) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qexp.quant.functional import compile_kernels
 from qexp.quant.trace import Layer
-from qexp.runner.device import compiler_available
+from qexp.runner.device import compiler_available, keep_memory
 from qexp.runner.run import Run
 
 # Multiply-accumulates of a whole training run (forward; backward is twice that) above which
@@ -45,14 +45,18 @@ def compile_for(
     """The callable that trains `model`, compiled as `mode` says; falls back to eager, saying so."""
     chosen = choose(mode, layers, images, device)
     compile_kernels(False)
+    if device.type == "cpu":
+        keep_memory()
     if chosen != "off":
-        available, reason = compiler_available()
+        available, reason = compiler_available(device)
         if not available:
             run.warn(f"compile={chosen} is not possible here ({reason}); running eagerly")
             chosen = "off"
     run.info(f"compile: {chosen}" + (" (auto)" if mode == "auto" else ""))
     # A missing CUDA runtime is no news on a CPU machine.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    if chosen != "off":
+        torch.compiler.reset()  # graphs of earlier runs in this process count against a limit
     if chosen == "kernels":
         compile_kernels(True)
     if chosen == "model":

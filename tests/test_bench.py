@@ -1,0 +1,170 @@
+"""`qexp bench train`: its command line, what it writes, and what it counts."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Qexp
+from torch import nn
+
+from qexp import bench_step
+from qexp.bench_floor import Machine, work
+from qexp.bench_step import Contender, make_step, saved_bytes, take_turns
+from qexp.bench_words import translate
+from qexp.models.resnet import ResNet
+from qexp.quant.trace import trace
+
+TINY = (
+    "model=resnet8",
+    "model.width=0.25",
+    "image_size=8",
+    "batch=4",
+    "repeats=2",
+    "warmup=1",
+    "threads=1",
+    "device=cpu",
+    "out=bench",
+)
+FIELDS = (
+    "quantizer", "model", "batch", "dtype", "compile", "device", "step_ms", "float_step_ms",
+    "ratio", "saved_bytes_ratio", "peak_bytes", "images_per_s", "repeats",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def quick_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine's rates are not what is tested, and take a second to measure."""
+    monkeypatch.setattr("qexp.bench.measure_machine", lambda device, dtype: Machine(1e9, 1e9))
+
+
+def test_bench_writes_a_row_for_every_quantizer_and_the_control(qexp: Qexp) -> None:
+    done = qexp("bench", "train", "quantizer=lsq,asq", "compile=off", "peers=true", *TINY)
+    assert done.code == 0, done.err
+    rows = json.loads(Path("bench/bench.json").read_text())
+    assert [r["quantizer"] for r in rows[:5]] == ["fp32 again", "lsq", "asq", "aten", "composed"]
+    for row in rows:
+        assert set(FIELDS) <= set(row)
+        assert row["step_ms"] > 0
+        assert row["ratio"] == pytest.approx(row["step_ms"] / row["float_step_ms"])
+        assert row["images_per_s"] == pytest.approx(4e3 / row["step_ms"])
+        assert row["quantizer"] in done.out
+    again, lsq, *_ = rows
+    assert again["saved_bytes_ratio"] == 1
+    assert 1 < lsq["saved_bytes_ratio"] < 2
+    assert again["floor_ratio"] == 1 < lsq["floor_ratio"]
+    with open("bench/bench.csv", newline="") as file:
+        assert [r["quantizer"] for r in csv.DictReader(file)] == [r["quantizer"] for r in rows]
+    assert Path("bench/bench.png").stat().st_size > 0
+    assert json.loads(Path("bench/env.json").read_text())["threads"] == 1
+
+
+def test_bench_of_a_sequence_of_dtypes_and_parts(qexp: Qexp) -> None:
+    done = qexp("bench", "train", "dtype=fp32,bf16", "quantizer/weight=apot", "compile=off", *TINY)
+    assert done.code == 0, done.err
+    rows = json.loads(Path("bench/bench.json").read_text())
+    assert [(r["dtype"], r["quantizer"]) for r in rows if r["quantizer"] != "fp32 again"] == [
+        ("fp32", "lsq"),
+        ("bf16", "lsq"),
+    ]
+    assert rows[0]["overrides"] == ["model.width=0.25", "quantizer/weight=apot"][::-1]
+
+
+def test_bench_goes_on_eagerly_without_a_compiler(
+    qexp: Qexp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qexp.bench.compiler_available", lambda device: (False, "no C++"))
+    done = qexp("bench", "train", "compile=model,kernels", *TINY)
+    assert done.code == 0
+    assert "no C++" in done.out
+    rows = json.loads(Path("bench/bench.json").read_text())
+    assert {row["compile"] for row in rows} == {"off"}
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("quantizer=lsqq",), "config: quantizer 'lsqq' not found."),
+        (("model=resnet21",), "config: model 'resnet21' not found."),
+        (("compile=kernel",), "config: compile=kernel is not an option. Use off, kernels, model."),
+        (("dtype=fp16",), "config: dtype=fp16 is not an option. Use fp32, bf16."),
+        (("batch=0",), "config: batch must be a positive integer, got 0."),
+        (("bits=0",), "config: bits must be"),
+        (("model.widht=2",), "config: no key 'model.widht'"),
+        (("quantizers=lsq", "repeat=3"), "config: no key 'repeat'"),
+    ],
+)
+def test_bench_refuses_in_one_line(qexp: Qexp, words: tuple[str, ...], line: str) -> None:
+    done = qexp("bench", "train", *words)
+    assert done.code == 2
+    assert done.err.startswith(line)
+    assert len(done.err.splitlines()) == 1
+
+
+def test_bench_words_are_those_of_train() -> None:
+    argv = ["quantizer=lsq,asq", "model=resnet20", "quantizer/act=asq", "model.width=2", "batch=8"]
+    assert translate(argv) == [
+        "quantizers=[lsq,asq]",
+        "models=resnet20",
+        "batch=8",
+        "overrides=['quantizer/act=asq','model.width=2']",
+    ]
+    assert translate(["-m", "quantizer=lsq,asq"]) == ["-m", "quantizer=lsq,asq"]
+    assert translate(["hydra.job.name=x", "out=a/b"]) == ["hydra.job.name=x", "out=a/b"]
+
+
+# ---------------------------------------------------------------------------------------------
+# What is counted
+
+
+def linear(n: int = 16) -> tuple[nn.Module, torch.Tensor]:
+    return nn.Sequential(nn.Linear(n, n, bias=False), nn.ReLU()), torch.ones(8, n)
+
+
+def test_saved_bytes_count_each_storage_once_and_no_parameter() -> None:
+    net, x = linear()
+
+    def step() -> None:
+        net(x).sum().backward()
+
+    # the linear layer keeps x, the ReLU its result; the weight is a parameter
+    assert saved_bytes(Contender("a", net, step)) == 4 * 2 * x.numel()
+
+
+def test_contenders_take_turns_in_rotating_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_step, "saved_bytes", lambda contender: 0)
+    monkeypatch.setattr(bench_step, "peak_bytes", lambda contender, device: None)
+    order: list[str] = []
+    contenders = [
+        Contender(name, nn.Identity(), lambda name=name: order.append(name)) for name in "abc"
+    ]
+    take_turns(contenders, repeats=3, warmup=1, device=torch.device("cpu"))
+    assert "".join(order) == "abc" + "abc" + "bca" + "cab"
+    assert all(len(c.wall_s) == len(c.cpu_s) == 3 for c in contenders)
+
+
+def test_floor_of_a_network_by_hand() -> None:
+    # 1x1 image: conv 3 -> 4 (3x3, padded), mean, linear 4 -> 2
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.Flatten(), nn.Linear(4, 2, bias=False)
+    )
+    layers = trace(net, (3, 1, 1))
+    floor = work(layers, {"2"}, batch=10, itemsize=4)
+    assert floor.flops == 10 * (2 * 2 * 108 + 3 * 2 * 8)
+    first = 4 * 10 * (2 * 3 + 2 * 4) + 12 * 108
+    last = 4 * 10 * (3 * 4 + 2 * 2) + 12 * 8
+    assert floor.layer_bytes == first + last
+    assert floor.quantizer_bytes == 5 * 4 * (10 * 4 + 8)
+    machine = Machine(copy_bytes_per_s=1e3, flops_per_s=1e9)
+    assert floor.float_s(machine) == floor.layer_bytes / 1e3
+
+
+def test_a_step_trains_every_parameter() -> None:
+    net = ResNet(depth=8, num_classes=4, width=0.25)
+    before = [p.detach().clone() for p in net.parameters()]
+    x, y = torch.randn(4, 3, 8, 8), torch.randint(4, (4,))
+    make_step(net, "off", x, y, torch.float32)()
+    assert not any(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))

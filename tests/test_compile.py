@@ -1,0 +1,223 @@
+"""What `compile=` does: which layout kernels see, when they run compiled, what auto chooses."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+
+from qexp.models.resnet import ResNet
+from qexp.quant import functional
+from qexp.quant.convert import Bits, calibrate_, quantize_
+from qexp.quant.functional import as_rows, compile_kernels, fake_quantize, kernel, sum_to
+from qexp.quant.lsq import LSQ
+from qexp.quant.trace import Layer, trace
+from qexp.recipes import compilation
+from qexp.runner.device import keep_memory
+
+
+def network(per_channel: bool = False) -> tuple[nn.Module, Tensor]:
+    """A narrow W4A4 ResNet-8, calibrated, and its batch of images of 8x8."""
+    torch.manual_seed(0)
+    model = ResNet(depth=8, num_classes=4, width=0.25)
+    x = torch.randn(4, 3, 8, 8)
+    layers = trace(model, (3, 8, 8))
+
+    def weight(bits: int, **facts: Any) -> LSQ:
+        return LSQ(bits, per_channel=per_channel, **facts)
+
+    def act(bits: int, **facts: Any) -> LSQ:
+        return LSQ(bits, count="sample", **facts)
+
+    quantize_(model, layers, {layer.name: Bits(4, 4) for layer in layers}, weight, act)
+    calibrate_(model, x)
+    return model, x
+
+
+def gradients(model: nn.Module, forward: Any, x: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    y = forward(x)
+    (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+    return [y.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+# ---------------------------------------------------------------------------------------------
+# The layout of a fused call
+
+
+@pytest.mark.parametrize("rows", ["tensor", "row"])
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_kernels_in_the_tensors_own_shape_equal_kernels_in_rows(
+    rows: str, order: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x0 = torch.randn(6, 4, 5, 3).to(memory_format=order)
+    scale0 = torch.tensor(0.3) if rows == "tensor" else torch.rand(6, 1, 1, 1) + 0.1
+    e = torch.randn(6, 4, 5, 3)
+    results = []
+    for own_shape in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda own=own_shape: own)
+        x, scale = x0.clone().requires_grad_(), scale0.clone().requires_grad_()
+        y = fake_quantize(x, scale, -3, 4, 0.5)
+        y.backward(e)
+        results.append((y.detach(), x.grad, scale.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])  # type: ignore[arg-type]
+    torch.testing.assert_close(results[0][2], results[1][2], rtol=1e-5, atol=1e-5)
+
+
+def test_a_compiled_network_reads_its_activations_without_a_view() -> None:
+    model, x = network()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=aot_autograd(fw_compiler=keep), fullgraph=True)
+    gradients(model, compiled, x)
+    assert len(graphs) == 2  # one forward, one backward: no graph break
+    moved = ("view", "reshape", "permute", "clone", "_unsafe_view")
+    images = [
+        node.format_node()
+        for graph in graphs
+        for node in graph.graph.nodes
+        if any(f"aten.{name}." in str(node.target) for name in moved)
+        and node.meta["val"].numel() >= x[:, :1].numel() * 4  # the smallest quantized activation
+    ]
+    assert not images
+
+
+def test_sum_to_keeps_the_rows_of_the_scale() -> None:
+    t = torch.arange(24.0).view(2, 3, 4)
+    assert torch.equal(sum_to(t, torch.ones(2, 1, 1)), t.sum((1, 2), keepdim=True))
+    assert torch.equal(sum_to(t, torch.ones(1, 1, 1)), t.sum().view(1, 1, 1))
+    rows = as_rows(t, 2)
+    assert torch.equal(sum_to(rows, torch.ones(2, 1)), rows.sum(1, keepdim=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_compiled_network_equals_eager(order: torch.memory_format, per_channel: bool) -> None:
+    model, x = network(per_channel)
+    model, x = model.to(memory_format=order), x.to(memory_format=order)  # type: ignore[call-overload]
+    expected = gradients(model, model, x)
+    torch._dynamo.reset()
+    got = gradients(model, torch.compile(model, fullgraph=True), x)
+    assert len(got) == len(expected)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------
+# When a kernel runs compiled
+
+
+def test_small_tensors_run_eagerly_even_with_compiled_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[int] = []
+
+    def record(fn: Any, **_: Any) -> Any:
+        def compiled(x: Tensor) -> Tensor:
+            calls.append(x.numel())
+            return fn(x)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", record)
+    monkeypatch.setattr(functional, "SMALL", 100)
+    double = kernel(lambda x: x * 2)
+    compile_kernels(True)
+    try:
+        for n in (99, 100):
+            assert torch.equal(double(torch.ones(1, n)), torch.full((1, n), 2.0))
+    finally:
+        compile_kernels(False)
+    double(torch.ones(1, 1000))
+    assert calls == [100]
+
+
+@pytest.mark.slow
+def test_layers_of_all_sizes_share_the_compiled_kernels() -> None:
+    torch._dynamo.reset()
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    compile_kernels(True)
+    try:
+        for bits in (2, 4, 8):
+            for n in (1, 3, 8):
+                x = torch.randn(n, 4, 6, 6).abs().requires_grad_()
+                y = fake_quantize(x, torch.tensor(0.1, requires_grad=True), 0, 2**bits - 1)
+                y.sum().backward()
+    finally:
+        compile_kernels(False)
+    made = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
+    assert made == 2  # forward and backward, whatever the width and the size
+
+
+# ---------------------------------------------------------------------------------------------
+# What a run compiles
+
+
+class Said:
+    """Stands in for a run: keeps what it was told."""
+
+    def __init__(self) -> None:
+        self.infos: list[str] = []
+        self.warnings: list[str] = []
+
+    def info(self, line: str) -> None:
+        self.infos.append(line)
+
+    def warn(self, line: str) -> None:
+        self.warnings.append(line)
+
+
+@pytest.fixture
+def said() -> Any:
+    yield Said()
+    compile_kernels(False)
+
+
+def layers_of(macs: int) -> list[Layer]:
+    return [Layer("a", "conv", (1, 1, 1, 1), (1, 1, 1), macs, (1, 1, 1), False, "first")]
+
+
+@pytest.mark.parametrize(("macs", "expected"), [(10, "off"), (10**7, "kernels"), (10**9, "model")])
+def test_auto_compiles_more_the_longer_the_run(macs: int, expected: str) -> None:
+    device = torch.device("cpu")
+    assert compilation.choose("auto", layers_of(macs), 10**6, device) == expected
+    assert compilation.choose("off", layers_of(macs), 10**6, device) == "off"
+
+
+def test_without_a_compiler_the_run_is_eager_and_says_so(
+    said: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compilation, "compiler_available", lambda device: (False, "no C++"))
+    model, _ = network()
+    for mode in ("kernels", "model"):
+        forward = compilation.compile_for(mode, model, [], 0, torch.device("cpu"), said)  # type: ignore[arg-type]
+        assert forward is model
+        assert not functional.kernels_compiled()
+    assert len(said.warnings) == 2
+    assert "no C++" in said.warnings[0]
+
+
+def test_each_run_sets_what_is_compiled_anew(said: Said) -> None:
+    model, _ = network()
+    device = torch.device("cpu")
+    for mode, kernels in (("kernels", True), ("off", False), ("model", False)):
+        forward = compilation.compile_for(mode, model, [], 0, device, said)  # type: ignore[arg-type]
+        assert functional.kernels_compiled() is kernels
+        assert (forward is model) is (mode != "model")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_freed_memory_can_be_kept_on_glibc() -> None:
+    assert keep_memory()
