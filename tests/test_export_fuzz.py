@@ -6,6 +6,7 @@ header or tensors with the checksum made anew, as someone who means harm would.
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import resource
@@ -91,7 +92,7 @@ def mutate_meaning(blob: bytes, dice: random.Random) -> bytes:
                 break
             below = tree[key]
             if not isinstance(below, (dict, list)) or not below or dice.random() < 0.15:
-                tree[key] = dice.choice([*WORDS, dice.randrange(20), dice.choice(keys)])
+                tree[key] = copy.deepcopy(dice.choice([*WORDS, dice.randrange(20), key]))
                 break
             tree = below
     if dice.random() < 0.3:

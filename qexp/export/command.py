@@ -24,7 +24,7 @@ class Export:
 
     run: str | None
     checkpoint: str
-    format: Literal["packed"]
+    format: Literal["packed", "onnx"]
     file: str | None
 
 
@@ -80,6 +80,21 @@ def _packed(model: nn.Module, dataset: Any, trained: DictConfig, path: Path) -> 
     return {"file": str(path), "bytes": size, "data_bytes": data, "fp32_bytes": cost.fp32_bytes}
 
 
+def _onnx(model: nn.Module, dataset: Any, trained: DictConfig, path: Path) -> dict[str, Any]:
+    require("onnx")
+    from qexp.export.onnx_network import to_onnx
+    from qexp.runner.atomic import write_bytes
+
+    blob = to_onnx(pack_run(model, dataset, trained)).SerializeToString()
+    write_bytes(path, blob)
+    fp32 = account(model, trace(model, dataset.input_shape)).fp32_bytes
+    print(
+        f"onnx: {path} | {len(blob):,} bytes | {len(blob) / fp32:.3f} of the float network's "
+        f"{fp32:,} | images [N, {', '.join(map(str, dataset.input_shape))}] -> logits"
+    )
+    return {"file": str(path), "bytes": len(blob), "fp32_bytes": fp32}
+
+
 def pack_run(model: nn.Module, dataset: Any, trained: DictConfig) -> Any:
     """The `Packed` of a run's network and config."""
     from qexp.export.packed import pack_network
@@ -102,6 +117,7 @@ def pack_run(model: nn.Module, dataset: Any, trained: DictConfig) -> Any:
 
 FORMATS: dict[str, tuple[Callable[..., dict[str, Any]], str]] = {
     "packed": (_packed, ".safetensors"),
+    "onnx": (_onnx, ".onnx"),
 }
 
 # ---------------------------------------------------------------------------------------------

@@ -1,0 +1,72 @@
+"""An ONNX graph under construction: constants in, names out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor
+
+OPSET = 21  # the first with 4-bit integers in QuantizeLinear and DequantizeLinear
+IR_VERSION = 10  # the file version of that opset
+
+
+class Graph:
+    """Nodes and initialisers; every method returns the name of a value."""
+
+    def __init__(self) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: dict[str, onnx.TensorProto] = {}
+
+    def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
+        """A node with one output."""
+        name = f"{kind.lower()}_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(kind, list(inputs), [name], name=name, **attributes))
+        return name
+
+    def constant(self, value: Tensor | float | Sequence[int], name: str = "") -> str:
+        """A float32 tensor or number, or a list of int64."""
+        if isinstance(value, Tensor):
+            array = value.detach().cpu().float().contiguous().numpy()
+        elif isinstance(value, (int, float)):
+            array = np.array(value, dtype=np.float32)
+        else:
+            array = np.array(value, dtype=np.int64)
+        name = name or f"constant_{len(self.constants)}"
+        self.constants[name] = numpy_helper.from_array(array, name)
+        return name
+
+    def integers(self, codes: Tensor, *, bits: int, signed: bool, name: str = "") -> str:
+        """Integers in the smallest standard type: 4 bits up to 4, else 8 or 16."""
+        name = name or f"integers_{len(self.constants)}"
+        values = codes.reshape(-1).tolist()
+        kind = integer_type(bits, signed)
+        self.constants[name] = helper.make_tensor(name, kind, list(codes.shape), values)
+        return name
+
+    def model(self, inputs: Sequence[int], output: str, classes: int) -> onnx.ModelProto:
+        """The checked model: `images` [N, C, H, W] -> `logits` [N, classes]."""
+        self.nodes.append(helper.make_node("Identity", [output], ["logits"], name="logits"))
+        image = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["N", *inputs])
+        logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", classes])
+        graph = helper.make_graph(
+            self.nodes, "qexp", [image], [logits], list(self.constants.values())
+        )
+        model = helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", OPSET)], producer_name="qexp"
+        )
+        model.ir_version = IR_VERSION
+        onnx.checker.check_model(model, full_check=True)
+        return model
+
+
+def integer_type(bits: int, signed: bool) -> int:
+    """The narrowest ONNX integer type of at least `bits` bits."""
+    if bits <= 4:
+        return TensorProto.INT4 if signed else TensorProto.UINT4
+    if bits <= 8:
+        return TensorProto.INT8 if signed else TensorProto.UINT8
+    return TensorProto.INT16 if signed else TensorProto.UINT16

@@ -1,0 +1,220 @@
+"""Quantized operands as ONNX: weights from their codes, inputs from their quantizers.
+
+Weights   affine             DequantizeLinear of int4 or int8 codes
+          affine + 1/2       the same with step 1, then (code + offset) * scale
+          table, codebook    uint4 or uint8 codes, Gather from the levels
+Inputs    lsq of 4 or 8 bits QuantizeLinear, DequantizeLinear, where the weight is one too and no
+                             wider: onnxruntime requantizes a float weight it finds beside a
+                             quantized input, and has no kernel for uint4 times int8
+          others             Div, Round, Clip, Mul
+          asq                the same, the step of each sample from the adapter's own nodes
+          n2uq               the number of thresholds below x, times the step
+
+The result is float32 either way: what a runtime makes of it is its affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qexp.errors import ConfigError
+from qexp.export.header import LayerEntry
+from qexp.export.onnx_graph import Graph
+from qexp.export.packed import Packed
+from qexp.quant.asq import ASQ, MIN_FACTOR
+from qexp.quant.dorefa import PACT, DoReFaActivation
+from qexp.quant.functional import MIN_SCALE
+from qexp.quant.lsq import LSQ, LSQPlus
+from qexp.quant.n2uq import N2UQ
+from qexp.quant.nearest import Nearest
+from qexp.quant.quantizer import Identity, Quantizer
+
+# ---------------------------------------------------------------------------------------------
+# Weights
+
+
+def weight(graph: Graph, packed: Packed, entry: LayerEntry) -> str:
+    """The weight of a layer, float32, computed from its codes."""
+    assert entry.weight is not None
+    how = packed.header.weights[entry.weight]
+    codes = packed.codes(entry)
+    parts = {k: v for k, v in packed.part(f"{entry.name}.w").items() if k != "codes"}
+    name = f"{entry.name}.codes"
+    if how.form == "affine":
+        return _affine(graph, codes, parts, how, name)
+    stored = graph.integers(codes - how.qmin, bits=how.width, signed=False, name=name)
+    index = graph.op("Cast", stored, to=6)  # int32
+    if how.form == "codebook" and parts["codebook"].shape[0] > 1:
+        rows = graph.op("Reshape", index, graph.constant([codes.shape[0], -1]))
+        levels = graph.op("GatherElements", graph.constant(parts["codebook"]), rows, axis=1)
+        return graph.op("Reshape", levels, graph.constant(list(codes.shape)))
+    if how.form == "codebook":
+        return graph.op("Gather", graph.constant(parts["codebook"][0]), index)
+    levels = graph.op("Gather", graph.constant(torch.tensor(how.grid)), index)
+    w = graph.op("Mul", levels, graph.constant(_by_row(parts["scale"], codes)))
+    return graph.op("Mul", w, graph.constant(parts["gain"][0])) if "gain" in parts else w
+
+
+def _by_row(value: Tensor, codes: Tensor) -> Tensor:
+    return value.reshape(-1, *[1] * (codes.dim() - 1))
+
+
+def _affine(graph: Graph, codes: Tensor, parts: dict[str, Tensor], how: Any, name: str) -> str:
+    scale = parts["scale"]
+    stored = graph.integers(codes, bits=how.width, signed=True, name=name)
+    if how.offset:
+        x_int = graph.op("DequantizeLinear", stored, graph.constant(1.0))
+        shifted = graph.op("Add", x_int, graph.constant(how.offset))
+        return graph.op("Mul", shifted, graph.constant(_by_row(scale, codes)))
+    zero = parts.get("zero")
+    per_row = max(len(scale), 1 if zero is None else len(zero)) > 1
+    count = codes.shape[0]
+    inputs = [stored, graph.constant(scale.expand(count) if per_row else scale[0])]
+    if zero is not None:
+        zeros = zero.expand(count) if per_row else zero[0]
+        inputs.append(graph.integers(zeros.int(), bits=how.width, signed=True))
+    return graph.op("DequantizeLinear", *inputs, **({"axis": 0} if per_row else {}))
+
+
+# ---------------------------------------------------------------------------------------------
+# Inputs
+
+
+def standard_bits(packed: Packed, entry: LayerEntry) -> int:
+    """Width of the integers that DequantizeLinear makes a layer's weight of; 0 if it does not."""
+    if entry.weight is None:
+        return 0
+    how = packed.header.weights[entry.weight]
+    return how.width if how.form == "affine" and not how.offset else 0
+
+
+def quantized_input(
+    graph: Graph, quantizer: Quantizer, x: str, name: str, weight_bits: int = 0
+) -> str:
+    """x_hat of the value `x`.
+
+    Args:
+        weight_bits: `standard_bits` of the layer.
+
+    Raises:
+        ConfigError: a quantizer that has no ONNX form.
+    """
+    standard = quantizer.bits in (4, 8) and 0 < weight_bits <= quantizer.bits
+    if standard and type(quantizer) is LSQ:
+        return _standard(graph, quantizer, x)
+    for cls, emit in INPUTS.items():
+        if type(quantizer) is cls:
+            return emit(graph, quantizer, x)
+    raise ConfigError(
+        f"export: layer '{name}' has inputs of {type(quantizer).__name__}, which format=onnx "
+        "cannot write. Use format=packed."
+    )
+
+
+def _standard(graph: Graph, q: LSQ, x: str) -> str:
+    step = graph.constant(q.scale.clamp_min(MIN_SCALE))
+    zero = graph.integers(torch.tensor(0), bits=q.bits, signed=q.signed)
+    return graph.op("DequantizeLinear", graph.op("QuantizeLinear", x, step, zero), step, zero)
+
+
+def _uniform(graph: Graph, q: Quantizer, x: str, scale: Tensor) -> str:
+    return _explicit(graph, q, x, graph.constant(scale))
+
+
+def _explicit(graph: Graph, q: Quantizer, x: str, step: str) -> str:
+    """clip(round(x / step), qmin, qmax) * step."""
+    rounded = graph.op("Round", graph.op("Div", x, step))
+    bounds = (graph.constant(float(q.qmin)), graph.constant(float(q.qmax)))
+    return graph.op("Mul", graph.op("Clip", rounded, *bounds), step)
+
+
+def _lsq(graph: Graph, q: Any, x: str) -> str:
+    return _uniform(graph, q, x, q.scale.clamp_min(MIN_SCALE))
+
+
+def _pact(graph: Graph, q: Any, x: str) -> str:
+    return _uniform(graph, q, x, q._scale())
+
+
+def _lsqplus(graph: Graph, q: Any, x: str) -> str:
+    offset = graph.constant(q.offset)
+    return graph.op("Add", _lsq(graph, q, graph.op("Sub", x, offset)), offset)
+
+
+def _nearest(graph: Graph, q: Any, x: str) -> str:
+    step, zero = graph.constant(q.scale.clamp_min(MIN_SCALE)), graph.constant(q.zero)
+    half = graph.op("Add", graph.op("Div", x, step), graph.constant(0.5))
+    x_int = graph.op("Add", graph.op("Floor", half), zero)
+    bounds = (graph.constant(float(q.qmin)), graph.constant(float(q.qmax)))
+    return graph.op("Mul", graph.op("Sub", graph.op("Clip", x_int, *bounds), zero), step)
+
+
+def _asq(graph: Graph, q: Any, x: str) -> str:
+    if q.factor == "frozen":
+        return _uniform(graph, q, x, q.scale.clamp_min(MIN_SCALE))
+    conv = len(q.shape) > 1
+    beta = graph.op("Max", _factor(graph, q, x, conv), graph.constant(MIN_FACTOR))
+    if conv:
+        beta = graph.op("Reshape", beta, graph.constant([-1, 1, 1, 1]))
+    scale = graph.constant(q.scale)
+    if q.dequantize == "plain":
+        return _uniform(graph, q, graph.op("Div", x, beta), q.scale.clamp_min(MIN_SCALE))
+    step = graph.op("Max", graph.op("Mul", beta, scale), graph.constant(MIN_SCALE))
+    return _explicit(graph, q, x, step)
+
+
+def _factor(graph: Graph, q: Any, x: str, conv: bool) -> str:
+    """[N, 1] before the lower bound."""
+    if q.adapter is None:  # statistics: mean|x_n| over the running mean
+        size = graph.op("Abs", x)
+        axes = graph.constant([1, 2, 3] if conv else [1])
+        mean = graph.op("ReduceMean", size, axes, keepdims=0)
+        return graph.op(
+            "Reshape", graph.op("Div", mean, graph.constant(q.mean_abs)), _column(graph)
+        )
+    means = graph.op("ReduceMean", x, graph.constant([2, 3]), keepdims=0) if conv else x
+    for module in q.adapter:
+        if isinstance(module, nn.Linear):
+            constants = (graph.constant(module.weight), graph.constant(module.bias))
+            means = graph.op("Gemm", means, *constants, transB=1)
+        else:
+            means = graph.op("Relu", means)
+    if q.factor == "relu":
+        return graph.op("Relu", means)
+    if q.factor == "softplus":
+        return graph.op("Softplus", means)
+    bounds = (graph.constant(-1.0), graph.constant(1.0))
+    return graph.op("Exp", graph.op("Clip", means, *bounds))
+
+
+def _column(graph: Graph) -> str:
+    return graph.constant([-1, 1])
+
+
+def _n2uq(graph: Graph, q: Any, x: str) -> str:
+    # One comparison a threshold: a sum of m tensors, not one tensor with m times the elements.
+    count = graph.constant(float(q.qmin))
+    for threshold in q.thresholds():
+        above = graph.op("Greater", x, graph.constant(threshold))
+        count = graph.op("Add", graph.op("Cast", above, to=1), count)
+    return graph.op("Mul", count, graph.constant(q.grid()[1]))
+
+
+def _identity(graph: Graph, q: Any, x: str) -> str:
+    return x
+
+
+INPUTS: dict[type[Quantizer], Callable[[Graph, Any, str], str]] = {
+    Identity: _identity,
+    LSQ: _lsq,
+    LSQPlus: _lsqplus,
+    DoReFaActivation: _lsq,
+    PACT: _pact,
+    Nearest: _nearest,
+    ASQ: _asq,
+    N2UQ: _n2uq,
+}
