@@ -17,16 +17,15 @@ import copy
 import resource
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from qexp.errors import ConfigError, did_you_mean
 from qexp.quant.adaround import AdaRound
 from qexp.quant.bias import correct_bias_
 from qexp.quant.blocks import Unit, find_units
@@ -39,67 +38,16 @@ from qexp.quant.convert import (
     quant_layers,
 )
 from qexp.quant.fold import fold_bn_
-from qexp.quant.plan import Method, Pass, Schedule, passes
+from qexp.quant.plan import Method, Pass, passes
 from qexp.quant.reconstruct import Data, reconstruct_unit
 from qexp.recipes import build, outcome, settings
 from qexp.recipes.compilation import choose, compile_for
 from qexp.recipes.evaluate import evaluate
+from qexp.recipes.ptq_settings import Settings
 from qexp.recipes.start import float_start
 from qexp.runner import checkpoint
 from qexp.runner.device import pick_device, seed_everything
 from qexp.runner.run import Run
-
-
-@dataclass(frozen=True)
-class Settings(Schedule):
-    """Knobs of the recipe; the YAML file explains each."""
-
-    name: str = "ptq"
-    images: int = 1024
-    act_images: int = 256
-    held_out: int = 256
-    calibrate_on: Literal["float", "prefix"] = "float"
-    batch_size: int = 128
-    cache_gb: float = 8.0
-    amp: bool = False
-    lr: Mapping[str, float] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, node: DictConfig) -> Settings:
-        """From the recipe section of a config; an unknown key is a ConfigError."""
-        values: Any = OmegaConf.to_container(node, resolve=True)
-        values.pop("_target_", None)
-        known = [f.name for f in fields(cls)]
-        for key in values:
-            if key not in known:
-                raise ConfigError(f"config: no key 'recipe.{key}'.{did_you_mean(key, known)}")
-        return cls(**values)
-
-    def check(self) -> None:
-        """Raise one ConfigError that lists every value out of range."""
-        rules = [
-            (self.images >= 1, "images", "at least 1"),
-            (1 <= self.act_images <= self.images, "act_images", "1 to images"),
-            (self.held_out >= 1, "held_out", "at least 1"),
-            (self.batch_size >= 1, "batch_size", "at least 1"),
-            (self.iterations >= 1, "iterations", "at least 1"),
-            (self.step_iterations >= 1, "step_iterations", "at least 1"),
-            (self.minibatch >= 1, "minibatch", "at least 1"),
-            (all(rate >= 0 for rate in self.lr.values()), "lr", "rates >= 0"),
-            ({"rounding", "scale"} <= set(self.lr), "lr", "a mapping with rounding and scale"),
-            (self.penalty >= 0, "penalty", ">= 0"),
-            (len(self.beta) == 2, "beta", "two numbers, first and last"),
-            (0 <= self.warmup < 1, "warmup", "in [0, 1)"),
-            (self.cache_gb >= 0, "cache_gb", ">= 0"),
-            (self.calibrate_on in ("float", "prefix"), "calibrate_on", "float or prefix"),
-        ]
-        wrong = [
-            f"config: recipe.{name}={getattr(self, name)} is out of range: it must be {rule}."
-            for ok, name, rule in rules
-            if not ok
-        ]
-        if wrong:
-            raise ConfigError("\n".join(wrong))
 
 
 def ptq(cfg: DictConfig, run: Run) -> dict[str, Any]:
