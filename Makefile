@@ -11,7 +11,7 @@ run: $(VENV)/.installed   ## quantize a network to 4 bits on the embedded data: 
 	$(BIN)/qexp train quantizer=asq bits=4
 
 test: $(VENV)/.tested     ## the fast tests: about three minutes on two cores
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 lint: $(VENV)/.tested     ## style
 	$(BIN)/ruff check .

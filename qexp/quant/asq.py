@@ -27,7 +27,8 @@ Gradients, e = dL/dx_hat, t = x_int - z inside [qmin, qmax], qmin below, qmax ab
     released code contradicts: dL/dscale = g * sum e * t,  dL/dbeta_n = -sum e * [inside] * z *
     scale / beta_n,  dL/dx = e * [inside] / beta_n + the adapter's path. An ablation.
 
-Initialisation.  scale = 2 * mean|x| / sqrt(qmax) on training images (LSQ), taken at beta = 1.
+Initialisation.  scale = 2 * mean|x| / sqrt(qmax) on training images (LSQ), taken at beta = 1; the
+config starts from the least squared error instead (`init: mse`), as that of LSQ does (lsq.py).
 
 A dead adapter: where the last ReLU gives 0, beta_n = 1e-8, the sample saturates and the adapter
 gets no gradient from it. `health` counts such samples of the last training batch, and the layer
@@ -53,6 +54,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qexp.quant.calibrate import mse_scale
 from qexp.quant.functional import MIN_SCALE, dequantize, fake_quantize, quantize, scale_grad
 from qexp.quant.lsq import Count, grad_scale, lsq_scale
 from qexp.quant.quantizer import Quantizer
@@ -107,6 +109,7 @@ class ASQ(Quantizer):
         count: what N of the gradient scale counts, `sample` or `tensor` (with the batch).
         scale_factor_grad: multiply dL/dbeta by g as well.
         dequantize: `scaled` (x_int * scale * beta) or `plain` (x_int * scale).
+        init: `lsq` (released) or `mse`, for the step.
     """
 
     dead_samples: Tensor
@@ -124,6 +127,7 @@ class ASQ(Quantizer):
         count: Count = "sample",
         scale_factor_grad: bool = False,
         dequantize: Literal["scaled", "plain"] = "scaled",
+        init: Literal["lsq", "mse"] = "lsq",
     ) -> None:
         super().__init__(bits, signed=signed, shape=shape)
         known = (*_UNIT_BIAS, "statistics", "frozen")
@@ -137,6 +141,7 @@ class ASQ(Quantizer):
         self.count: Count = count
         self.scale_factor_grad = scale_factor_grad
         self.dequantize = dequantize
+        self.init = init
         self.scale = nn.Parameter(torch.tensor(1.0))
         self.adapter = (
             _adapter(shape[0], reduction, _UNIT_BIAS[factor]) if factor in _UNIT_BIAS else None
@@ -148,7 +153,10 @@ class ASQ(Quantizer):
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
         """Set the step, and the running mean|x|, from a batch of inputs [N, ...]."""
-        self.scale.copy_(lsq_scale(x, self.qmax, per_row=False))
+        if self.init == "mse":
+            self.scale.copy_(mse_scale(x, self.qmin, self.qmax))
+        else:
+            self.scale.copy_(lsq_scale(x, self.qmax, per_row=False))
         self.mean_abs.copy_(x.detach().float().abs().mean().clamp_min(MIN_SCALE))
         self.calibrated.fill_(True)
 

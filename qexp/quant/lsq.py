@@ -21,7 +21,10 @@ Gradients (eq. 3, 5), e = dL/dx_hat.
     (`count: tensor`), which makes g smaller by sqrt(batch). Per channel, N is the count of one row.
 
 Initialisation.  scale = 2 * mean|x| / sqrt(qmax), from the float weights and from the first batch
-    (`init: lsq`); `init: mse` minimises the squared error instead.
+    (`init: lsq`); `init: mse` minimises the squared error instead and is what the configs use: at
+    2 bits the paper's rule clips a third of the inputs of a ResNet-20 and the steps do not recover
+    within ten epochs. CIFAR-10, W2A2, top-1 after one epoch: 77.71 with mse, 36.06 with lsq (one
+    seed each, experiment cifar10_qat_short; `quantizer.act.init=lsq quantizer.weight.init=lsq`).
 
 LSQ+ adds a learned offset to activations that are not one-sided (Swish):
     x_int = clip(round((x - offset) / scale), qmin, qmax),  x_hat = x_int * scale + offset
@@ -32,7 +35,8 @@ Departs from the papers:
  1. scale is kept >= 1.2e-7 in the forward; its gradient passes the guard. The paper has none.
  2. `per_channel: true` (weights) is not in LSQ. It is the control that ASQ's own code uses.
  3. At 1 bit signed, qmax = 0: g uses max(qmax, 1).
- 4. LSQ+ weights start from the MSE too, instead of max|mean +- 3 std| / 2^(b-1).
+ 4. The configs start from the squared error (above), the first and last layer's 8 bits too.
+ 5. LSQ+ weights start from the MSE too, instead of max|mean +- 3 std| / 2^(b-1).
 """
 
 from __future__ import annotations
