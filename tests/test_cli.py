@@ -73,7 +73,7 @@ def test_quick_answers_cost_under_half_a_second_and_no_torch(argv: list[str]) ->
 def test_a_run_gets_a_folder_named_after_what_it_is(tiny: Qexp) -> None:
     assert tiny("bits=3").code == 0
     (run,) = runs("done")
-    assert run.parent == Path("outputs/d-m/lsq-w3a3")
+    assert run.parent == Path("outputs/d-m/asq-w3a3")
     assert read_json(run / "result.json")["top1"] == 90.3
     overrides = (run / ".hydra" / "overrides.yaml").read_text()
     assert "bits=3" in overrides
@@ -83,9 +83,9 @@ def test_a_run_gets_a_folder_named_after_what_it_is(tiny: Qexp) -> None:
 @pytest.mark.parametrize(
     ("overrides", "name"),
     [
-        (["bitwidth.weight=2"], "lsq-w2a4"),
+        (["bitwidth.weight=2"], "asq-w2a4"),
         (["quantizer=fp32"], "fp32"),
-        (["quantizer/weight=lsq_per_channel"], "lsq_per_channel+lsq-w4a4"),
+        (["quantizer/weight=lsq_per_channel"], "lsq_per_channel+asq-w4a4"),
     ],
 )
 def test_the_folder_says_bits_and_parts(tiny: Qexp, overrides: list[str], name: str) -> None:
@@ -280,9 +280,9 @@ def test_ls_tells_done_failed_and_dead(tiny: Qexp, qexp: Qexp) -> None:
     rows = [line.split() for line in qexp("ls").out.splitlines()]
     assert rows[0] == ["name", "status", "top-1", "epoch", "age", "folder"]
     assert [row[:4] for row in rows[1:]] == [
-        ["d-m/lsq-w2a2", "done", "90.20", "2"],
-        ["d-m/lsq-w3a3", "failed", "-", "2"],
-        ["d-m/lsq-w4a4", "dead", "-", "2"],
+        ["d-m/asq-w2a2", "done", "90.20", "2"],
+        ["d-m/asq-w3a3", "failed", "-", "2"],
+        ["d-m/asq-w4a4", "dead", "-", "2"],
     ]
 
 

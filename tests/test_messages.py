@@ -54,11 +54,11 @@ COMMANDS = {
     # unknown keys and choices
     "train bitz=4": "config: no key 'bitz' (train has: *). Did you mean 'bits'?",
     "train quantiser=lsq": "config: no key 'quantiser' (*). Did you mean 'quantizer'?",
-    "train quantizer.weight.inti=lsq": (
+    "train quantizer=lsq quantizer.weight.inti=lsq": (
         "config: no key 'quantizer.weight.inti' (lsq has: count, init, per_channel). "
         "Did you mean 'init'?"
     ),
-    "train +quantizer.weight.inti=lsq": (
+    "train quantizer=lsq +quantizer.weight.inti=lsq": (
         "config: no key 'quantizer.weight.inti' (lsq has: count, init, per_channel). "
         "Did you mean 'init'?"
     ),
@@ -99,7 +99,7 @@ COMMANDS = {
     "train recipe.lr=0": "config: recipe.lr=0* is out of range: it must be positive.",
     "train recipe.optimizer=sdg": "config: recipe.optimizer=sdg is out of range: *",
     "train model.depth=deep": "config: model.depth must be an integer, got 'deep' (str).",
-    "train quantizer.weight.init=best": (
+    "train quantizer=lsq quantizer.weight.init=best": (
         "config: quantizer.weight.init must be one of lsq, mse, got 'best' (str)."
     ),
     "train quantizer.act._target_=qexp.quant.lsq.LQS": (
