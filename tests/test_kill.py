@@ -16,7 +16,7 @@ from compose import TINY
 from qexp.runner import checkpoint
 
 KILLS = 20
-OPTIONS = (*TINY, "recipe.epochs=60", "recipe.save_every=1", "float.epochs=1")
+OPTIONS = (*TINY, "recipe.epochs=60", "recipe.save_every=1")
 MAIN = "import sys; from qexp.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
