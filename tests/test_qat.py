@@ -283,5 +283,7 @@ def test_a_weight_that_overflows_at_the_last_step_stops_the_run() -> None:
     qat_module._check_finite(model, torch.ones(3), epoch=1)  # all is well
     with torch.no_grad():
         model[1].bias[0] = float("inf")
-    with pytest.raises(RunError, match=r"epoch 2, step 3, layer '1' first; last good .* \(epoch 1\)"):
+    with pytest.raises(
+        RunError, match=r"epoch 2, step 3, layer '1' first; last good .* \(epoch 1\)"
+    ):
         qat_module._check_finite(model, torch.ones(3), epoch=1)

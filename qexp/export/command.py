@@ -128,12 +128,12 @@ BATCH = 256  # images; a file has no recipe
 
 def load_packed(
     path: Path, run: Path | None, device: torch.device, *, trust: bool = False
-) -> tuple[nn.Module, Any, bool]:
-    """`(network, data set, amp)` of a packed file.
+) -> tuple[nn.Module, Any]:
+    """`(network, data set)` of a packed file.
 
     Args:
-        run: a run's folder, whose data set and mixed precision are used; without one, the data
-            set that the file names, with the file's normalisation, in float32.
+        run: a run's folder, whose data set is used; without one, the data
+            set that the file names, with the file's normalisation.
 
     Raises:
         CheckpointError: a file that is refused, or that does not fit the data set.
@@ -150,11 +150,11 @@ def load_packed(
     except FormatError as error:
         raise refusal(path, error) from error
     if run is None:
-        dataset, amp = _named_dataset(packed.header.data, device), False
+        dataset = _named_dataset(packed.header.data, device)
     else:
         trained = OmegaConf.load(run / "config.yaml")
         assert isinstance(trained, DictConfig)
-        dataset, amp = make_dataset(trained, device), bool(trained.recipe.amp)
+        dataset = make_dataset(trained, device)
     shape = (dataset.num_classes, tuple(dataset.input_shape))
     if shape != (packed.header.num_classes, packed.header.input_shape):
         raise CheckpointError(
@@ -162,7 +162,7 @@ def load_packed(
             f"{list(packed.header.input_shape)}, the data set has {shape[0]} of {list(shape[1])}. "
             "Give the run it was trained in: run=FOLDER"
         )
-    return model.to(device), dataset, amp
+    return model.to(device), dataset
 
 
 def _named_dataset(data: Any, device: torch.device) -> Any:

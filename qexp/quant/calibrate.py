@@ -50,9 +50,7 @@ def percentile_scale(
     return (value / bound).clamp_min(MIN_SCALE).reshape(_shape_of(x, per_row))
 
 
-def mse_scale(
-    x: Tensor, qmin: int, qmax: int, *, p: float = 2.0, per_row: bool = False
-) -> Tensor:
+def mse_scale(x: Tensor, qmin: int, qmax: int, *, p: float = 2.0, per_row: bool = False) -> Tensor:
     """The step that minimises sum |x_hat - x|^p over a grid of clipping ratios.
 
     Shape: x [N, ...]; result [] or [N, 1, ...].

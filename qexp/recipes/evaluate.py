@@ -25,18 +25,19 @@ class Score(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, amp: bool = False
-) -> Score:
-    """Score `model` in eval mode; weights are quantized once. One host sync, at the end."""
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Score:
+    """Score `model`, in eval mode and float32. Weights are quantized once; one host sync.
+
+    A network trained under bfloat16 autocast is scored as what it is after it: its export, the
+    packed file and every other run are compared in one precision.
+    """
     was_training = model.training
     model.eval()
     correct = loss = None
     images, start = 0, time.perf_counter()
     with frozen_weights(model):
         for x, y in batches:
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
-                logits = model(x).float()
+            logits = model(x)
             hit, nats = (logits.argmax(1) == y).sum(), F.cross_entropy(logits, y, reduction="sum")
             correct = hit if correct is None else correct + hit
             loss = nats if loss is None else loss + nats
@@ -63,7 +64,7 @@ def evaluate_run(cfg: DictConfig) -> dict[str, Any]:
         raise ConfigError("eval: no run given. Try: qexp eval run=outputs/.../<run folder>")
     folder = _run_folder(cfg)
     model, dataset, trained = load_run(folder, name, cfg.device)
-    score = evaluate(model, dataset.eval_batches(cfg.split), amp=bool(trained.recipe.amp))
+    score = evaluate(model, dataset.eval_batches(cfg.split))
     return _measured(cfg, score, folder, name, OmegaConf.select(trained, "dataset.name"))
 
 
@@ -73,10 +74,10 @@ def _evaluate_file(cfg: DictConfig, name: str) -> dict[str, Any]:
 
     folder = _run_folder(cfg) if cfg.get("run") else None
     path = Path(name) if folder is None or Path(name).is_file() else folder / name
-    model, dataset, amp = load_packed(
+    model, dataset = load_packed(
         path, folder, pick_device(cfg.device), trust=bool(cfg.get("trust"))
     )
-    score = evaluate(model, dataset.eval_batches(cfg.split), amp=amp)
+    score = evaluate(model, dataset.eval_batches(cfg.split))
     return _measured(cfg, score, path.parent, path.name, dataset.name)
 
 

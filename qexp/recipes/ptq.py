@@ -62,7 +62,7 @@ def ptq(cfg: DictConfig, run: Run) -> dict[str, Any]:
 
     # The start: data, a float network, its batch norms folded.
     dataset = build.make_dataset(cfg, device)
-    start = float_start(cfg, settings.Settings(amp=s.amp), dataset, run, device, None)
+    start = float_start(cfg, settings.Settings(), dataset, run, device, None)
     model = start.model.eval()
     every = dataset.calibration_images(s.images + s.held_out, cfg.seed)
     data = Data(every[: s.images], every[s.images :])
@@ -106,9 +106,9 @@ def ptq(cfg: DictConfig, run: Run) -> dict[str, Any]:
     shifts = _correct(method, model, reference, data.images[: s.act_images])
 
     # The outcome.
-    test = evaluate(model, dataset.eval_batches("test"), amp=s.amp)
+    test = evaluate(model, dataset.eval_batches("test"))
     save(float=float_state(model), top1=test.top1)
-    recipe = {k: v for k, v in asdict(s).items() if k not in ("cache_gb", "amp")}
+    recipe = {k: v for k, v in asdict(s).items() if k != "cache_gb"}
     protocol = outcome.protocol(cfg, recipe | asdict(method), dataset, start.record())
     run.info(f"top-1 {test.top1:.2f}" + (f", float {start.top1:.2f}" if start.top1 else ""))
     return outcome.result(

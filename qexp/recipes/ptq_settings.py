@@ -23,7 +23,6 @@ class Settings(Schedule):
     calibrate_on: Literal["float", "prefix"] = "float"
     batch_size: int = 128
     cache_gb: float = 8.0
-    amp: bool = False
     lr: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod

@@ -282,6 +282,6 @@ def _score(
 ) -> Score:
     """Score the network, or its weight average when there is one."""
     if average is None:
-        return evaluate(model, dataset.eval_batches(split), amp=s.amp)
+        return evaluate(model, dataset.eval_batches(split))
     with average.applied(model):
-        return evaluate(model, dataset.eval_batches(split), amp=s.amp)
+        return evaluate(model, dataset.eval_batches(split))

@@ -63,7 +63,7 @@ def float_start(
     if start.source is not None and (saved is None or s.distill.weight > 0):
         start.sha256 = load_weights(model, cfg.model._target_, start.source)
     if saved is None and start.source is not None:
-        start.top1 = evaluate(model, dataset.eval_batches("test"), amp=s.amp).top1
+        start.top1 = evaluate(model, dataset.eval_batches("test")).top1
         run.info(f"float network: top-1 {start.top1:.2f} ({start.source})")
     if s.distill.weight > 0:
         start.teacher = _teacher(cfg, s, model, dataset, device)
