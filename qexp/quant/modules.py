@@ -73,7 +73,8 @@ class QuantConv2d(QuantizedOperands, nn.Conv2d):
         n, k, length = columns.shape
         grouped = columns.view(n, self.groups, k // self.groups, length)
         rows = weight.view(self.groups, self.out_channels // self.groups, -1).to(columns.dtype)
-        out = torch.einsum("gok,ngkl->ngol", rows, grouped).reshape(n, self.out_channels, length)
+        # A batched product, not einsum, whose gradient of the rows is many times slower on a CPU.
+        out = torch.matmul(rows, grouped).reshape(n, self.out_channels, length)
         if self.bias is not None:
             out = out + self.bias.to(out.dtype)[:, None]
         size = [

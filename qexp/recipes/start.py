@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from qexp.models.load import load_weights
@@ -17,6 +17,8 @@ from qexp.recipes.build import is_float, make_model
 from qexp.recipes.evaluate import evaluate
 from qexp.recipes.settings import Settings
 from qexp.runner.run import Run
+
+_SCORED: dict[str, float] = {}  # top-1 by file, network, data and device
 
 
 @dataclass
@@ -63,13 +65,22 @@ def float_start(
     if start.source is not None and (saved is None or s.distill.weight > 0):
         start.sha256 = load_weights(model, cfg.model._target_, start.source)
     if saved is None and start.source is not None:
-        start.top1 = evaluate(model, dataset.eval_batches("test")).top1
+        start.top1 = _top1(cfg, model, start.sha256, dataset)
         run.info(f"float network: top-1 {start.top1:.2f} ({start.source})")
     if s.distill.weight > 0:
         start.teacher = _teacher(cfg, s, model, dataset, device)
     if is_float(cfg) and start.source is None:
         run.info("float network: from random weights")
     return start
+
+
+def _top1(cfg: DictConfig, model: nn.Module, sha256: str | None, dataset: Any) -> float:
+    """Top-1 of the float network on the test split, scored once for all jobs of a sweep."""
+    network = OmegaConf.to_container(cfg.model, resolve=True)
+    key = repr((sha256, network, OmegaConf.to_container(cfg.dataset, resolve=True), cfg.device))
+    if key not in _SCORED:
+        _SCORED[key] = evaluate(model, dataset.eval_batches("test")).top1
+    return _SCORED[key]
 
 
 def _teacher(
