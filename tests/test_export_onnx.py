@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_export import METHODS, SHAPE, images, network, packed_of
+import torchvision
+from conftest import Qexp
+from test_export import METHODS, SHAPE, images, network, packed_of, run_folder
 from torch import Tensor, nn
 
 from qexp.export.packed import Packed, pack_network
 from qexp.models.resnet import ResNet
+from qexp.quant.adaround import AdaRound
+from qexp.quant.aquant import AQuant
 from qexp.quant.convert import Bits, calibrate_, quantize_
 from qexp.quant.lsq import LSQ
 from qexp.quant.trace import trace
+from qexp.recipes.build import load_run
 
-pytest.importorskip("onnx")
+onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 from qexp.export.onnx_network import to_onnx  # noqa: E402
+
+__all__ = ["run_folder"]  # a fixture
 
 
 def run(model: Any, x: Tensor) -> Tensor:
@@ -31,9 +40,9 @@ def run(model: Any, x: Tensor) -> Tensor:
     return torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m[:2] != "aq" and m != "adaround"])
+@pytest.mark.parametrize("method", METHODS)
 def test_onnxruntime_computes_the_same_logits(method: str) -> None:
-    model = network(method, fold=method == "adaround")
+    model = network(method, fold=method in ("adaround", "aquant"))
     written = to_onnx(packed_of(model))
     for n in (1, 16):  # the batch is dynamic
         x = images(n)
@@ -46,12 +55,68 @@ def test_onnxruntime_computes_the_same_logits(method: str) -> None:
         assert torch.equal(theirs.argmax(1), ours.argmax(1))
 
 
-@pytest.mark.parametrize("widths", [Bits(4, 8), Bits(8, 4)])
-def test_mixed_widths_run(widths: Bits) -> None:
+MIXED = [Bits(4, 8), Bits(8, 4), Bits(8, 8), Bits(2, 2), Bits(3, 5), Bits(4, 32), Bits(32, 4)]
+
+
+@pytest.mark.parametrize("widths", MIXED, ids=str)
+def test_all_widths_and_float_operands_run(widths: Bits) -> None:
     model = network("lsq", widths)
     with torch.no_grad():
         ours, theirs = model(images()), run(to_onnx(packed_of(model)), images())
     assert (theirs - ours).abs().amax(1).median() < 1e-4
+
+
+BORDERS = {
+    "per channel": {"per": "channel"},
+    "per tensor": {"per": "tensor", "border": "linear"},
+    "window": {"fusion": "window"},
+    "constant window": {"fusion": "window", "border": "constant"},
+}
+
+
+@pytest.mark.parametrize("keywords", BORDERS.values(), ids=BORDERS.keys())
+def test_every_border_runs(keywords: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "border", (AdaRound, partial(AQuant, **keywords)))
+    model = network("border")
+    with torch.no_grad():
+        ours, theirs = model(images()), run(to_onnx(packed_of(model)), images())
+    assert (theirs - ours).abs().amax(1).median() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_networks_of_torchvision_run(name: str) -> None:
+    torch.manual_seed(0)
+    model = getattr(torchvision.models, name)(num_classes=5).eval()
+    shape, x = (3, 32, 32), torch.randn(4, 3, 32, 32)
+    layers = trace(model, shape)
+    quantize_(model, layers, {layer.name: Bits(4, 4) for layer in layers}, LSQ, LSQ)
+    calibrate_(model, x)
+    packed = pack_network(
+        model,
+        target=f"torchvision.models.{name}",
+        keywords={},
+        num_classes=5,
+        input_shape=shape,
+        data={"name": "synthetic", "mean": [0.5] * 3, "std": [0.25] * 3},
+    )
+    with torch.no_grad():
+        ours, theirs = model(x), run(to_onnx(packed), x)
+    assert (theirs - ours).abs().amax(1).median() < 1e-4
+    assert torch.equal(theirs.argmax(1), ours.argmax(1))
+
+
+def test_an_exported_run_scores_the_same_in_onnxruntime(
+    qexp: Qexp, run_folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    capsys.readouterr()  # what training said
+    said = qexp("export", f"run={run_folder}", "format=onnx")
+    assert said.code == 0, said.err
+    file = run_folder / "model.onnx"
+    assert said.out.startswith(f"onnx: {file} | {file.stat().st_size:,} bytes")
+    model, dataset, _ = load_run(run_folder, "last.pt", "cpu")
+    x, _ = next(iter(dataset.eval_batches("test")))
+    with torch.no_grad():
+        assert torch.equal(run(onnx.load(file), x).argmax(1), model.eval()(x).argmax(1))
 
 
 def test_padding_shortcuts_and_odd_widths_run() -> None:

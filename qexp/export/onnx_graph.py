@@ -10,6 +10,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
+from qexp.export.bits import pack
+
 OPSET = 21  # the first with 4-bit integers in QuantizeLinear and DequantizeLinear
 IR_VERSION = 10  # the file version of that opset
 
@@ -42,9 +44,12 @@ class Graph:
     def integers(self, codes: Tensor, *, bits: int, signed: bool, name: str = "") -> str:
         """Integers in the smallest standard type: 4 bits up to 4, else 8 or 16."""
         name = name or f"integers_{len(self.constants)}"
-        values = codes.reshape(-1).tolist()
         kind = integer_type(bits, signed)
-        self.constants[name] = helper.make_tensor(name, kind, list(codes.shape), values)
+        if bits <= 4:  # two's complement, the first code in the low half of a byte, as ours
+            raw = pack(codes & 0xF, 4).numpy().tobytes()
+        else:
+            raw = codes.cpu().numpy().astype(helper.tensor_dtype_to_np_dtype(kind)).tobytes()
+        self.constants[name] = helper.make_tensor(name, kind, list(codes.shape), raw, raw=True)
         return name
 
     def model(self, inputs: Sequence[int], output: str, classes: int) -> onnx.ModelProto:

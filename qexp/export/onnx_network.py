@@ -19,7 +19,13 @@ from torch import fx, nn
 from qexp.errors import ConfigError
 from qexp.export.network import restore
 from qexp.export.onnx_graph import Graph
-from qexp.export.onnx_operands import quantized_input, standard_bits, weight
+from qexp.export.onnx_operands import (
+    columns,
+    quantized_input,
+    standard_bits,
+    weight,
+    window_of,
+)
 from qexp.export.packed import Packed
 from qexp.quant.modules import QUANT_LAYERS
 
@@ -81,7 +87,8 @@ class _Writer:
         if isinstance(module, (nn.Identity, nn.Dropout)):
             return x
         if isinstance(module, nn.ReLU6):
-            return graph.op("Clip", x, graph.constant(0.0), graph.constant(6.0))
+            # Not Clip: onnxruntime fuses that with a 4-bit QuantizeLinear, and fails.
+            return graph.op("Min", graph.op("Relu", x), graph.constant(6.0))
         if isinstance(module, nn.ReLU):
             return graph.op("Relu", x)
         if isinstance(module, nn.MaxPool2d) and not module.ceil_mode and module.dilation == 1:
@@ -97,7 +104,9 @@ class _Writer:
 
     def _layer(self, name: str, module: Any, x: str) -> str:
         graph, entry = self.graph, self.entries.get(name)
+        by_row = isinstance(module, QUANT_LAYERS) and module.act_quantizer.on_columns
         if isinstance(module, QUANT_LAYERS):
+            x = columns(graph, module, x) if by_row else x  # type: ignore[arg-type]
             bits = 0 if entry is None else standard_bits(self.packed, entry)
             x = quantized_input(graph, module.act_quantizer, x, name, bits)
         if entry is not None and entry.weight is not None:
@@ -107,19 +116,11 @@ class _Writer:
         bias = [] if module.bias is None else [graph.constant(module.bias, f"{name}.bias")]
         if isinstance(module, nn.Linear):
             return graph.op("Gemm", x, w, *bias, transB=1)
-        if module.padding_mode != "zeros" or isinstance(module.padding, str):
-            raise _unknown(f"Conv2d with padding={module.padding}, {module.padding_mode}")
-        return graph.op(
-            "Conv",
-            x,
-            w,
-            *bias,
-            kernel_shape=list(module.kernel_size),
-            strides=list(module.stride),
-            pads=list(module.padding) * 2,
-            dilations=list(module.dilation),
-            group=module.groups,
-        )
+        if by_row:
+            shape = [module.out_channels, -1, 1, 1]
+            w = graph.op("Reshape", w, graph.constant(shape))
+            return graph.op("Conv", x, w, *bias, kernel_shape=[1, 1], group=module.groups)
+        return graph.op("Conv", x, w, *bias, **window_of(module), group=module.groups)
 
     # -----------------------------------------------------------------------------------------
     # Functions and methods

@@ -9,6 +9,7 @@ Inputs    lsq of 4 or 8 bits QuantizeLinear, DequantizeLinear, where the weight 
           others             Div, Round, Clip, Mul
           asq                the same, the step of each sample from the adapter's own nodes
           n2uq               the number of thresholds below x, times the step
+          aquant             floor(u + 1 - B(u)); per row on im2col columns (`columns`)
 
 The result is float32 either way: what a runtime makes of it is its affair.
 """
@@ -25,6 +26,7 @@ from qexp.errors import ConfigError
 from qexp.export.header import LayerEntry
 from qexp.export.onnx_graph import Graph
 from qexp.export.packed import Packed
+from qexp.quant.aquant import AQuant
 from qexp.quant.asq import ASQ, MIN_FACTOR
 from qexp.quant.dorefa import PACT, DoReFaActivation
 from qexp.quant.functional import MIN_SCALE
@@ -204,6 +206,67 @@ def _n2uq(graph: Graph, q: Any, x: str) -> str:
     return graph.op("Mul", count, graph.constant(q.grid()[1]))
 
 
+def columns(graph: Graph, conv: nn.Conv2d, x: str) -> str:
+    """im2col of a convolution's input, [N, C_in * kh * kw, H', W'], values bit for bit.
+
+    A convolution of each channel with the windows' unit vectors: ONNX has no im2col.
+    """
+    channels, window = conv.in_channels, conv.kernel_size[0] * conv.kernel_size[1]
+    unit = torch.eye(window).reshape(window, 1, *conv.kernel_size).repeat(channels, 1, 1, 1)
+    return graph.op("Conv", x, graph.constant(unit), **window_of(conv), group=channels)
+
+
+def window_of(conv: nn.Conv2d) -> dict[str, list[int]]:
+    """Kernel, strides, pads and dilations as a Conv node has them."""
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        raise ConfigError(
+            f"export: format=onnx does not know padding={conv.padding}, {conv.padding_mode}. "
+            "Use format=packed."
+        )
+    return {
+        "kernel_shape": list(conv.kernel_size),
+        "strides": list(conv.stride),
+        "pads": list(conv.padding) * 2,
+        "dilations": list(conv.dilation),
+    }
+
+
+def _aquant(graph: Graph, q: Any, x: str) -> str:
+    rows = (1, -1, 1, 1) if len(q.shape) > 1 else (1, -1)  # of [N, R, H, W] or [N, R]
+    step, zero = graph.constant(q.scale.clamp_min(MIN_SCALE)), graph.constant(q.zero)
+    u = graph.op("Div", x, step)
+    t = graph.op("Mul", u, graph.constant(1.0 / (q.qmax - q.qmin)))
+    coefficients = [graph.constant(a.reshape(rows)) for a in q.border]
+    v = coefficients.pop()
+    while coefficients:
+        v = graph.op("Add", coefficients.pop(), graph.op("Mul", t, v))
+    if q.fusion != "none":
+        v = _fused(graph, q, u, v)
+    half = graph.op("Add", graph.constant(0.5), v)
+    border = graph.op("Clip", half, graph.constant(0.0), graph.constant(1.0))
+    up = graph.op("Add", u, graph.op("Sub", graph.constant(1.0), border))
+    x_int = graph.op("Add", graph.op("Floor", up), zero)
+    bounds = (graph.constant(float(q.qmin)), graph.constant(float(q.qmax)))
+    return graph.op("Mul", graph.op("Sub", graph.op("Clip", x_int, *bounds), zero), step)
+
+
+def _fused(graph: Graph, q: Any, u: str, v: str) -> str:
+    """v' of a window's rows, which see each other through `mixing` [C, window, window]."""
+    feature = v if q.fusion == "window" else graph.op("Sub", u, _nearest_integer(graph, u))
+    if len(q.shape) == 1:  # a linear layer: windows of one row
+        mixed = graph.op("Mul", feature, graph.constant(q.mixing.reshape(1, -1)))
+    else:
+        if q.border.shape[0] == 1 and q.fusion == "window":  # a constant: one value a row, no map
+            feature = graph.op("Add", feature, graph.op("Mul", u, graph.constant(0.0)))
+        kernel = graph.constant(q.mixing.reshape(-1, q.window, 1, 1))
+        mixed = graph.op("Conv", feature, kernel, kernel_shape=[1, 1], group=q.shape[0])
+    return mixed if q.fusion == "window" else graph.op("Add", v, mixed)
+
+
+def _nearest_integer(graph: Graph, u: str) -> str:
+    return graph.op("Floor", graph.op("Add", u, graph.constant(0.5)))
+
+
 def _identity(graph: Graph, q: Any, x: str) -> str:
     return x
 
@@ -217,4 +280,5 @@ INPUTS: dict[type[Quantizer], Callable[[Graph, Any, str], str]] = {
     Nearest: _nearest,
     ASQ: _asq,
     N2UQ: _n2uq,
+    AQuant: _aquant,
 }
