@@ -92,7 +92,7 @@ def network(method: str, widths: Bits | None = None, *, fold: bool = False) -> n
     return model.eval()
 
 
-def packed_of(model: nn.Module) -> Packed:
+def packed_of(model: nn.Module, **keywords: Any) -> Packed:
     return pack_network(
         model,
         target=TARGET,
@@ -100,6 +100,7 @@ def packed_of(model: nn.Module) -> Packed:
         num_classes=10,
         input_shape=SHAPE,
         data={"name": "synthetic", "mean": [0.5] * 3, "std": [0.25] * 3},
+        **keywords,
     )
 
 
@@ -157,6 +158,31 @@ def test_a_float_network_survives(tmp_path: Path) -> None:
     again = through_a_file(model, tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(again(images(4)), model(images(4)))
+
+
+def test_adapters_in_bfloat16_are_rounded_and_nothing_else(tmp_path: Path) -> None:
+    model = network("asq+post")
+    packed = packed_of(model, adapters=torch.bfloat16)
+    write(packed, tmp_path / "x.safetensors")
+    again = restore(read(tmp_path / "x.safetensors"))
+    ours = model.state_dict()
+    for name, value in again.state_dict().items():
+        if ".adapter." in name:
+            assert torch.equal(value, ours[name].bfloat16().float()), name
+    full = packed_of(model)
+    halved = {n: t for n, t in packed.tensors.items() if n.endswith(".a.adapter")}
+    assert len(halved) == len(packed.header.layers) - 2  # first and last have none
+    assert all(t.numel() * 2 == t.numel() * t.element_size() for t in halved.values())
+    kept = set(packed.tensors) - set(halved)
+    assert all(torch.equal(packed.tensors[name], full.tensors[name]) for name in kept)
+
+
+def test_only_an_adapter_may_be_bfloat16(tmp_path: Path) -> None:
+    packed = packed_of(network("lsq"))
+    bias = packed.tensors["linear.bias"].bfloat16()
+    write(Packed(packed.header, {**packed.tensors, "linear.bias": bias}), tmp_path / "x")
+    with pytest.raises(CheckpointError, match=r"'linear.bias' is torch\.bfloat16"):
+        read(tmp_path / "x")
 
 
 def test_packing_leaves_the_network_as_it_was() -> None:
@@ -330,6 +356,13 @@ def run_folder(tmp_path: Path) -> Path:
     with open_run(Path(cfg.folder), cfg) as run:
         run.finish(qat(cfg, run))
     return Path(cfg.folder)
+
+
+def test_what_bfloat16_adapters_change_is_said(qexp: Qexp, run_folder: Path) -> None:
+    said = qexp("export", f"run={run_folder}", "adapters=bfloat16")
+    assert said.code == 0, said.err
+    assert "packed: adapters in bfloat16: on " in said.out
+    assert "have another top-1" in said.out
 
 
 def test_an_exported_run_evaluates_to_the_same_top1(

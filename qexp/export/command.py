@@ -13,6 +13,7 @@ from torch import nn
 
 from qexp import config
 from qexp.errors import CheckpointError, ConfigError
+from qexp.export.compare import difference
 from qexp.quant.accounting import account
 from qexp.quant.convert import check_calibrated
 from qexp.quant.trace import trace
@@ -25,6 +26,7 @@ class Export:
     run: str | None
     checkpoint: str
     format: Literal["packed", "onnx"]
+    adapters: Literal["float32", "bfloat16"]
     file: str | None
 
 
@@ -50,7 +52,7 @@ def export(cfg: DictConfig) -> dict[str, Any]:
     path = Path(cfg.file) if cfg.file else folder / f"model{suffix}"
     if path.suffix != suffix or not path.parent.is_dir():
         raise ConfigError(f"export: file must be a name in a folder that exists, like x{suffix}.")
-    return writer(model.eval(), dataset, trained, path)
+    return writer(model.eval(), dataset, trained, path, cfg)
 
 
 def require(package: str) -> None:
@@ -63,24 +65,38 @@ def require(package: str) -> None:
         )
 
 
-def _packed(model: nn.Module, dataset: Any, trained: DictConfig, path: Path) -> dict[str, Any]:
-    from qexp.export.network import allowed
+COMPARED = 256  # training images on which a form that is not exact is compared
+
+
+def _packed(
+    model: nn.Module, dataset: Any, trained: DictConfig, path: Path, cfg: DictConfig
+) -> dict[str, Any]:
+    from qexp.export.inputs import ADAPTER, ADAPTER_DTYPES
+    from qexp.export.network import allowed, restore
     from qexp.export.packed import write
 
-    packed = pack_run(model, dataset, trained)
+    packed = pack_run(model, dataset, trained, ADAPTER_DTYPES[cfg.adapters])
     size = write(packed, path)
     data = sum(t.numel() * t.element_size() for t in packed.tensors.values())
-    cost = account(model, trace(model, dataset.input_shape))
+    fp32 = account(model, trace(model, dataset.input_shape)).fp32_bytes
     print(
         f"packed: {path} | {size:,} bytes (tensors {data:,}, header {size - data:,}) | "
-        f"{size / cost.fp32_bytes:.3f} of the float network's {cost.fp32_bytes:,}"
+        f"{size / fp32:.3f} of the float network's {fp32:,}"
     )
     if not allowed(packed.header.target):
         print(f"packed: {packed.header.target} is your own model: qexp eval needs trust=true")
-    return {"file": str(path), "bytes": size, "data_bytes": data, "fp32_bytes": cost.fp32_bytes}
+    written = {"file": str(path), "bytes": size, "data_bytes": data, "fp32_bytes": fp32}
+    if cfg.adapters != "float32" and any(n.endswith(f".a.{ADAPTER}") for n in packed.tensors):
+        images = dataset.calibration_images(min(COMPARED, dataset.train_size), 0)
+        found = difference(model, restore(packed, trust=True), images)
+        print(f"packed: adapters in {cfg.adapters}: {found}")
+        written |= {"adapters": cfg.adapters, **found._asdict()}
+    return written
 
 
-def _onnx(model: nn.Module, dataset: Any, trained: DictConfig, path: Path) -> dict[str, Any]:
+def _onnx(
+    model: nn.Module, dataset: Any, trained: DictConfig, path: Path, cfg: DictConfig
+) -> dict[str, Any]:
     require("onnx")
     from qexp.export.onnx_network import to_onnx
     from qexp.runner.atomic import write_bytes
@@ -95,7 +111,9 @@ def _onnx(model: nn.Module, dataset: Any, trained: DictConfig, path: Path) -> di
     return {"file": str(path), "bytes": len(blob), "fp32_bytes": fp32}
 
 
-def pack_run(model: nn.Module, dataset: Any, trained: DictConfig) -> Any:
+def pack_run(
+    model: nn.Module, dataset: Any, trained: DictConfig, adapters: torch.dtype = torch.float32
+) -> Any:
     """The `Packed` of a run's network and config."""
     from qexp.export.packed import pack_network
 
@@ -112,6 +130,7 @@ def pack_run(model: nn.Module, dataset: Any, trained: DictConfig) -> Any:
             "mean": [float(v) for v in trained.dataset.get("mean") or ()],
             "std": [float(v) for v in trained.dataset.get("std") or ()],
         },
+        adapters=adapters,
     )
 
 

@@ -2,7 +2,8 @@
 
 Inputs are quantized at run time, so a file holds what the quantizer needs for that, under the
 quantizer's own names; docs/format.md has each kind's equations. Buffers that only training reads
-are left out.
+are left out. ASQ's adapter is one vector, `adapter`: its parameters in order, row by row. A file
+may hold it in bfloat16, which is read back as float32: the one choice here that is not exact.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qexp.errors import ConfigError
 from qexp.quant.aquant import DEGREE, AQuant
@@ -22,6 +23,9 @@ from qexp.quant.lsq import LSQ, LSQPlus
 from qexp.quant.n2uq import N2UQ
 from qexp.quant.nearest import Nearest
 from qexp.quant.quantizer import Quantizer
+
+ADAPTER = "adapter"  # the only name that may be stored in ADAPTER_DTYPES
+ADAPTER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ def _asq_keywords(q: ASQ) -> dict[str, Any]:
 
 
 def _asq_stored(q: ASQ) -> tuple[str, ...]:
-    adapter = () if q.adapter is None else tuple(f"adapter.{n}" for n in q.adapter.state_dict())
+    adapter = () if q.adapter is None else (ADAPTER,)
     return ("scale", *adapter, *(("mean_abs",) if q.factor == "statistics" else ()))
 
 
@@ -91,8 +95,10 @@ KINDS: dict[str, Kind] = {
 }
 
 
-def describe(quantizer: Quantizer, name: str) -> tuple[Input, dict[str, Tensor]]:
-    """`(input, tensors)` of a calibrated activation quantizer.
+def describe(
+    quantizer: Quantizer, name: str, adapters: torch.dtype = torch.float32
+) -> tuple[Input, dict[str, Tensor]]:
+    """`(input, tensors)` of a calibrated activation quantizer, adapters in a dtype of their own.
 
     Raises:
         ConfigError: its class has no packed form.
@@ -100,13 +106,34 @@ def describe(quantizer: Quantizer, name: str) -> tuple[Input, dict[str, Tensor]]
     for word, kind in KINDS.items():
         if type(quantizer) is kind.cls:
             keywords = kind.keywords(quantizer)
-            state = quantizer.state_dict()
+            state = _flat(quantizer)
             tensors = {n: _stored(n, state[n], quantizer.bits) for n in kind.stored(quantizer)}
+            if ADAPTER in tensors:
+                tensors[ADAPTER] = tensors[ADAPTER].to(adapters)
             return Input(word, quantizer.bits, quantizer.signed, keywords), tensors
     raise ConfigError(
         f"export: layer '{name}' has inputs of {type(quantizer).__name__}, which has no packed "
         "form. Add it to qexp.export.inputs.KINDS."
     )
+
+
+def _flat(quantizer: Quantizer) -> dict[str, Tensor]:
+    """The quantizer's state, its adapter as one vector."""
+    state = quantizer.state_dict()
+    if isinstance(quantizer, ASQ) and quantizer.adapter is not None:
+        parameters = quantizer.adapter.parameters()
+        state[ADAPTER] = nn.utils.parameters_to_vector(parameters).detach()
+    return state
+
+
+def _apart(adapter: nn.Module, vector: Tensor) -> dict[str, Tensor]:
+    """Undo `_flat`: the parameters in `vector`, float32, by their names in the state."""
+    shapes = {name: p.shape for name, p in adapter.named_parameters()}
+    parts = vector.float().split([shape.numel() for shape in shapes.values()])
+    return {
+        f"{ADAPTER}.{name}": part.reshape(shape)
+        for (name, shape), part in zip(shapes.items(), parts, strict=True)
+    }
 
 
 def _stored(name: str, value: Tensor, bits: int) -> Tensor:
@@ -137,9 +164,15 @@ def state(entry: Input, quantizer: Quantizer, tensors: Mapping[str, Tensor]) -> 
     names = KINDS[entry.kind].stored(quantizer)
     if set(names) != set(tensors):
         raise ValueError(f"an input of kind {entry.kind} has {', '.join(names)}")
-    own = {n: t for n, t in quantizer.state_dict().items() if n not in names}
+    stored = {n: t.float() if n == "zero" else t for n, t in tensors.items()}
+    if ADAPTER in stored:
+        assert isinstance(quantizer, ASQ)
+        assert quantizer.adapter is not None
+        if not stored[ADAPTER].is_floating_point():
+            raise ValueError("an adapter is not of integers")
+        stored |= _apart(quantizer.adapter, stored.pop(ADAPTER))
+    own = {n: t for n, t in quantizer.state_dict().items() if n not in stored}
     # A zero point that is not stored is 0; the quantizer may have been built without storage.
     own = {n: torch.zeros(t.shape) if t.is_meta else t for n, t in own.items()}
     own["calibrated"] = torch.tensor(True)
-    zeros = {n: t.float() for n, t in tensors.items() if n == "zero"}
-    return {**own, **tensors, **zeros}
+    return {**own, **stored}

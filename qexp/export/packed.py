@@ -115,8 +115,12 @@ def pack_network(
     num_classes: int,
     input_shape: tuple[int, ...],
     data: Mapping[str, Any],
+    adapters: torch.dtype = torch.float32,
 ) -> Packed:
     """A calibrated network, quantized or float, as header and tensors.
+
+    Args:
+        adapters: how ASQ's adapters are stored, float32 or bfloat16.
 
     Raises:
         ConfigError: a quantizer without packed form, or state that is not float.
@@ -134,7 +138,7 @@ def pack_network(
             tensors[f"{name}.w.codes"] = pack(codes - how.qmin, how.width)
             tensors |= {f"{name}.w.{key}": value for key, value in parts.items()}
         if not isinstance(layer.act_quantizer, Identity):
-            source, parts = inputs.describe(layer.act_quantizer, name)
+            source, parts = inputs.describe(layer.act_quantizer, name, adapters)
             a_index = _index(acts, source)
             tensors |= {f"{name}.a.{key}": value for key, value in parts.items()}
         layers.append(LayerEntry(name, tuple(layer.weight.shape), w_index, a_index))
@@ -250,8 +254,9 @@ def _decoded(blob: bytes) -> Packed:
     if metadata.get("sha256") != _digest(text, blob):
         raise FormatError("its bytes are not those that were written (sha256)")
     for name, value in tensors.items():
-        if value.dtype not in DTYPES:
+        shortened = value.dtype == torch.bfloat16 and name.endswith(f".a.{inputs.ADAPTER}")
+        if value.dtype not in DTYPES and not shortened:
             raise FormatError(f"tensor {name[:80]!r} is {value.dtype}")
-        if value.dtype == torch.float32 and not bool(value.isfinite().all()):
+        if value.is_floating_point() and not bool(value.isfinite().all()):
             raise FormatError(f"tensor {name[:80]!r} is not finite")
     return Packed(header, tensors)
