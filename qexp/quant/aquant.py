@@ -54,6 +54,7 @@ import torch
 from torch import Tensor, nn
 
 from qexp.quant.border import border_round, polynomial_border
+from qexp.quant.drop import Drop, last_byte, mix, random_bytes
 from qexp.quant.functional import MIN_SCALE, as_rows, from_rows
 from qexp.quant.nearest import Estimator, activation_sample, estimate_grid
 from qexp.quant.quantizer import Quantizer
@@ -97,6 +98,7 @@ class AQuant(Quantizer):
         if fusion != "none" and per != "row":
             raise ValueError(f"fusion={fusion} needs per=row, got per={per}")
         self.per, self.fusion, self.init = per, fusion, init
+        self.drop: Drop | None = None  # set while a network is reconstructed
         self.estimator: Estimator = estimator
         self.p, self.percent = p, percent
         channels = self.shape[0] if self.shape else 1
@@ -186,11 +188,16 @@ class AQuant(Quantizer):
     def forward(self, x: Tensor) -> Tensor:
         view = self._view(x)
         if self.fusion == "none":
+            dice, last = None, -1
+            if self.drop is not None:
+                dice = random_bytes(view, self.drop.generator)
+                last = last_byte(self.drop.probability)
             x_hat = polynomial_border(
-                view, self.scale, self.border, self.zero, self.qmin, self.qmax
+                view, self.scale, self.border, self.zero, self.qmin, self.qmax, dice, last
             )
         else:
             x_hat = (self._integers(view) * self.scale.clamp_min(MIN_SCALE)).to(x.dtype)
+            x_hat = x_hat if self.drop is None else mix(view, x_hat, *self.drop)
         return self._unview(x_hat, x)
 
     @torch.no_grad()

@@ -3,8 +3,9 @@
     clip(floor(u) + 1[u - floor(u) >= B], low, high) = clip(floor(u + 1 - B), low, high)
 
 `polynomial_border` fuses the border v = a0 + a1 t + a2 t^2 with quantization, saves only x for
-backward and recomputes the rest; `border_round` takes any border. The equations and gradients are
-in aquant.py.
+backward and recomputes the rest; with `dice` it drops as well (drop.py): columns are kh*kw times
+the image, so that a pass over them is what costs. `border_round` takes any border. The equations
+and gradients are in aquant.py.
 """
 
 from __future__ import annotations
@@ -60,33 +61,81 @@ def _border_backward(
     )
 
 
+@kernel
+def _dropped_forward(
+    x: Tensor, dice: Tensor, scale: Tensor, zero: Tensor, a: Tensor, qmin: int, qmax: int, last: int
+) -> Tensor:
+    x_hat = _border_forward(x, scale, zero, a, qmin, qmax)
+    return torch.lerp(x_hat, x, (dice.float() <= last).to(x.dtype))
+
+
+@kernel
+def _dropped_backward(
+    grad: Tensor,
+    x: Tensor,
+    dice: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    a: Tensor,
+    qmin: int,
+    qmax: int,
+    last: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    to_x = grad * (dice.float() <= last).to(grad.dtype)
+    grad_x, *sums = _border_backward(grad - to_x, x, scale, zero, a, qmin, qmax)
+    return grad_x + to_x, *sums
+
+
 class _PolynomialBorder(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, a: Tensor, zero: Tensor, qmin: int, qmax: int
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        a: Tensor,
+        zero: Tensor,
+        qmin: int,
+        qmax: int,
+        dice: Tensor | None,
+        last: int,
     ) -> Tensor:
-        ctx.save_for_backward(x, scale, a, zero)
-        ctx.qmin, ctx.qmax = qmin, qmax
-        return _border_forward(x, *_constants(scale, zero, a), qmin, qmax)
+        ctx.save_for_backward(x, scale, a, zero, dice)
+        ctx.bounds, ctx.last = (qmin, qmax), last
+        constants = _constants(scale, zero, a)
+        if dice is None:
+            return _border_forward(x, *constants, qmin, qmax)
+        return _dropped_forward(x, dice, *constants, qmin, qmax, last)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, a, zero = ctx.saved_tensors
-        grad_x, grad_scale, *sums = _border_backward(
-            grads[0], x, *_constants(scale, zero, a), ctx.qmin, ctx.qmax
-        )
+        x, scale, a, zero, dice = ctx.saved_tensors
+        constants = _constants(scale, zero, a)
+        if dice is None:
+            results = _border_backward(grads[0], x, *constants, *ctx.bounds)
+        else:
+            results = _dropped_backward(grads[0], x, dice, *constants, *ctx.bounds, ctx.last)
+        grad_x, grad_scale, *sums = results
         grad_a = torch.stack([s.sum(0) for s in sums[: a.shape[0]]])  # [degree + 1, R]
-        return grad_x, grad_scale.sum(), grad_a, None, None, None  # zero, bounds: constants
+        # zero, the bounds, the dice and their limit are constants
+        return grad_x, grad_scale.sum(), grad_a, None, None, None, None, None
 
 
 def polynomial_border(
-    x: Tensor, scale: Tensor, a: Tensor, zero: Tensor, qmin: int, qmax: int
+    x: Tensor,
+    scale: Tensor,
+    a: Tensor,
+    zero: Tensor,
+    qmin: int,
+    qmax: int,
+    dice: Tensor | None = None,
+    last: int = -1,
 ) -> Tensor:
     """Fake quantization with B = clip(1/2 + a0 + a1 t + a2 t^2, 0, 1), t = u / (qmax - qmin).
 
-    Shape: x [A, R, M]; scale, zero []; a [degree + 1, R]; result as x.
+    Elements whose byte of `dice` is at most `last` stay as they are.
+    Shape: x, dice [A, R, M]; scale, zero []; a [degree + 1, R]; result as x.
     """
-    return _PolynomialBorder.apply(x, scale, a, zero, qmin, qmax)  # type: ignore[return-value]
+    return _PolynomialBorder.apply(x, scale, a, zero, qmin, qmax, dice, last)  # type: ignore[return-value]
 
 
 def _constants(scale: Tensor, zero: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from qexp.quant.columns import columns
 from qexp.quant.modules import QUANT_LAYERS, QuantConv2d, QuantLayer, QuantLinear
 from qexp.quant.quantizer import Identity, Quantizer
 from qexp.quant.trace import Layer
@@ -159,13 +160,8 @@ def calibrate_(model: nn.Module, images: Tensor, *, fresh_only: bool = False) ->
         if fresh_only and bool(quantizer.calibrated):
             return
         if isinstance(module, QuantConv2d) and quantizer.on_columns:
-            x = nn.functional.unfold(
-                x,
-                module.kernel_size,
-                module.dilation,
-                module.padding,  # type: ignore[arg-type]
-                module.stride,
-            )
+            window = (module.kernel_size, module.dilation, module.padding, module.stride)
+            x = columns(x, *window)  # type: ignore[arg-type]
         quantizer.calibrate(x)
 
     for module in quant_layers(model).values():

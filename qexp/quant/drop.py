@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,9 +56,26 @@ class _Mix(torch.autograd.Function):
         return grad_x, grad_x_hat, None, None  # the dice are constants
 
 
+def last_byte(probability: float) -> int:
+    """The largest byte that picks the float value; -1: none does."""
+    return round(probability * 256) - 1
+
+
+class Drop(NamedTuple):
+    """How a quantizer drops that does it by itself.
+
+    Attributes:
+        probability: that an element stays in float.
+        generator: of the dice.
+    """
+
+    probability: float
+    generator: torch.Generator
+
+
 def mix(x: Tensor, x_hat: Tensor, probability: float, generator: torch.Generator) -> Tensor:
     """Each element from `x` with `probability`, else from `x_hat`. Shape: all alike."""
-    last = round(probability * 256) - 1  # the largest byte that picks x
+    last = last_byte(probability)
     if last < 0:
         return x_hat
     return _Mix.apply(x, x_hat, random_bytes(x, generator), last)  # type: ignore[return-value]
@@ -68,14 +85,23 @@ def mix(x: Tensor, x_hat: Tensor, probability: float, generator: torch.Generator
 def dropping(
     quantizers: Iterable[nn.Module], probability: float, generator: torch.Generator
 ) -> Iterator[None]:
-    """Inside, every quantizer returns its float input with `probability`, element by element."""
+    """Inside, every quantizer returns its float input with `probability`, element by element.
+
+    A quantizer with an attribute `drop` is told and does it in its own kernel.
+    """
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], x_hat: Tensor) -> Tensor:
         return mix(inputs[0], x_hat, probability, generator)
 
-    handles = [q.register_forward_hook(hook) for q in quantizers] if probability > 0 else []
+    dropped = list(quantizers) if probability > 0 else []
+    own = [q for q in dropped if hasattr(q, "drop")]
+    handles = [q.register_forward_hook(hook) for q in dropped if not hasattr(q, "drop")]
     try:
+        for q in own:
+            q.drop = Drop(probability, generator)  # type: ignore[assignment]
         yield
     finally:
+        for q in own:
+            q.drop = None  # type: ignore[assignment]
         for handle in handles:
             handle.remove()

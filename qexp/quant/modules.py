@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qexp.quant.columns import columns, columns_size
 from qexp.quant.quantizer import Quantizer
 
 if TYPE_CHECKING:
@@ -66,28 +67,16 @@ class QuantConv2d(QuantizedOperands, nn.Conv2d):
         """The same convolution with every im2col element quantized on its own (AQuant rows)."""
         if self.padding_mode != "zeros" or isinstance(self.padding, str):
             raise ValueError("column quantizers need zero padding given as integers")
-        columns = F.unfold(
-            x, self.kernel_size, self.dilation, self.padding, self.stride
-        )  # [N, C_in*kh*kw, L]
-        columns = self.act_quantizer(columns)
-        n, k, length = columns.shape
-        grouped = columns.view(n, self.groups, k // self.groups, length)
-        rows = weight.view(self.groups, self.out_channels // self.groups, -1).to(columns.dtype)
+        window = (self.kernel_size, self.dilation, self.padding, self.stride)
+        taken = self.act_quantizer(columns(x, *window))  # type: ignore[arg-type]
+        n, k, length = taken.shape
+        grouped = taken.view(n, self.groups, k // self.groups, length)
+        rows = weight.view(self.groups, self.out_channels // self.groups, -1).to(taken.dtype)
         # A batched product, not einsum, whose gradient of the rows is many times slower on a CPU.
         out = torch.matmul(rows, grouped).reshape(n, self.out_channels, length)
         if self.bias is not None:
             out = out + self.bias.to(out.dtype)[:, None]
-        size = [
-            (
-                x.shape[2 + i]
-                + 2 * self.padding[i]
-                - self.dilation[i] * (self.kernel_size[i] - 1)
-                - 1
-            )
-            // self.stride[i]
-            + 1
-            for i in range(2)
-        ]
+        size = columns_size((x.shape[2], x.shape[3]), *window)  # type: ignore[arg-type]
         return out.view(n, self.out_channels, *size)
 
 
