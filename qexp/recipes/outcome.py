@@ -90,7 +90,8 @@ def log_epoch(
     state["stuck"] = stuck
     for kind, counts in health(network.model).items():
         run.event("health", what=kind, epoch=epoch, layers=counts)
-        run.warn(f"{kind.replace('_', ' ')}: {sum(counts.values())} in {len(counts)} quantizers")
+        first = next(iter(counts)) + (", ..." if len(counts) > 1 else "")
+        run.warn(f"{kind.replace('_', ' ')}: {sum(counts.values())} in {first}")
     return best
 
 
