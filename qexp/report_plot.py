@@ -104,7 +104,7 @@ def learning(
         axis.grid(alpha=0.25)
     figure.supylabel("test top-1 [%]", fontsize=SMALL)
     figure.legend(
-        list(named.values()), list(named), loc="outside right upper", frameon=False, fontsize=SMALL
+        list(named.values()), list(named), loc="outside right center", frameon=False, fontsize=SMALL
     )
     save(figure, path, title, **save_as)
 
@@ -121,4 +121,4 @@ def _looks(names: Any) -> dict[str, tuple[str, str]]:
 
 def _side_legend(figure: Any, axis: Any) -> None:
     handles, names = axis.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside right upper", frameon=False, fontsize=SMALL)
+    figure.legend(handles, names, loc="outside right center", frameon=False, fontsize=SMALL)
