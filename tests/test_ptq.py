@@ -129,7 +129,7 @@ def test_bias_correction_and_the_fisher_weights_are_options_of_any_method(tmp_pa
     options = ("quantizer.reconstruct.bias_correction=true", "quantizer.reconstruct.fisher=true")
     result, _ = quantized(tiny(tmp_path, "quantizer=qdrop", *options))
     assert len(result["reconstruction"]["bias_shifts"]) == 8  # every layer
-    assert result["protocol"]["bias_correction"] is True
+    assert result["reconstruction"]["method"]["bias_correction"] is True
 
 
 def test_max_steps_cuts_every_unit(tmp_path: Path) -> None:

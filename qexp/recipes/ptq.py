@@ -109,7 +109,7 @@ def ptq(cfg: DictConfig, run: Run) -> dict[str, Any]:
     test = evaluate(model, dataset.eval_batches("test"))
     save(float=float_state(model), top1=test.top1)
     recipe = {k: v for k, v in asdict(s).items() if k != "cache_gb"}
-    protocol = outcome.protocol(cfg, recipe | asdict(method), dataset, start.record())
+    protocol = outcome.protocol(cfg, recipe, dataset, start.record())
     run.info(f"top-1 {test.top1:.2f}" + (f", float {start.top1:.2f}" if start.top1 else ""))
     return outcome.result(
         cfg,
@@ -123,7 +123,7 @@ def ptq(cfg: DictConfig, run: Run) -> dict[str, Any]:
         best_selected_on="none",
         epochs=0,
         images_per_s=test.images_per_s,
-        reconstruction=_summary(done, fold_error, shifts),
+        reconstruction={"method": asdict(method), **_summary(done, fold_error, shifts)},
     )
 
 
