@@ -119,7 +119,7 @@ def _group(s: Settings, model: str, dtype: torch.dtype, mode: str, device: torch
     layers = trace(net, (3, size, size))
 
     def contender(name: str, network: nn.Module, how: str, quantized: set[str]) -> Contender:
-        step = make_step(network, how, images, labels, dtype)
+        step = make_step(network, how, images, labels, dtype, s.saved if quantized else "all")
         return Contender(name, network, step, quantized)
 
     float_mode = "model" if mode == "model" else "off"

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, ListConfig
 
 from qexp.errors import ConfigError, did_you_mean
 
+SAVED = ("all", "inputs", "blocks")  # recipes/saving.py
 MODES = ("off", "kernels", "model")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -28,6 +29,7 @@ class Settings:
     channels_last: bool
     overrides: list[str]
     peers: bool
+    saved: str
     repeats: int
     warmup: int
     device: str
@@ -60,8 +62,12 @@ class Settings:
         problems = [
             f"config: {key}={value} is not an option. Use {', '.join(options)}."
             + did_you_mean(str(value), options)
-            for key, options in (("compile", MODES), ("dtype", tuple(DTYPES)))
-            for value in getattr(self, key)
+            for key, options, values in (
+                ("compile", MODES, self.compile),
+                ("dtype", tuple(DTYPES), self.dtype),
+                ("saved", SAVED, [self.saved]),
+            )
+            for value in values
             if value not in options
         ]
         for key in ("batch", "repeats", "warmup", "image_size", "threads"):
@@ -79,5 +85,6 @@ class Settings:
             "repeats": self.repeats,
             "threads": threads,
             "channels_last": self.channels_last,
+            "saved": self.saved,
             "overrides": self.overrides,
         }

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from qexp.bench_floor import synchronize
 from qexp.quant.functional import compile_kernels
 from qexp.quant.trace import Layer
+from qexp.recipes.compilation import compiled
+from qexp.recipes.saving import save_less_
 
 LEARNING_RATE = 1e-4  # small: the images are noise, and no step may diverge
 
@@ -61,10 +63,18 @@ class Group(NamedTuple):
 
 
 def make_step(
-    model: nn.Module, mode: str, images: Tensor, labels: Tensor, dtype: torch.dtype
+    model: nn.Module,
+    mode: str,
+    images: Tensor,
+    labels: Tensor,
+    dtype: torch.dtype,
+    saved: str = "all",
 ) -> Callable[[], None]:
     """One training step of `model` on a batch that stays the same."""
-    forward = torch.compile(model, dynamic=False) if mode == "model" else model
+    compile_it = mode == "model"
+    forward = compiled(model, images.device, saved, dynamic=False) if compile_it else model
+    if not compile_it:
+        save_less_(model, saved)
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9)
     device, amp = images.device.type, dtype == torch.bfloat16
 

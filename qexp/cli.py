@@ -171,6 +171,11 @@ def hydra_main(job: Any, config_path: Path, config_name: str, argv: Sequence[str
 
     known, arguments, overrides = _parse(argv)
     config_name = known.config_name or config_name
+    if known.multirun and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "qexp: a sweep starts its own processes. Start it without torchrun, or each of its "
+            "jobs with torchrun."
+        )
     try:
         if known.help:
             from qexp import help as help_

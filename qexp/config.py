@@ -64,6 +64,8 @@ class Train:
     float: Mapping[str, Any]
     quantizer: Mapping[str, Any]
     bitwidth: Mapping[str, Any]
+    saved: Literal["all", "inputs", "blocks"] = "all"
+    sync_bn: bool = False
 
 
 @dataclasses.dataclass
@@ -74,6 +76,7 @@ class Eval:
     checkpoint: str
     split: Literal["test", "val", "train"]
     device: str
+    engine: Literal["float", "integer", "table", "reference"]
     trust: bool
 
 

@@ -67,21 +67,49 @@ def resume_run(cfg: DictConfig) -> dict[str, Any]:
     return _run(cfg, resume=True)
 
 
+# Recipes that several processes can work on together.
+TOGETHER = ("qexp.recipes.qat.qat",)
+
+
 def _run(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
     from hydra.utils import get_method
 
+    from qexp.runner import distributed
     from qexp.runner.device import set_threads
     from qexp.runner.run import open_run
 
     recipe = get_method(cfg.recipe._target_)
+    if distributed.launched().size > 1 and cfg.recipe._target_ not in TOGETHER:
+        raise ConfigError(
+            f"qexp: recipe {cfg.recipe.name} runs in one process. Start it without torchrun."
+        )
     began = time.perf_counter()
-    with open_run(Path(cfg.folder), cfg, resume=resume) as run:
-        set_threads(cfg.threads)  # put back when the run ends
-        run.info(f"run: {run.dir}")
-        result = recipe(cfg, run)
-        run.finish(result)
+    with distributed.together(cfg.device) as world:
+        resume = resume or (world.leads and _take_up(cfg))
+        with open_run(Path(cfg.folder), cfg, resume=resume) as run:
+            set_threads(cfg.threads)  # put back when the run ends
+            run.info(f"run: {run.dir}")
+            if world.size > 1:
+                run.info(f"processes: {world.size}, each {cfg.recipe.batch_size} images a step")
+            result = recipe(cfg, run)
+            run.finish(result)
     seconds = time.perf_counter() - began
     return {"status": "done", "top1": result.get("top1"), "seconds": seconds, "folder": run.dir}
+
+
+def _take_up(cfg: DictConfig) -> bool:
+    """Whether torchrun started this command again: then it goes on with the run it began."""
+    from omegaconf import open_dict
+
+    from qexp.runner import distributed
+    from qexp.runner.folder import find_unfinished, identity
+
+    begun = find_unfinished(Path(cfg.out), identity(cfg)) if distributed.restarts() else None
+    if begun is None:
+        return False
+    with open_dict(cfg):
+        cfg.folder = str(begun)
+    return True
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:

@@ -77,6 +77,8 @@ def _resume_run(folder: Path, overrides: Sequence[str]) -> int:
     from qexp.cli import hydra_main
 
     status = read_status(folder)
+    if os.environ.get("RANK", "0") != "0":  # torchrun's process 0 decides and has the folder
+        status = {}
     if status.get("state") == "done" and not overrides:
         top1 = status.get("top1")
         score = f" (top-1 {top1:.2f})" if isinstance(top1, float) else ""
@@ -99,7 +101,9 @@ def _resume_run(folder: Path, overrides: Sequence[str]) -> int:
     try:
         code = hydra_main(job, (folder / ".hydra").resolve(), "config", arguments)
     finally:
-        if overrides and job.started:  # a refused override must not refuse the next resume
+        if (
+            overrides and job.started and status
+        ):  # a refused override must not refuse the next resume
             write_bytes(folder / RESUMED, OmegaConf.to_yaml(every).encode())
     return code
 

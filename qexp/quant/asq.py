@@ -142,6 +142,7 @@ class ASQ(Quantizer):
         self.scale_factor_grad = scale_factor_grad
         self.dequantize = dequantize
         self.init = init
+        self.replays = factor != "statistics"  # whose running mean moves in each forward
         self.scale = nn.Parameter(torch.tensor(1.0))
         self.adapter = (
             _adapter(shape[0], reduction, _UNIT_BIAS[factor]) if factor in _UNIT_BIAS else None

@@ -123,7 +123,9 @@ def unquantize_(model: nn.Module) -> nn.Module:
     return model
 
 
-_OWN = {"weight_quantizer", "act_quantizer", "weight_enabled", "act_enabled", "w_hat"}
+_OWN = {
+    "weight_quantizer", "act_quantizer", "weight_enabled", "act_enabled", "w_hat", "input_again",
+}  # fmt: skip
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

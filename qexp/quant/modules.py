@@ -9,7 +9,8 @@ bits are those of the two operands it multiplies.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,7 @@ class QuantizedOperands:
     weight_enabled = True
     act_enabled = True
     w_hat: Tensor | None = None  # the quantized weight, while `frozen_weights` holds it
+    input_again = False  # backward quantizes the input again, instead of keeping it (`lean`)
 
     @classmethod
     def from_float(
@@ -51,6 +53,33 @@ class QuantizedOperands:
             return self.weight
         return self.weight_quantizer(self.weight) if self.w_hat is None else self.w_hat
 
+    def lean(self, x: Tensor, x_hat: Tensor) -> AbstractContextManager[Any]:
+        """While the layer multiplies: what autograd keeps of it.
+
+        With `input_again` that is the float input x, which stays in memory anyway (its quantizer
+        and the ReLU before it need it), and x_hat is computed from it again in backward.
+        """
+        if not self.input_again or x_hat is x:
+            return nullcontext()
+        quantizer, x = self.act_quantizer, x.detach()
+        place, dtype, shape = x_hat.data_ptr(), x_hat.dtype, x_hat.shape
+
+        def pack(t: Tensor) -> Tensor | None:
+            same = t.data_ptr() == place and t.dtype == dtype and t.shape == shape
+            return None if same else t
+
+        @torch.no_grad()
+        def unpack(kept: Tensor | None) -> Tensor:
+            if kept is not None:
+                return kept
+            training, quantizer.training = quantizer.training, False
+            try:
+                return quantizer(x)
+            finally:
+                quantizer.training = training
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
 
 class QuantConv2d(QuantizedOperands, nn.Conv2d):
     """`nn.Conv2d` with quantized operands. Shape: x [N, C_in, H, W] -> [N, C_out, H', W']."""
@@ -61,7 +90,9 @@ class QuantConv2d(QuantizedOperands, nn.Conv2d):
             return self._conv_forward(x, weight, self.bias)
         if self.act_quantizer.on_columns:
             return self._conv_columns(x, weight)
-        return self._conv_forward(self.act_quantizer(x), weight, self.bias)
+        x_hat = self.act_quantizer(x)
+        with self.lean(x, x_hat):
+            return self._conv_forward(x_hat, weight, self.bias)
 
     def _conv_columns(self, x: Tensor, weight: Tensor) -> Tensor:
         """The same convolution with every im2col element quantized on its own (AQuant rows)."""
@@ -84,8 +115,10 @@ class QuantLinear(QuantizedOperands, nn.Linear):
     """`nn.Linear` with quantized operands. Shape: x [N, ..., C_in] -> [N, ..., C_out]."""
 
     def forward(self, input: Tensor) -> Tensor:
-        x = self.act_quantizer(input) if self.act_enabled else input
-        return F.linear(x, self.quantized_weight(), self.bias)
+        x_hat = self.act_quantizer(input) if self.act_enabled else input
+        weight = self.quantized_weight()
+        with self.lean(input, x_hat):
+            return F.linear(x_hat, weight, self.bias)
 
 
 QuantLayer = QuantConv2d | QuantLinear

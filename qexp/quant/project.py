@@ -15,27 +15,39 @@ import torch
 from torch import Tensor
 
 from qexp.quant.calibrate import SEARCH_STEPS
+from qexp.quant.cells import gather, search
 from qexp.quant.functional import MIN_SCALE, as_rows, from_rows, kernel, midpoints
 
 
 @kernel
-def _project_forward(w: Tensor, scale: Tensor, grid: Tensor, borders: Tensor) -> Tensor:
-    # w [R, M], scale [R, 1], grid [L], borders [L-1]; values outside fall on the end levels
-    q = grid[torch.bucketize(w.float() / scale, borders)]
+def _project_forward(w: Tensor, scale: Tensor, levels: Tensor, borders: Tensor) -> Tensor:
+    # w [R, M], scale [R, 1], tables as `_tables`; values outside fall on the end levels
+    q = gather(levels, *search(w.float() / scale, borders))
     return (scale * q).to(w.dtype)
 
 
 @kernel
 def _project_backward(
-    grad: Tensor, w: Tensor, scale: Tensor, grid: Tensor, borders: Tensor, clip_gradient: bool
+    grad: Tensor, w: Tensor, scale: Tensor, levels: Tensor, borders: Tensor, clip_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     v = w.float() / scale
     inside = v.abs() <= 1
     # dL/dw = e * [inside]                                                    [R, M]
     grad_w = torch.where(inside, grad, torch.zeros_like(grad)) if clip_gradient else grad.clone()
     # dL/dscale = sum e * (q - [inside] * v); q is sign(w) outside             [R, 1]
-    t = grid[torch.bucketize(v, borders)] - torch.where(inside, v, torch.zeros_like(v))
+    t = gather(levels, *search(v, borders)) - torch.where(inside, v, torch.zeros_like(v))
     return grad_w, (grad.float() * t).sum(1, keepdim=True)
+
+
+def _tables(grid: Tensor) -> tuple[Tensor, Tensor]:
+    """The levels [2^k] and the borders between them [2^k - 1], as `cells.search` takes them.
+
+    Filled up with the last level, behind borders that nothing passes. Shape: grid [L].
+    """
+    size = grid.numel()
+    missing = (1 << (size - 1).bit_length()) - size
+    levels = torch.cat([grid, grid[-1:].expand(missing)])
+    return levels, torch.cat([midpoints(grid), grid.new_full((missing,), torch.inf)])
 
 
 class _Project(torch.autograd.Function):
@@ -47,7 +59,7 @@ class _Project(torch.autograd.Function):
         ctx.g, ctx.clip_gradient = g, clip_gradient
         rows = scale.numel()
         step = scale.reshape(rows, 1).clamp_min(MIN_SCALE)
-        return from_rows(_project_forward(as_rows(w, rows), step, grid, midpoints(grid)), w)
+        return from_rows(_project_forward(as_rows(w, rows), step, *_tables(grid)), w)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
@@ -58,7 +70,7 @@ class _Project(torch.autograd.Function):
         if grad.stride() != w.stride():  # bring it into w's memory order
             grad = torch.empty_like(w, dtype=grad.dtype).copy_(grad)
         grad_w, grad_scale = _project_backward(
-            as_rows(grad, rows), as_rows(w, rows), step, grid, midpoints(grid), ctx.clip_gradient
+            as_rows(grad, rows), as_rows(w, rows), step, *_tables(grid), ctx.clip_gradient
         )
         grad_scale = (grad_scale * ctx.g).reshape(scale.shape).to(scale.dtype)
         return from_rows(grad_w, w), grad_scale, None, None, None  # grid, g, flag are constants
@@ -96,10 +108,10 @@ def mse_clip(w: Tensor, grid: Tensor, per_row: bool) -> Tensor:
     rows = rows.reshape(w.shape[0], -1) if per_row else rows.reshape(1, -1)
     widest = rows.abs().amax(1).clamp_min(MIN_SCALE)
     best, best_error = widest.clone(), torch.full_like(widest, torch.inf)
-    borders = midpoints(grid)
+    tables = _tables(grid)
     for i in range(1, SEARCH_STEPS + 1):
         clip = (widest * (i / SEARCH_STEPS)).clamp_min(MIN_SCALE)
-        w_hat = _project_forward(rows, clip[:, None], grid, borders)
+        w_hat = _project_forward(rows, clip[:, None], *tables)
         error = (w_hat - rows).pow_(2).sum(1)
         best = torch.where(error < best_error, clip, best)
         best_error = torch.minimum(error, best_error)

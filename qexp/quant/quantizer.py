@@ -44,6 +44,10 @@ class Quantizer(nn.Module):
     # Set True by activation quantizers that work on im2col columns [N, C_in*kh*kw, L].
     on_columns = False
 
+    # Whether forward in eval mode repeats, bit for bit, the last forward in training: backward may
+    # then quantize an input again instead of keeping the result.
+    replays = True
+
     # Prefixes of state names that mean the same at any width; `rebits_` carries them over.
     carried: tuple[str, ...] = ()
 

@@ -22,6 +22,7 @@ from qexp.quant.convert import Bits, Swap, quantize_
 from qexp.quant.trace import Layer, trace
 from qexp.runner import checkpoint
 from qexp.runner.device import pick_device
+from qexp.runner.distributed import world
 
 
 @dataclass
@@ -43,6 +44,8 @@ def make_dataset(cfg: DictConfig, device: torch.device) -> Any:
         device=device,
         batch_size=cfg.recipe.batch_size,
         seed=cfg.seed,
+        rank=world().rank,
+        world_size=world().size,
     )
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from qexp.errors import ConfigError
+from qexp.runner.distributed import launched
 
 # Of glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -24,14 +25,15 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 def pick_device(name: str) -> torch.device:
     """The device that `name` stands for: auto, cpu, cuda, cuda:N or mps.
 
-    `auto` is the first of cuda, mps, cpu that exists.
+    `auto` is the first of cuda, mps, cpu that exists; `cuda` is the GPU that torchrun gave this
+    process, else the first.
 
     Raises:
         ConfigError: unknown name, or a device this machine has not.
     """
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda", 0)
+            return torch.device("cuda", launched().local)
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     if name == "cpu":
         return torch.device("cpu")
@@ -42,7 +44,7 @@ def pick_device(name: str) -> torch.device:
     match = re.fullmatch(r"cuda(?::(\d+))?", name)
     if match is None:
         raise ConfigError(f"config: device '{name}' is none of auto, cpu, cuda, cuda:N, mps.")
-    index, count = int(match[1] or 0), torch.cuda.device_count()
+    index, count = int(match[1] or launched().local), torch.cuda.device_count()
     if count == 0:
         raise ConfigError(
             f"config: device={name}, but torch sees no GPU here. Use device=auto or device=cpu."

@@ -25,7 +25,9 @@ STATUS = "status.json"
 RESULT = "result.json"
 
 # Keys that say where and how a run is computed, not what: the same numbers come out.
-NOT_IDENTITY = ("out", "folder", "dry_run", "force", "device", "compile", "threads")
+NOT_IDENTITY = (
+    "out", "folder", "dry_run", "force", "device", "compile", "threads", "saved", "sync_bn",
+)  # fmt: skip
 
 
 def identity(cfg: DictConfig) -> str:
@@ -117,6 +119,16 @@ def _process_start(pid: int) -> int | None:
 def find_runs(root: Path) -> list[Path]:
     """Every run folder under `root` (or `root` itself), oldest name first."""
     return sorted({path.parent for path in root.rglob(STATUS)}, key=lambda path: (path.name, path))
+
+
+def find_unfinished(root: Path, identity: str) -> Path | None:
+    """The newest run under `root` of the config with this identity that ended without a result."""
+    for folder in reversed(find_runs(root)):
+        status = read_status(folder)
+        ended = status.get("state") in ("dead", "failed", "interrupted")
+        if ended and status.get("identity") == identity:
+            return folder
+    return None
 
 
 def find_done(root: Path, identity: str) -> Path | None:

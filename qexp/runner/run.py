@@ -27,6 +27,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from qexp.errors import RunError, one_line
+from qexp.runner import distributed
 from qexp.runner.atomic import finite, write_bytes, write_json
 from qexp.runner.environment import describe
 from qexp.runner.folder import (
@@ -157,6 +158,24 @@ class Run:
                     file.close()
 
 
+class Follower(Run):
+    """The run as a process that does not lead it sees it: nothing is written, nothing is said."""
+
+    def __init__(self, folder: Path, resumed: bool) -> None:
+        self.dir = folder
+        self.resumed = resumed
+        self.finished = False
+
+    def event(self, kind: str, **fields: Any) -> None: ...
+    def scalar(self, tag: str, value: float, step: int) -> None: ...
+    def histogram(self, tag: str, values: torch.Tensor, step: int) -> None: ...
+    def info(self, line: str) -> None: ...
+    def warn(self, line: str) -> None: ...
+    def log(self, text: str) -> None: ...
+    def write_json(self, name: str, value: Mapping[str, Any] | list[Any]) -> None: ...
+    def finish(self, result: Mapping[str, Any]) -> None: ...
+
+
 @contextmanager
 def open_run(folder: Path, cfg: DictConfig, *, resume: bool = False) -> Iterator[Run]:
     """Claim a folder for a run of `cfg`, and leave it with a status that says how it ended.
@@ -168,10 +187,18 @@ def open_run(folder: Path, cfg: DictConfig, *, resume: bool = False) -> Iterator
     Raises:
         RunError: no permission, no space, or `folder` still runs elsewhere. Every other exception
             passes through, with `run_folder` set on it, its traceback in train.log.
+
+    Where several processes train together, process 0 does this and the others get a `Follower`.
     """
+    if not distributed.world().leads:
+        place, resumed = distributed.told(("", False))
+        with sigterm(), global_state():
+            yield Follower(Path(place), resumed)
+        return
     with os_errors(folder):
         folder = _take(folder, cfg) if resume else claim(folder, _first_status(cfg))
         run = Run(folder, cfg, resume)
+    distributed.told((str(folder), resume))
     with os_errors(folder), sigterm(), global_state():
         try:
             run.describe_(cfg)

@@ -1,0 +1,100 @@
+"""What a training step keeps of its activations for backward (`saved=`).
+
+all      what autograd asks for. A convolution asks for its input, so a quantized one keeps a
+         float tensor that a float network has not: its quantized input beside the float one.
+inputs   the quantized input is computed again from the float one, which stays anyway: a step
+         keeps what a float step keeps, plus the few numbers of the quantizers' state.
+blocks   only the inputs of residual blocks are kept, and each block's forward runs again in
+         backward (activation checkpointing).
+
+Packing the quantized input as codes would keep more than `inputs` does: the gradient of a learned
+step needs the float input itself (x_int - x / scale), bit for bit, so codes come on top of it.
+
+Gradients are those of `all`, bit for bit: what runs again sees the state it saw the first time.
+With `compile=model` the compiler decides what to keep; any mode but `all` then lets it compute
+every elementwise result again, convolutions never (`recipes/compilation.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
+
+from qexp.errors import ConfigError, one_line
+from qexp.quant.blocks import find_blocks
+from qexp.quant.convert import quant_layers
+from qexp.quant.modules import QUANT_LAYERS
+
+MODES = ("all", "inputs", "blocks")
+
+
+def save_less_(model: nn.Module, saved: str) -> None:
+    """Let a quantized network's training steps keep what `saved` says, in place.
+
+    Raises:
+        ConfigError: `blocks` of a network that torch.fx cannot trace, or that has none.
+    """
+    for layer in quant_layers(model).values():
+        layer.input_again = saved == "inputs" and layer.act_quantizer.replays
+    if saved != "blocks":
+        return
+    try:
+        blocks = find_blocks(model, _Tracer().trace(model))
+    except Exception as error:  # fx raises whatever the forward does with a proxy
+        raise ConfigError(
+            f"config: saved=blocks needs residual blocks, and torch.fx cannot trace the network "
+            f"({one_line(error)}). Use saved=inputs."
+        ) from error
+    if not blocks:
+        raise ConfigError("config: saved=blocks, but the network has none. Use saved=inputs.")
+    for name in blocks:
+        block = model.get_submodule(name)
+        block.forward = partial(_checkpointed, block, block.forward)
+
+
+class _Tracer(fx.Tracer):
+    """Sees through everything but torch's own modules and quantized layers."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, QUANT_LAYERS) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _checkpointed(block: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    if not (block.training and torch.is_grad_enabled()):
+        return forward(x)
+    return checkpoint(forward, x, use_reentrant=False, context_fn=partial(_passes, block))
+
+
+def _passes(block: nn.Module) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Contexts of a block's first forward and of its repetition in backward.
+
+    A forward in training changes buffers: running statistics, counters, codebooks. The repetition
+    starts from those the first one found, and leaves those it finds.
+    """
+    found = _copy(block)
+    return nullcontext(), _replayed(block, found)
+
+
+@contextmanager
+def _replayed(block: nn.Module, found: list[Tensor]) -> Iterator[None]:
+    now = _copy(block)
+    _restore(block, found)
+    try:
+        yield
+    finally:
+        _restore(block, now)
+
+
+def _copy(block: nn.Module) -> list[Tensor]:
+    return [b.detach().clone() for b in block.buffers()]
+
+
+def _restore(block: nn.Module, state: list[Tensor]) -> None:
+    for buffer, value in zip(block.buffers(), state, strict=True):
+        buffer.data.copy_(value)  # of the data: batch norm has kept the buffer for backward

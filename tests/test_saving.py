@@ -1,0 +1,117 @@
+"""`saved=`: less is kept for backward, and the training is the same, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qexp.bench_step import Contender, saved_bytes
+from qexp.errors import ConfigError
+from qexp.models.resnet import ResNet
+from qexp.quant.asq import ASQ
+from qexp.quant.codebook import Codebook
+from qexp.quant.convert import Bits, calibrate_, quant_layers, quantize_
+from qexp.quant.lsq import LSQ, LSQPlus
+from qexp.quant.n2uq import N2UQ
+from qexp.quant.trace import trace
+from qexp.recipes.saving import save_less_
+
+IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+LABELS = torch.tensor([0, 1, 2, 3])
+
+
+def network(act: Any = LSQ, weight: Any = LSQ) -> nn.Module:
+    torch.manual_seed(0)
+    model = ResNet(depth=8, num_classes=4, width=0.5)
+    layers = trace(model, (3, 8, 8))
+    quantize_(model, layers, {layer.name: Bits(4, 4) for layer in layers}, weight, act)
+    calibrate_(model, IMAGES)
+    return model.train()
+
+
+def trained(model: nn.Module, saved: str, amp: bool = False) -> dict[str, Tensor]:
+    """Everything that two steps change: gradients, parameters, buffers."""
+    model = copy.deepcopy(model)
+    save_less_(model, saved)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            loss = F.cross_entropy(model(IMAGES), LABELS)
+        loss.backward()
+        optimizer.step()
+    grads = {f"{n}.grad": p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {**model.state_dict(), **grads}
+
+
+@pytest.mark.parametrize("saved", ["inputs", "blocks"])
+@pytest.mark.parametrize(
+    ("act", "weight"),
+    [(LSQ, LSQ), (ASQ, LSQ), (LSQPlus, LSQ), (N2UQ, Codebook)],
+    ids=["lsq", "asq", "lsqplus", "adq"],
+)
+def test_training_is_the_same_bit_for_bit(saved: str, act: Any, weight: Any) -> None:
+    model = network(act, weight)
+    expected, got = trained(model, "all"), trained(model, saved)
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(got[name], value), name
+
+
+@pytest.mark.parametrize("saved", ["inputs", "blocks"])
+def test_training_is_the_same_under_autocast_and_channels_last(saved: str) -> None:
+    model = network(ASQ).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    expected, got = trained(model, "all", amp=True), trained(model, saved, amp=True)
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+
+
+def test_a_factor_with_memory_keeps_its_input() -> None:
+    def statistics(bits: int, **facts: Any) -> ASQ:
+        return ASQ(bits, factor="statistics", **facts)
+
+    model = network(statistics)
+    expected, got = trained(model, "all"), trained(model, "inputs")
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+    save_less_(model, "inputs")
+    assert not any(layer.input_again for layer in quant_layers(model).values())
+
+
+def kept(model: nn.Module, saved: str) -> int:
+    model = copy.deepcopy(model)
+    save_less_(model, saved)
+
+    def step() -> None:
+        F.cross_entropy(model(IMAGES), LABELS).backward()
+
+    return saved_bytes(Contender("a", model, step))
+
+
+@pytest.mark.parametrize("act", [LSQ, ASQ], ids=["lsq", "asq"])
+def test_inputs_keep_what_float_keeps_and_blocks_less(act: Any) -> None:
+    model = network(act)
+    floating = kept(ResNet(depth=8, num_classes=4, width=0.5).train(), "all")
+    assert kept(model, "all") > 1.3 * floating
+    assert kept(model, "inputs") < 1.03 * floating
+    assert kept(model, "blocks") < 0.6 * floating
+
+
+def test_evaluation_and_checkpoints_do_not_see_the_mode() -> None:
+    model = network()
+    keys = list(model.state_dict())
+    expected = model.eval()(IMAGES)
+    for saved in ("inputs", "blocks"):
+        other = copy.deepcopy(model)
+        save_less_(other, saved)
+        with torch.no_grad():
+            assert torch.equal(other(IMAGES), expected)
+        assert list(other.state_dict()) == keys
+
+
+def test_blocks_of_a_network_without_any_are_refused_in_one_line() -> None:
+    with pytest.raises(ConfigError, match=r"the network has none\. Use saved=inputs"):
+        save_less_(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), "blocks")
