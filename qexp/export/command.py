@@ -146,18 +146,25 @@ BATCH = 256  # images; a file has no recipe
 
 
 def load_packed(
-    path: Path, run: Path | None, device: torch.device, *, trust: bool = False
+    path: Path,
+    run: Path | None,
+    device: torch.device,
+    *,
+    trust: bool = False,
+    engine: str = "float",
 ) -> tuple[nn.Module, Any]:
     """`(network, data set)` of a packed file.
 
     Args:
         run: a run's folder, whose data set is used; without one, the data
             set that the file names, with the file's normalisation.
+        engine: `float`, or one of `qexp.engine`, which run on the CPU.
 
     Raises:
         CheckpointError: a file that is refused, or that does not fit the data set.
     """
     require("safetensors")
+    from qexp.engine import integer_network
     from qexp.export.header import FormatError
     from qexp.export.network import restore
     from qexp.export.packed import read, refusal
@@ -165,7 +172,10 @@ def load_packed(
 
     packed = read(path)
     try:
-        model = restore(packed, trust=trust)
+        if engine == "float":
+            model = restore(packed, trust=trust)
+        else:
+            model = integer_network(packed, engine, trust=trust)
     except FormatError as error:
         raise refusal(path, error) from error
     if run is None:

@@ -60,6 +60,11 @@ def evaluate_run(cfg: DictConfig) -> dict[str, Any]:
     name = str(cfg.get("checkpoint", "last.pt"))
     if name.endswith(".safetensors"):
         return _evaluate_file(cfg, name)
+    if cfg.get("engine", "float") != "float":
+        raise ConfigError(
+            f"eval: engine={cfg.engine} runs a packed file. Write one with qexp export run=FOLDER, "
+            "then add checkpoint=model.safetensors."
+        )
     if not cfg.get("run"):
         raise ConfigError("eval: no run given. Try: qexp eval run=outputs/.../<run folder>")
     folder = _run_folder(cfg)
@@ -74,9 +79,9 @@ def _evaluate_file(cfg: DictConfig, name: str) -> dict[str, Any]:
 
     folder = _run_folder(cfg) if cfg.get("run") else None
     path = Path(name) if folder is None or Path(name).is_file() else folder / name
-    model, dataset = load_packed(
-        path, folder, pick_device(cfg.device), trust=bool(cfg.get("trust"))
-    )
+    engine = cfg.get("engine", "float")
+    device = pick_device(cfg.device if engine == "float" else "cpu")
+    model, dataset = load_packed(path, folder, device, trust=bool(cfg.get("trust")), engine=engine)
     score = evaluate(model, dataset.eval_batches(cfg.split))
     return _measured(cfg, score, path.parent, path.name, dataset.name)
 

@@ -1,0 +1,112 @@
+"""Inputs as integers: what an activation quantizer decides, before anything multiplies it.
+
+    x_hat = step * x_int + offset,   x_int an integer with the zero point taken off
+
+step is [] or one for each sample, [N, 1, ...] (ASQ); offset is LSQ+'s. x_int is a float32 tensor
+of integers, decided by the arithmetic of the quantizer's own forward, so that ties fall alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qexp.errors import ConfigError
+from qexp.quant.aquant import AQuant
+from qexp.quant.asq import ASQ
+from qexp.quant.dorefa import PACT, DoReFaActivation
+from qexp.quant.functional import MIN_SCALE
+from qexp.quant.lsq import LSQ, LSQPlus
+from qexp.quant.n2uq import N2UQ
+from qexp.quant.nearest import Nearest
+from qexp.quant.quantizer import Quantizer
+
+
+class Integers(NamedTuple):
+    """An input as `step * x_int + offset`. Shape: x_int as the input; step [] or [N, 1, ...]."""
+
+    x_int: Tensor
+    step: Tensor
+    offset: Tensor | None = None
+
+
+def integers(quantizer: Quantizer, x: Tensor) -> Integers:
+    """The integers of a layer's input, or of its im2col columns (AQuant rows)."""
+    return SOURCES[type(quantizer)](quantizer, x)
+
+
+def span(quantizer: Quantizer) -> tuple[int, int]:
+    """Smallest and largest x_int there can be."""
+    zero = int(getattr(quantizer, "zero", torch.tensor(0)))
+    return quantizer.qmin - zero, quantizer.qmax - zero
+
+
+def check_known(quantizer: Quantizer, name: str) -> None:
+    """Raise a ConfigError unless the layer's input has an integer form here."""
+    if type(quantizer) not in SOURCES:
+        raise ConfigError(
+            f"engine: layer '{name}' has inputs of {type(quantizer).__name__}, which only "
+            "engine=float runs."
+        )
+
+
+def _rounded(q: Quantizer, x: Tensor, step: Tensor) -> Tensor:
+    return (x.float() / step).round_().clamp_(q.qmin, q.qmax)  # half to even
+
+
+def _lsq(q: Any, x: Tensor) -> Integers:
+    step = q.scale.clamp_min(MIN_SCALE)
+    return Integers(_rounded(q, x, step), step)
+
+
+def _lsqplus(q: Any, x: Tensor) -> Integers:
+    step = q.scale.clamp_min(MIN_SCALE)
+    return Integers(_rounded(q, x - q.offset, step), step, q.offset)
+
+
+def _asq(q: Any, x: Tensor) -> Integers:
+    beta = q.factors(x)
+    if q.dequantize == "plain":
+        step = q.scale.clamp_min(MIN_SCALE)
+        return Integers(_rounded(q, x / beta, step), step)
+    step = (q.scale * beta).clamp_min(MIN_SCALE)
+    return Integers(_rounded(q, x, step), step if step.numel() > 1 else step.reshape(()))
+
+
+def _dorefa(q: Any, x: Tensor) -> Integers:
+    return Integers(_rounded(q, x, q.scale), q.scale)
+
+
+def _pact(q: Any, x: Tensor) -> Integers:
+    step = (q.alpha / q.qmax).clamp_min(MIN_SCALE)
+    return Integers(_rounded(q, x, step), step)
+
+
+def _nearest(q: Any, x: Tensor) -> Integers:
+    step = q.scale.clamp_min(MIN_SCALE)
+    code = (x.float() / step).add_(0.5).floor_().add_(q.zero).clamp_(q.qmin, q.qmax)
+    return Integers(code.sub_(q.zero), step)
+
+
+def _n2uq(q: Any, x: Tensor) -> Integers:
+    return Integers(q.codes(x).float(), q.grid()[1])  # thresholds learned, levels uniform
+
+
+def _aquant(q: Any, x: Tensor) -> Integers:
+    # floor(u + 1 - B(u)), the border B where the quantizer keeps it
+    return Integers(q.codes(x).float().sub_(q.zero), q.scale.clamp_min(MIN_SCALE))
+
+
+SOURCES: dict[type[Quantizer], Callable[[Any, Tensor], Integers]] = {
+    LSQ: _lsq,
+    LSQPlus: _lsqplus,
+    ASQ: _asq,
+    DoReFaActivation: _dorefa,
+    PACT: _pact,
+    Nearest: _nearest,
+    N2UQ: _n2uq,
+    AQuant: _aquant,
+}
