@@ -140,12 +140,17 @@ class AdaRound(Quantizer):
         )
         self.scale.copy_(scale.reshape(self.scale.shape))
         self.zero.copy_(zero.reshape(self.zero.shape))
+        self.round_nearest(x)
+        self.calibrated.fill_(True)
+
+    @torch.no_grad()
+    def round_nearest(self, x: Tensor) -> None:
+        """Set V so that soft gives the weights [C_out, ...] and hard rounds them to nearest."""
         u = x.float() / self.scale.clamp_min(MIN_SCALE)
         v = inverse_rectified_sigmoid(u - u.floor())
         # The logarithm must not turn a decision of nearest around.
         up = (u + 0.5).floor() > u.floor()
         self.rounding.copy_(torch.where(up, v.clamp_min(0), v.clamp_max(-1e-6)))
-        self.calibrated.fill_(True)
 
     def _x_int(self, x: Tensor, up: Tensor) -> Tensor:
         floor: Tensor = _Floor.apply(x.float() / self.scale.clamp_min(MIN_SCALE))  # type: ignore[assignment]

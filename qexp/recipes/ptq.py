@@ -26,6 +26,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from qexp.errors import ConfigError
 from qexp.quant.adaround import AdaRound
 from qexp.quant.bias import correct_bias_
 from qexp.quant.blocks import Unit, find_units
@@ -36,6 +37,7 @@ from qexp.quant.convert import (
     check_calibrated,
     float_operands,
     quant_layers,
+    quantizers,
 )
 from qexp.quant.fold import fold_bn_
 from qexp.quant.plan import Method, Pass, passes
@@ -63,6 +65,11 @@ def ptq(cfg: DictConfig, run: Run) -> dict[str, Any]:
     # The start: data, a float network, its batch norms folded.
     dataset = build.make_dataset(cfg, device)
     start = float_start(cfg, settings.Settings(), dataset, run, device, None)
+    if start.ptq is not None:
+        raise ConfigError(
+            f"config: model.checkpoint={start.source} is itself a post-training run. "
+            "Give the float network it started from, or train on with recipe=qat."
+        )
     model = start.model.eval()
     every = dataset.calibration_images(s.images + s.held_out, cfg.seed)
     data = Data(every[: s.images], every[s.images :])
@@ -89,6 +96,7 @@ def ptq(cfg: DictConfig, run: Run) -> dict[str, Any]:
             "model": model.state_dict(),
             "bits": {k: list(v) for k, v in network.bits.items()},
             "folded": True,
+            "kinds": {n: type(q).__name__ for n, q in quantizers(model).items()},
             "start": start.record(),
             "units": done,
         }

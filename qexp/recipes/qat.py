@@ -4,7 +4,8 @@
 
 The network is calibrated once, on training images, in float order (each layer sees its already
 quantized prefix). Weights and quantizer parameters train together on cross-entropy, optionally
-with distillation. Batch norm is neither folded nor frozen. `top1` is the last epoch's.
+with distillation. Batch norm is neither folded nor frozen, except where training starts from a
+post-training run (handover.py). `top1` is the last epoch's.
 
 A run can stop anywhere and continue bit for bit: batches depend on (seed, epoch, step) alone, the
 learning rate on the step alone, and the checkpoint holds everything else.
@@ -29,6 +30,7 @@ from qexp.quant.rebits import rebits_
 from qexp.recipes import build, outcome, picture
 from qexp.recipes.compilation import compile_for
 from qexp.recipes.evaluate import Score, evaluate
+from qexp.recipes.handover import take_over_
 from qexp.recipes.observe import log_quantizers
 from qexp.recipes.optimize import (
     WeightAverage,
@@ -70,7 +72,8 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
     count = s.calibration_images if network.bits else min(OBSERVED_IMAGES, dataset.train_size)
     images = dataset.calibration_images(count, cfg.seed)
     if saved is None:
-        calibrate_(model, images)
+        take_over_(model, network.bits, start.ptq, run)
+        calibrate_(model, images, fresh_only=True)
         check_calibrated(model)
         outcome.log_plan(run, network)
 
@@ -101,6 +104,7 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
                 "average": average.state_dict() if average else None,
                 "bits": {k: list(v) for k, v in network.bits.items()},
                 "start": start.record(),
+                "folded": start.folded,
                 "rng": checkpoint.rng_state(),
             },
         )

@@ -11,11 +11,15 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from qexp.errors import ConfigError
 from qexp.models.load import load_weights
+from qexp.quant.fold import fold_bn_
 from qexp.recipes.baseline import float_checkpoint
 from qexp.recipes.build import is_float, make_model
 from qexp.recipes.evaluate import evaluate
+from qexp.recipes.handover import checkpoint_file, load_folded, read_ptq
 from qexp.recipes.settings import Settings
+from qexp.runner.distributed import led
 from qexp.runner.run import Run
 
 _SCORED: dict[str, float] = {}  # top-1 by file, network, data and device
@@ -30,6 +34,8 @@ class FloatStart:
         sha256: of the checkpoint file; None from random weights.
         source: path or weights name.
         teacher: a frozen copy for distillation, or None.
+        ptq: the checkpoint of the post-training run that it comes from, or None.
+        folded: its batch norms are folded.
     """
 
     model: nn.Module
@@ -37,6 +43,8 @@ class FloatStart:
     sha256: str | None
     source: str | None
     teacher: nn.Module | None
+    ptq: Mapping[str, Any] | None = None
+    folded: bool = False
 
     def record(self) -> dict[str, Any]:
         """What the checkpoint keeps."""
@@ -59,19 +67,40 @@ def float_start(
     spec = None if s.from_scratch or spec == "none" else spec
     start = FloatStart(model, None, None, spec, None)
     if spec == "auto":
-        start.source = str(float_checkpoint(cfg, run))
+        start.source = led(lambda: str(float_checkpoint(cfg, run)))
+    start.source = checkpoint_file(start.source) if start.source else None
     if saved is not None:
         start.top1, start.sha256 = saved["start"]["top1"], saved["start"]["sha256"]
-    if start.source is not None and (saved is None or s.distill.weight > 0):
-        start.sha256 = load_weights(model, cfg.model._target_, start.source)
-    if saved is None and start.source is not None:
-        start.top1 = _top1(cfg, model, start.sha256, dataset)
-        run.info(f"float network: top-1 {start.top1:.2f} ({start.source})")
+        start.folded = bool(saved.get("folded"))
+        if start.folded:
+            fold_bn_(model)
+    elif start.source is not None:
+        _load(cfg, start, dataset, run)
+    if saved is not None and s.distill.weight > 0 and start.source and not start.folded:
+        load_weights(model, cfg.model._target_, start.source)
     if s.distill.weight > 0:
-        start.teacher = _teacher(cfg, s, model, dataset, device)
+        start.teacher = _teacher(cfg, s, model, start.folded, dataset, device)
     if is_float(cfg) and start.source is None:
         run.info("float network: from random weights")
     return start
+
+
+def _load(cfg: DictConfig, start: FloatStart, dataset: Any, run: Run) -> None:
+    """Load `start.source`, a float network or a post-training run, and know its float top-1."""
+    assert start.source is not None
+    start.ptq = read_ptq(start.source)
+    if start.ptq is None:
+        start.sha256 = load_weights(start.model, cfg.model._target_, start.source)
+        start.top1 = _top1(cfg, start.model, start.sha256, dataset)
+        run.info(f"float network: top-1 {start.top1:.2f} ({start.source})")
+        return
+    start.sha256 = load_folded(start.model, start.ptq, start.source)
+    start.folded, start.top1 = True, start.ptq["start"]["top1"]
+    known = "unknown" if start.top1 is None else f"{start.top1:.2f}"
+    run.info(
+        f"start: post-training run, top-1 {start.ptq['top1']:.2f}, "
+        f"of a float network with {known} ({start.source})"
+    )
 
 
 def _top1(cfg: DictConfig, model: nn.Module, sha256: str | None, dataset: Any) -> float:
@@ -84,8 +113,13 @@ def _top1(cfg: DictConfig, model: nn.Module, sha256: str | None, dataset: Any) -
 
 
 def _teacher(
-    cfg: DictConfig, s: Settings, model: nn.Module, dataset: Any, device: torch.device
+    cfg: DictConfig, s: Settings, model: nn.Module, folded: bool, dataset: Any, device: torch.device
 ) -> nn.Module:
+    if s.distill.teacher == "float" and folded:
+        raise ConfigError(
+            "config: recipe.distill.teacher=float: a post-training run keeps no float network. "
+            "Set recipe.distill.teacher=FILE."
+        )
     teacher = copy.deepcopy(model)
     if s.distill.teacher != "float":
         teacher = make_model(cfg, dataset, device)

@@ -1,0 +1,161 @@
+"""Training that starts from a post-training run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compose import TINY, tiny
+from hydra.utils import get_method
+from omegaconf import DictConfig
+
+from qexp.errors import CheckpointError, ConfigError
+from qexp.quant.convert import quant_layers
+from qexp.recipes import build
+from qexp.recipes.evaluate import evaluate_run
+from qexp.runner import checkpoint
+from qexp.runner.run import open_run
+
+PTQ = (
+    "recipe.images=24",
+    "recipe.act_images=16",
+    "recipe.held_out=16",
+    "recipe.minibatch=8",
+    "recipe.iterations=12",
+    "recipe.lr.rounding=0.3",
+)
+# A rate that moves no float32 weight.
+STILL = ("recipe=qat", "recipe.epochs=1", "recipe.lr=1e-15", "recipe.weight_decay=0")
+ONLY_QAT = ("recipe.calibration_images", "recipe.plots")
+
+
+def done(cfg: DictConfig, *, resume: bool = False) -> tuple[dict[str, Any], Path]:
+    with open_run(Path(cfg.folder), cfg, resume=resume) as run:
+        result = get_method(cfg.recipe._target_)(cfg, run)
+        run.finish(result)
+    return result, run.dir
+
+
+@pytest.fixture(scope="module")
+def ptq_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A finished run of QDrop and of AQuant from one trained float network."""
+    out = tmp_path_factory.mktemp("ptq")
+    _, start = done(tiny(out / "fp32", "quantizer=fp32", "recipe=float", "recipe.epochs=2"))
+    return {method: post_trained(out / method, method, start) for method in ("qdrop", "aquant")}
+
+
+def post_trained(out: Path, method: str, start: Path, *more: str) -> Path:
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from qexp.config import configs_dir
+
+    common = [o for o in TINY if not o.startswith(ONLY_QAT)]
+    own = [f"quantizer={method}", "bits=2", f"model.checkpoint={start}/last.pt", *PTQ, *more]
+    with initialize_config_dir(str(configs_dir()), version_base="1.3"):
+        cfg = compose("train", overrides=[*common, *own, f"out={out}", f"folder={out}/run"])
+    plain = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    assert isinstance(plain, DictConfig)
+    return done(plain)[1]
+
+
+def logits(folder: Path) -> torch.Tensor:
+    model, dataset, _ = build.load_run(folder, "last.pt", "cpu")
+    with torch.no_grad():
+        return torch.cat([model.eval()(x) for x, _ in dataset.eval_batches("test")])
+
+
+@pytest.mark.parametrize("quantizer", ["nearest", "qdrop"])
+def test_training_starts_as_the_post_training_run_ended_bit_for_bit(
+    tmp_path: Path, ptq_runs: dict[str, Path], quantizer: str
+) -> None:
+    before = ptq_runs["qdrop"]
+    cfg = tiny(tmp_path, f"quantizer={quantizer}", *STILL, f"model.checkpoint={before}", "bits=2")
+    result, folder = done(cfg)
+    assert torch.equal(logits(folder), logits(before))
+    start = checkpoint.load(before / "last.pt")["start"]
+    assert result["fp32_top1"] == start["top1"] is not None
+    assert "16 quantizers take over the state" in (folder / "train.log").read_text()
+    node = {"run": str(folder), "checkpoint": "best.pt", "split": "test", "device": "cpu"}
+    assert evaluate_run(DictConfig(node))["top1"] == result["top1"]
+
+
+def test_borders_are_trained_on_from_where_they_were(
+    tmp_path: Path, ptq_runs: dict[str, Path]
+) -> None:
+    before = ptq_runs["aquant"]
+    start = f"model.checkpoint={before}/last.pt"
+    _, still = done(tiny(tmp_path / "still", "quantizer=aquant", *STILL, start, "bits=2"))
+    assert torch.equal(logits(still), logits(before))
+    trained = ("recipe=qat", "recipe.epochs=1", "recipe.lr=0.05")
+    _, folder = done(tiny(tmp_path / "on", "quantizer=aquant", *trained, start, "bits=2"))
+    a, b = (
+        checkpoint.load(before / "last.pt")["model"],
+        checkpoint.load(folder / "last.pt")["model"],
+    )
+    borders = [k for k in a if k.endswith(".border")]
+    assert borders
+    assert all(not torch.equal(a[k], b[k]) for k in borders)
+
+
+@pytest.mark.parametrize(("quantizer", "bits"), [("lsq", 2), ("nearest", 3)])
+def test_another_kind_or_width_is_calibrated_anew_and_told(
+    tmp_path: Path, ptq_runs: dict[str, Path], quantizer: str, bits: int
+) -> None:
+    start = f"model.checkpoint={ptq_runs['qdrop']}"
+    _, folder = done(tiny(tmp_path, f"quantizer={quantizer}", *STILL, start, f"bits={bits}"))
+    kept = {"lsq": 0, "nearest": 4}[quantizer]  # first and last layer keep 8 bit
+    line = f"{kept} quantizers take over the state of the post-training run; {16 - kept} of"
+    assert line in (folder / "train.log").read_text()
+    model, _, _ = build.load_run(folder, "last.pt", "cpu")
+    assert all(bool(layer.weight_quantizer.calibrated) for layer in quant_layers(model).values())
+
+
+def test_training_from_a_post_training_run_resumes_bit_for_bit(
+    tmp_path: Path, ptq_runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = ("quantizer=nearest", "recipe=qat", "recipe.epochs=2", "bits=2")
+    start = f"model.checkpoint={ptq_runs['qdrop']}"
+    _, whole = done(tiny(tmp_path / "whole", *common, start))
+    stopped = tiny(tmp_path / "stopped", *common, start)
+    real = checkpoint.save
+
+    def save_then_stop(path: Path, state: dict[str, Any]) -> None:
+        real(path, state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save", save_then_stop)
+    with pytest.raises(KeyboardInterrupt):
+        done(stopped)
+    monkeypatch.setattr(checkpoint, "save", real)
+    _, folder = done(stopped, resume=True)
+    a, b = (checkpoint.load(run / "last.pt")["model"] for run in (whole, folder))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_what_cannot_be_a_start_is_refused(tmp_path: Path, ptq_runs: dict[str, Path]) -> None:
+    run = ptq_runs["qdrop"]
+    with pytest.raises(ConfigError, match="itself a post-training run"):
+        post_trained(tmp_path / "again", "qdrop", run)
+    distilled = ("recipe=qat", "recipe.distill.weight=0.5", f"model.checkpoint={run}")
+    with pytest.raises(ConfigError, match="keeps no float network"):
+        done(tiny(tmp_path / "distilled", "quantizer=nearest", *distilled))
+    state = checkpoint.load(run / "last.pt")
+    del state["float"]
+    checkpoint.save(tmp_path / "part.pt", state)
+    part = ("recipe=qat", f"model.checkpoint={tmp_path}/part.pt")
+    with pytest.raises(CheckpointError, match="has not finished"):
+        done(tiny(tmp_path / "part", "quantizer=nearest", *part))
+    with pytest.raises(CheckpointError, match="does not fit the model"):
+        done(
+            tiny(
+                tmp_path / "wide",
+                "quantizer=nearest",
+                *STILL,
+                f"model.checkpoint={run}",
+                "model.width=0.5",
+            )
+        )
