@@ -66,6 +66,7 @@ class Train:
     bitwidth: Mapping[str, Any]
     saved: Literal["all", "inputs", "blocks"] = "all"
     sync_bn: bool = False
+    sweep: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -117,15 +118,25 @@ def _mixed_name() -> str | None:
     return f"{choices['quantizer/weight']}+{choices['quantizer/act']}"
 
 
-def gpu_of_job(count: int) -> str:
-    """`cuda:N` for a sweep's job, round robin over `count` GPUs: the resolver `${gpu_of_job:4}`."""
+def gpu_of_job(gpus: int | None) -> str:
+    """`cuda:N` for a sweep's job, round robin: the resolver `${gpu_of_job:4}`; null: all GPUs."""
     from hydra.core.hydra_config import HydraConfig
 
-    return f"cuda:{HydraConfig.get().job.num % count}"
+    return f"cuda:{HydraConfig.get().job.num % jobs_at_once(gpus, 1)}"
+
+
+def jobs_at_once(gpus: int | None, per_gpu: int) -> int:
+    """Jobs of a sweep that run side by side: the resolver `${jobs_at_once:4,2}`."""
+    if gpus is None:
+        import torch
+
+        gpus = max(1, torch.cuda.device_count())
+    return gpus * per_gpu
 
 
 OmegaConf.register_new_resolver("run_name", run_name, replace=True)
 OmegaConf.register_new_resolver("gpu_of_job", gpu_of_job, replace=True)
+OmegaConf.register_new_resolver("jobs_at_once", jobs_at_once, replace=True)
 
 
 def check(cfg: DictConfig, schema: type | None = None) -> None:

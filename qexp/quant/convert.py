@@ -218,6 +218,27 @@ def frozen_weights(model: nn.Module) -> Iterator[None]:
             module.w_hat = None
 
 
+@contextmanager
+def shared_weights(model: nn.Module) -> Iterator[None]:
+    """Quantize each weight once for several micro-batches, inside the block.
+
+    Their backwards add up the gradient of the quantized weight; at the end of the block it goes
+    on, once, through the quantizer into the weight.
+    """
+    layers = list(quant_layers(model).values())
+    made = [m.quantized_weight() for m in layers]
+    for module, w_hat in zip(layers, made, strict=True):
+        module.w_hat = w_hat.detach().requires_grad_()
+    try:
+        yield
+        taken = [(w, m.w_hat) for w, m in zip(made, layers, strict=True)]
+        used = [(w, leaf.grad) for w, leaf in taken if leaf is not None and leaf.grad is not None]
+        torch.autograd.backward([w for w, _ in used], [g for _, g in used])
+    finally:
+        for module in layers:
+            module.w_hat = None
+
+
 def quantizer_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Every learned quantizer parameter, for a group of their own in the optimizer."""
     found: dict[int, nn.Parameter] = {}

@@ -62,8 +62,10 @@ from qexp.quant.functional import (
     MIN_SCALE,
     as_rows,
     from_rows,
+    in_order_of,
     kernel,
     midpoints,
+    operands,
     scale_grad,
 )
 from qexp.quant.lsq import Count, grad_scale
@@ -77,7 +79,7 @@ MIN_SEGMENT = 1e-3  # the paper's lower bound of a_i
 
 @kernel
 def _forward(x: Tensor, thresholds: Tensor, step: Tensor, qmin: Tensor) -> Tensor:
-    # x [R, M]; thresholds [m], step [], qmin [] float32
+    # x [R, M] (see `operands`); thresholds [m], step [], qmin [] float32
     return ((search(x.float(), thresholds)[0] + qmin) * step).to(x.dtype)
 
 
@@ -102,7 +104,8 @@ def _backward(
     # dL/dstep = sum e * code, by the threshold of the forward                []
     grad_step = (e * (segment + (z > (right + left) / 2).to(torch.int32) + qmin)).sum()
     # One set of m bins a row: short sums keep float32 exact enough, and atomics apart on a GPU.
-    bins = segment + m * torch.arange(z.shape[0], device=z.device, dtype=torch.int32)[:, None]
+    row = torch.arange(z.shape[0], device=z.device, dtype=torch.int32)
+    bins = segment + m * row.view(-1, *[1] * (z.dim() - 1))
     return g.to(x.dtype), torch.stack((g, g * f), -1), bins, grad_step
 
 
@@ -112,24 +115,28 @@ class _GSTE(torch.autograd.Function):
         ctx.save_for_backward(x, borders, step)
         ctx.qmin = qmin
         low = step.new_full((), qmin)  # a tensor: an integer would compile one kernel for 0
-        return from_rows(_forward(as_rows(x, x.shape[0]), midpoints(borders), step, low), x)
+        rows, _ = operands(x, _samples(x))
+        return from_rows(_forward(rows, midpoints(borders), step, low), x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, borders, step = ctx.saved_tensors
-        grad = grads[0]
-        if grad.stride() != x.stride():  # bring it into x's memory order
-            grad = torch.empty_like(x, dtype=grad.dtype).copy_(grad)
         rows, m = x.shape[0], borders.shape[0] - 1
-        grad_x, pairs, bins, grad_step = _backward(
-            as_rows(grad, rows), as_rows(x, rows), borders, step, step.new_full((), ctx.qmin)
-        )
+        z, _ = operands(x, _samples(x))
+        grad, _ = operands(in_order_of(grads[0], x), _samples(x))
+        low = step.new_full((), ctx.qmin)
+        grad_x, pairs, bins, grad_step = _backward(grad, z, borders, step, low)
         sums = bin_sums(pairs, bins, rows * m).view(rows, m, 2).sum(0)  # [m, 2]
         total, weighted = sums[:, 0], sums[:, 1]  # sum g, sum g * f
         # dL/db_(i-1) = -sum g (1 - f),  dL/db_i = -sum g f                   [m + 1]
         zero = total.new_zeros(1)
         grad_borders = torch.cat([weighted - total, zero]) - torch.cat([zero, weighted])
         return from_rows(grad_x, x), grad_borders, grad_step, None  # qmin is a constant
+
+
+def _samples(x: Tensor) -> Tensor:
+    """Stands for a scale a sample, so that `operands` gives a row to each. Shape: [N]."""
+    return x.new_empty(()).expand(x.shape[0])
 
 
 def _at_least(x: Tensor, bound: float) -> Tensor:

@@ -16,12 +16,21 @@ from torch import Tensor
 
 from qexp.quant.calibrate import SEARCH_STEPS
 from qexp.quant.cells import gather, search
-from qexp.quant.functional import MIN_SCALE, as_rows, from_rows, kernel, midpoints
+from qexp.quant.functional import (
+    MIN_SCALE,
+    from_rows,
+    in_order_of,
+    kernel,
+    midpoints,
+    operands,
+    sum_to,
+)
 
 
 @kernel
 def _project_forward(w: Tensor, scale: Tensor, levels: Tensor, borders: Tensor) -> Tensor:
-    # w [R, M], scale [R, 1], tables as `_tables`; values outside fall on the end levels
+    # w [R, M], scale [R, 1] (see `operands`), tables as `_tables`
+    # values outside fall on the end levels
     q = gather(levels, *search(w.float() / scale, borders))
     return (scale * q).to(w.dtype)
 
@@ -36,7 +45,7 @@ def _project_backward(
     grad_w = torch.where(inside, grad, torch.zeros_like(grad)) if clip_gradient else grad.clone()
     # dL/dscale = sum e * (q - [inside] * v); q is sign(w) outside             [R, 1]
     t = gather(levels, *search(v, borders)) - torch.where(inside, v, torch.zeros_like(v))
-    return grad_w, (grad.float() * t).sum(1, keepdim=True)
+    return grad_w, sum_to(grad.float() * t, scale)
 
 
 def _tables(grid: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,21 +66,15 @@ class _Project(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(w, scale, grid)
         ctx.g, ctx.clip_gradient = g, clip_gradient
-        rows = scale.numel()
-        step = scale.reshape(rows, 1).clamp_min(MIN_SCALE)
-        return from_rows(_project_forward(as_rows(w, rows), step, *_tables(grid)), w)
+        rows, step = operands(w, scale.clamp_min(MIN_SCALE))
+        return from_rows(_project_forward(rows, step, *_tables(grid)), w)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         w, scale, grid = ctx.saved_tensors
-        rows = scale.numel()
-        step = scale.reshape(rows, 1).clamp_min(MIN_SCALE)
-        grad = grads[0]
-        if grad.stride() != w.stride():  # bring it into w's memory order
-            grad = torch.empty_like(w, dtype=grad.dtype).copy_(grad)
-        grad_w, grad_scale = _project_backward(
-            as_rows(grad, rows), as_rows(w, rows), step, *_tables(grid), ctx.clip_gradient
-        )
+        rows, step = operands(w, scale.clamp_min(MIN_SCALE))
+        grad, _ = operands(in_order_of(grads[0], w), scale)
+        grad_w, grad_scale = _project_backward(grad, rows, step, *_tables(grid), ctx.clip_gradient)
         grad_scale = (grad_scale * ctx.g).reshape(scale.shape).to(scale.dtype)
         return from_rows(grad_w, w), grad_scale, None, None, None  # grid, g, flag are constants
 

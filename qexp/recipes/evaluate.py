@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qexp.errors import CheckpointError, ConfigError
 from qexp.quant.convert import frozen_weights
+from qexp.runner.distributed import share_, total
 
 
 class Score(NamedTuple):
@@ -29,10 +30,12 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Scor
     """Score `model`, in eval mode and float32. Weights are quantized once; one host sync.
 
     A network trained under bfloat16 autocast is scored as what it is after it: its export, the
-    packed file and every other run are compared in one precision.
+    packed file and every other run are compared in one precision. Where several processes train
+    together each scores its share of the split, with the running statistics of process 0.
     """
     was_training = model.training
     model.eval()
+    share_(model, buffers_only=True)
     correct = loss = None
     images, start = 0, time.perf_counter()
     with frozen_weights(model):
@@ -43,9 +46,13 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Scor
             loss = nats if loss is None else loss + nats
             images += len(y)
     model.train(was_training)
-    if correct is None or loss is None:
+    counts = torch.zeros(3, dtype=torch.float64)
+    if correct is not None and loss is not None:
+        counts = torch.tensor([correct.item(), loss.item(), images], dtype=torch.float64)
+    hits, nats, images = total(counts).tolist()
+    if not images:
         raise ConfigError("eval: the split holds no images.")
-    top1, nats = 100 * correct.item() / images, loss.item() / images
+    top1, nats = 100 * hits / images, nats / images
     return Score(top1, nats, images / (time.perf_counter() - start))
 
 

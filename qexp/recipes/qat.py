@@ -9,12 +9,16 @@ post-training run (handover.py). `top1` is the last epoch's.
 
 A run can stop anywhere and continue bit for bit: batches depend on (seed, epoch, step) alone, the
 learning rate on the step alone, and the checkpoint holds everything else.
+
+Under torchrun every process runs this function (runner/distributed.py); the first one decides,
+calibrates and saves, and each step averages the gradients of all.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -25,7 +29,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from qexp.errors import RunError
-from qexp.quant.convert import Bits, calibrate_, check_calibrated, quantizers
+from qexp.quant.convert import Bits, calibrate_, check_calibrated, quantizers, shared_weights
 from qexp.quant.rebits import rebits_
 from qexp.recipes import build, outcome, picture
 from qexp.recipes.compilation import compile_for
@@ -43,7 +47,7 @@ from qexp.recipes.optimize import (
 from qexp.recipes.settings import Settings
 from qexp.recipes.start import FloatStart, float_start
 from qexp.recipes.watch import Movement, first_non_finite
-from qexp.runner import checkpoint
+from qexp.runner import checkpoint, distributed
 from qexp.runner.device import pick_device, seed_everything
 from qexp.runner.run import Run
 
@@ -55,7 +59,7 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
     """Run the recipe; returns the fields of result.json."""
     s = Settings.of(cfg.recipe)
     s.check()
-    device = pick_device(cfg.device)
+    device, leads = pick_device(cfg.device), distributed.world().leads
     seed_everything(cfg.seed)
     last = run.dir / "last.pt"
     saved = checkpoint.load(last) if run.resumed and last.exists() else None
@@ -67,13 +71,21 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
 
     # The quantized network.
     bits = None if saved is None else {k: Bits(*v) for k, v in saved["bits"].items()}
-    context = build.policy_context(cfg, model, dataset, s.epochs) if saved is None else {}
+    if bits is None and not leads:
+        bits = distributed.told(bits)
+    context = build.policy_context(cfg, model, dataset, s.epochs) if bits is None else {}
     network = build.make_network(cfg, model, dataset.input_shape, context=context, bits=bits)
+    if saved is None and leads:
+        distributed.told(network.bits)
     count = s.calibration_images if network.bits else min(OBSERVED_IMAGES, dataset.train_size)
     images = dataset.calibration_images(count, cfg.seed)
+    if cfg.get("sync_bn"):
+        distributed.sync_bn_(model)
     if saved is None:
-        take_over_(model, network.bits, start.ptq, run)
-        calibrate_(model, images, fresh_only=True)
+        if leads:
+            take_over_(model, network.bits, start.ptq, run)
+            calibrate_(model, images, fresh_only=True)
+        distributed.share_(model)
         check_calibrated(model)
         outcome.log_plan(run, network)
 
@@ -92,9 +104,13 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
             state[key] = saved[key].to(device) if isinstance(value, Tensor) else saved[key]
         checkpoint.set_rng_state(saved["rng"])
         run.info(f"resumed after epoch {state['epoch']}, step {state['step']}")
-    forward = compile_for(cfg.compile, model, network.layers, steps * s.batch_size, device, run)
+    distributed.own_random_numbers(cfg.seed, state["epoch"] * dataset.steps_per_epoch)
+    count, saved_as = steps * s.batch_size, cfg.get("saved", "all")
+    forward = compile_for(cfg.compile, model, network.layers, count, device, run, saved_as)
 
     def save() -> None:
+        if not leads:
+            return
         checkpoint.save(
             last,
             {
@@ -113,6 +129,7 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
     while state["epoch"] * dataset.steps_per_epoch < steps:
         epoch = state["epoch"]
         if _change_bits(cfg, s, network, images, epoch, run):
+            distributed.share_(model)
             optimizer = carry_momentum(optimizer, _optimizer(model, s))
         for quantizer in quantizers(model).values():
             quantizer.progress(epoch / s.epochs)
@@ -129,10 +146,12 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
         log_quantizers(run, model, images[:OBSERVED_IMAGES], epoch + 1)
         state["step"] = 0
         save()
-        if best:
+        if best and leads:
             checkpoint.save(run.dir / "best.pt", outcome.weights_only(last))
 
     # The outcome.
+    if not leads:
+        return {}
     if average is not None:
         model.load_state_dict(average.state)
     fields = outcome.protocol(cfg, asdict(s), dataset, start.record())
@@ -185,24 +204,31 @@ def _train_epoch(
         state["hits"].zero_()
         state["seen"] = 0
     seen, began = state["seen"], time.perf_counter()
-    bar = tqdm(total=until, initial=first, desc=f"epoch {epoch + 1}", leave=False, disable=None)
+    world = distributed.world()
+    quiet = None if world.leads else True
+    bar = tqdm(total=until, initial=first, desc=f"epoch {epoch + 1}", leave=False, disable=quiet)
     for i, (x, y) in zip(range(first, until), dataset.train_batches(epoch, first), strict=False):
         step = epoch * per_epoch + i
         factor = lr_factor(step, steps, schedule=s.schedule, warmup=warmup, milestones=s.milestones)
         set_lr(optimizer, factor)
         optimizer.zero_grad(set_to_none=True)
-        for part, target in zip(x.chunk(s.accumulate), y.chunk(s.accumulate), strict=True):
-            loss, hits = _loss(forward, start.teacher, part, target, s)
-            loss = loss * (len(part) / len(x))
-            loss.backward()
-            state["losses"][i] += loss.detach()
-            state["hits"] += hits
+        right = torch.zeros((), device=x.device)
+        with shared_weights(model) if s.accumulate > 1 else nullcontext():
+            for part, target in zip(x.chunk(s.accumulate), y.chunk(s.accumulate), strict=True):
+                loss, hits = _loss(forward, start.teacher, part, target, s)
+                loss = loss * (len(part) / len(x))
+                loss.backward()
+                state["losses"][i] += loss.detach()
+                right += hits
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        distributed.average_([*gradients, state["losses"][i : i + 1], right])
+        state["hits"] += (right * world.size).round().long()
         if s.grad_clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip, foreach=True)
         optimizer.step()
         if average is not None:
             average.update(model)
-        state["seen"] += len(x)
+        state["seen"] += len(x) * world.size
         bar.update()
         if (i + 1) % CHECK_EVERY == 0 or i + 1 == until:
             _check_finite(model, state["losses"][: i + 1], epoch)

@@ -27,6 +27,7 @@ RESULT = "result.json"
 # Keys that say where and how a run is computed, not what: the same numbers come out.
 NOT_IDENTITY = (
     "out", "folder", "dry_run", "force", "device", "compile", "threads", "saved", "sync_bn",
+    "sweep",
 )  # fmt: skip
 
 
