@@ -25,6 +25,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from qexp.errors import ConfigError
 
@@ -85,7 +87,11 @@ def together(device: str) -> Iterator[World]:
                 "torchrun gives each process its own."
             )
         torch.cuda.set_device(here.local)
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
+    # torchrun's store outlives a restart: without a prefix the processes would look for the dead.
+    store, rank, size = next(iter(rendezvous("env://", timeout=PATIENCE)))
+    store = PrefixStore(f"attempt_{restarts()}", store)
+    backend = "nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank, world_size=size)
     _world = here
     try:
         yield here
