@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ class Export:
 
     run: str | None
     checkpoint: str
-    format: Literal["packed", "onnx"]
+    format: Literal["packed", "onnx", "onnx_int8"]
     adapters: Literal["float32", "bfloat16"]
     file: str | None
 
@@ -50,8 +50,9 @@ def export(cfg: DictConfig) -> dict[str, Any]:
     check_calibrated(model)
     writer, suffix = FORMATS[cfg.format]
     path = Path(cfg.file) if cfg.file else folder / f"model{suffix}"
-    if path.suffix != suffix or not path.parent.is_dir():
-        raise ConfigError(f"export: file must be a name in a folder that exists, like x{suffix}.")
+    ending = Path(suffix).suffix
+    if path.suffix != ending or not path.parent.is_dir():
+        raise ConfigError(f"export: file must be a name in a folder that exists, like x{ending}.")
     return writer(model.eval(), dataset, trained, path, cfg)
 
 
@@ -99,9 +100,36 @@ def _onnx(
 ) -> dict[str, Any]:
     require("onnx")
     from qexp.export.onnx_network import to_onnx
-    from qexp.runner.atomic import write_bytes
 
     blob = to_onnx(pack_run(model, dataset, trained)).SerializeToString()
+    return _written(model, dataset, path, blob)
+
+
+def _onnx_int8(
+    model: nn.Module, dataset: Any, trained: DictConfig, path: Path, cfg: DictConfig
+) -> dict[str, Any]:
+    require("onnx")
+    require("onnxruntime")
+    from qexp.export.onnx_int8 import to_onnx_int8
+    from qexp.export.runtime import session
+
+    images = dataset.calibration_images(min(COMPARED, dataset.train_size), 0)
+    written, report = to_onnx_int8(pack_run(model, dataset, trained), images)
+    blob = written.SerializeToString()
+    found = difference(model, session(blob), images)
+    result = _written(model, dataset, path, blob)
+    where = f" ({report.worst_layer})" if report.level_error else ""
+    print(
+        f"onnx: {report.layers} of {report.quantized} quantized layers in 8-bit integers | largest "
+        f"error of a level {report.level_error:.2%} of its channel's largest{where} | "
+        f"{report.rounded_results} results rounded to 8 bits\nonnx: {found}"
+    )
+    return {**result, **asdict(report), **found._asdict()}
+
+
+def _written(model: nn.Module, dataset: Any, path: Path, blob: bytes) -> dict[str, Any]:
+    from qexp.runner.atomic import write_bytes
+
     write_bytes(path, blob)
     fp32 = account(model, trace(model, dataset.input_shape)).fp32_bytes
     print(
@@ -137,6 +165,7 @@ def pack_run(
 FORMATS: dict[str, tuple[Callable[..., dict[str, Any]], str]] = {
     "packed": (_packed, ".safetensors"),
     "onnx": (_onnx, ".onnx"),
+    "onnx_int8": (_onnx_int8, ".int8.onnx"),
 }
 
 # ---------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ class Graph:
         return name
 
     def integers(self, codes: Tensor, *, bits: int, signed: bool, name: str = "") -> str:
-        """Integers in the smallest standard type: 4 bits up to 4, else 8 or 16."""
+        """Integers in the smallest standard type: 4 bits up to 4, else 8, 16 or 32."""
         name = name or f"integers_{len(self.constants)}"
         kind = integer_type(bits, signed)
         if bits <= 4:  # two's complement, the first code in the low half of a byte, as ours
@@ -74,4 +74,6 @@ def integer_type(bits: int, signed: bool) -> int:
         return TensorProto.INT4 if signed else TensorProto.UINT4
     if bits <= 8:
         return TensorProto.INT8 if signed else TensorProto.UINT8
-    return TensorProto.INT16 if signed else TensorProto.UINT16
+    if bits <= 16:
+        return TensorProto.INT16 if signed else TensorProto.UINT16
+    return TensorProto.INT32 if signed else TensorProto.UINT32

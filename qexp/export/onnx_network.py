@@ -45,10 +45,10 @@ def to_onnx(packed: Packed) -> onnx.ModelProto:
         ConfigError: an operation or a quantizer that has no ONNX form.
     """
     model = restore(packed, trust=True)
-    return _Writer(packed, model).write()
+    return Writer(packed, model).write()
 
 
-class _Writer:
+class Writer:
     """Walks the traced graph; `values` are the ONNX names of its nodes."""
 
     def __init__(self, packed: Packed, model: nn.Module) -> None:
@@ -62,10 +62,12 @@ class _Writer:
     def write(self) -> onnx.ModelProto:
         header = self.packed.header
         for node in self.traced.nodes:
+            if node in self.values:
+                continue  # written together with a node before it
             if node.op == "placeholder":
                 self.values[node] = "images"
             elif node.op == "call_module":
-                self.values[node] = self._module(str(node.target), self.values[node.args[0]])
+                self.values[node] = self.module(node)
             elif node.op in ("call_function", "call_method"):
                 self.values[node] = self._call(node)
             elif node.op == "output":
@@ -77,7 +79,9 @@ class _Writer:
     # -----------------------------------------------------------------------------------------
     # Modules
 
-    def _module(self, name: str, x: str) -> str:
+    def module(self, node: fx.Node) -> str:
+        """What a module makes of its input."""
+        name, x = str(node.target), self.values[node.args[0]]  # type: ignore[index]
         module, graph = self.modules[name], self.graph
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             return self._layer(name, module, x)

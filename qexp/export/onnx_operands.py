@@ -156,17 +156,22 @@ def _nearest(graph: Graph, q: Any, x: str) -> str:
 
 
 def _asq(graph: Graph, q: Any, x: str) -> str:
-    if q.factor == "frozen":
+    beta = factor(graph, q, x)
+    if beta is None:
         return _uniform(graph, q, x, q.scale.clamp_min(MIN_SCALE))
-    conv = len(q.shape) > 1
-    beta = graph.op("Max", _factor(graph, q, x, conv), graph.constant(MIN_FACTOR))
-    if conv:
-        beta = graph.op("Reshape", beta, graph.constant([-1, 1, 1, 1]))
-    scale = graph.constant(q.scale)
     if q.dequantize == "plain":
         return _uniform(graph, q, graph.op("Div", x, beta), q.scale.clamp_min(MIN_SCALE))
-    step = graph.op("Max", graph.op("Mul", beta, scale), graph.constant(MIN_SCALE))
-    return _explicit(graph, q, x, step)
+    scaled = graph.op("Mul", beta, graph.constant(q.scale))
+    return _explicit(graph, q, x, graph.op("Max", scaled, graph.constant(MIN_SCALE)))
+
+
+def factor(graph: Graph, q: Any, x: str) -> str | None:
+    """ASQ's beta of each sample, [N, 1, 1, 1] or [N, 1]; None if it is 1."""
+    if q.factor == "frozen":
+        return None
+    conv = len(q.shape) > 1
+    beta = graph.op("Max", _factor(graph, q, x, conv), graph.constant(MIN_FACTOR))
+    return graph.op("Reshape", beta, graph.constant([-1, 1, 1, 1])) if conv else beta
 
 
 def _factor(graph: Graph, q: Any, x: str, conv: bool) -> str:

@@ -1,0 +1,73 @@
+"""Operands as 8-bit integers, for `onnx_int8`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qexp.engine.source import step_of
+from qexp.engine.weight import Weight, planes
+from qexp.quant.quantizer import Quantizer
+
+LARGEST_BIAS = 2.0**30  # of 32 bits
+
+
+class Grid(NamedTuple):
+    """A grid of unsigned 8-bit codes: x_hat = (code - zero) * step, codes in [low, high].
+
+    Signed codes are moved up by 128: onnxruntime wants one type at both ends of a convolution.
+    """
+
+    step: Tensor
+    zero: int
+    low: int
+    high: int
+
+    @classmethod
+    def of(cls, step: Tensor, low: int, high: int, zero: int = 0) -> Grid:
+        """The grid of codes from `low` to `high`, signed ones if `low` is negative."""
+        up = 128 if low < 0 else 0
+        return cls(step, zero + up, low + up, high + up)
+
+
+def grid_of(q: Quantizer) -> Grid:
+    """An input quantizer's codes as 8-bit integers with a zero point."""
+    zero = int(getattr(q, "zero", torch.tensor(0)))
+    return Grid.of(step_of(q), q.qmin, q.qmax, zero)
+
+
+def eight_bits(weight: Weight) -> tuple[Tensor, Tensor, float]:
+    """`(int8 [C_out, ...], step [C_out], largest level error)` of a layer's weight."""
+    exact = planes(weight)
+    if len(exact.planes) == 1:
+        return exact.planes[0], exact.step * exact.factors[0], 0.0
+    levels, index = weight.levels().double(), weight.index.flatten(1)
+    top = levels.abs().amax(1, keepdim=True)
+    top = torch.where(top > 0, top, 1.0)
+    unit = levels / top  # [R, L]
+    count = torch.zeros(len(index), unit.shape[1]).scatter_add_(1, index, torch.ones(index.shape))
+    count = count.sum(0, keepdim=True) if len(unit) == 1 else count
+    best = torch.full((len(unit), 1), 127.0, dtype=torch.float64)
+    least = torch.full((len(unit), 1), torch.inf, dtype=torch.float64)
+    for n in range(64, 128):
+        error = (((unit * n).round() / n - unit).square() * count).sum(1, keepdim=True)
+        best, least = torch.where(error < least, n, best), torch.minimum(error, least)
+    whole = (unit * best).round()
+    worst = ((whole / best - unit).abs() * (count > 0)).max().item()
+    codes = whole.expand(len(index), -1).gather(1, index).reshape(weight.codes.shape)
+    return codes.to(torch.int8), weight.step() * (top / best)[:, 0].float(), worst
+
+
+def fold(
+    whole: Tensor, w_step: Tensor, gain: Tensor, bias: Tensor, step: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Weights and steps with the gain in them: steps positive, and no bias beyond 30 bits."""
+    rows = (-1, *[1] * (whole.dim() - 1))
+    sign = torch.where(gain < 0, -1, 1).reshape(rows)
+    folded = w_step * gain.abs()
+    least = bias.abs() / (step * LARGEST_BIAS)
+    positive = torch.maximum(folded, least).clamp_min(torch.finfo(torch.float32).tiny)
+    shrunk = (whole * sign * (folded / positive).reshape(rows)).round().clamp(-128, 127)
+    return shrunk.to(torch.int8), positive

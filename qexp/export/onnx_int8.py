@@ -1,0 +1,307 @@
+"""The int8 variant of an ONNX model: every quantized convolution on onnxruntime's integer kernels.
+
+onnxruntime multiplies integers in one pattern alone: a convolution between DequantizeLinear of
+8-bit operands and QuantizeLinear of its result (it becomes QLinearConv). So
+
+    input    its codes, at the quantizer's own step: 8 bits hold them all, nothing is lost
+    weight   8-bit integers times one step a channel: exact where the levels are integers of that
+             size; others are rounded to the n / 127 or less that fits them best (`eight_bits`)
+    norm     gain into the weight's steps, bias into a 32-bit bias
+    result   if one quantizer with a fixed step is all that reads it, the codes of that; else
+             8 bits at the step of least squared error on calibration images
+
+The last two roundings, of levels and of results that are read as floats (residual sums, inputs of
+an adapter), are the variant's error. Linear layers end in float. ASQ's factor divides the input
+and multiplies the result.
+
+Layers with a float operand, more than 8 bits or an offset (LSQ+) stay as in `onnx_network`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import onnx
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from qexp.engine.network import weight_of
+from qexp.export.network import restore
+from qexp.export.onnx_grid import Grid, eight_bits, fold, grid_of
+from qexp.export.onnx_network import Writer
+from qexp.export.onnx_operands import columns, factor, quantized_input, window_of
+from qexp.export.packed import Packed
+from qexp.quant.asq import ASQ
+from qexp.quant.calibrate import mse_scale
+from qexp.quant.dorefa import PACT, DoReFaActivation
+from qexp.quant.lsq import LSQ
+from qexp.quant.modules import QUANT_LAYERS, QuantConv2d
+
+SAMPLES = 1 << 16  # elements of a result that its step is found from
+RELU6 = 6.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the variant did.
+
+    Attributes:
+        layers, quantized: quantized layers on integer kernels, and all of them.
+        level_error: largest |level - its 8-bit integer| in units of the channel's largest level.
+        worst_layer: where that is.
+        rounded_results: convolutions whose result is rounded to 8 bits of its own.
+    """
+
+    layers: int
+    quantized: int
+    level_error: float
+    worst_layer: str
+    rounded_results: int
+
+
+class Chain(NamedTuple):
+    """A layer and what can be done in its integers: batch norm and ReLU after it."""
+
+    norm: fx.Node | None
+    relu: fx.Node | None
+    six: bool  # ReLU6
+    end: fx.Node
+
+
+@torch.no_grad()
+def to_onnx_int8(packed: Packed, images: Tensor) -> tuple[onnx.ModelProto, Report]:
+    """The checked model, and what it does to the network.
+
+    Args:
+        images: training images [N, C, H, W] that the results' steps are found from.
+
+    Raises:
+        ConfigError: as `to_onnx`.
+    """
+    writer = _Writer(packed, restore(packed, trust=True), images)
+    return writer.write(), writer.report()
+
+
+class _Writer(Writer):
+    """`Writer`, with chains of layers in integers."""
+
+    def __init__(self, packed: Packed, model: nn.Module, images: Tensor) -> None:
+        super().__init__(packed, model)
+        self.chains = {
+            node: self._chain(node) for node in self.traced.nodes if self._eligible(node)
+        }
+        self.fixed = {node: self._reader(chain) for node, chain in self.chains.items()}
+        self.steps = self._result_steps(model, images)
+        self.codes: dict[fx.Node, str] = {}  # of a chain's end, for the quantizer that reads it
+        self.errors: dict[str, float] = {}
+
+    def report(self) -> Report:
+        """Call after `write`."""
+        worst = max(self.errors, key=self.errors.__getitem__, default="")
+        quantized = sum(isinstance(m, QUANT_LAYERS) for m in self.modules.values())
+        error = self.errors.get(worst, 0.0)
+        return Report(len(self.chains), quantized, error, worst, len(self.steps))
+
+    # -----------------------------------------------------------------------------------------
+    # What belongs together
+
+    def _eligible(self, node: fx.Node) -> bool:
+        module = self.modules.get(str(node.target)) if node.op == "call_module" else None
+        entry = self.entries.get(str(node.target))
+        if not isinstance(module, QUANT_LAYERS) or entry is None:
+            return False
+        known = entry.weight is not None and entry.input is not None
+        quantizer = module.act_quantizer
+        return known and quantizer.bits <= 8 and not hasattr(quantizer, "offset")
+
+    def _chain(self, node: fx.Node) -> Chain:
+        end, norm, relu, six = node, None, None, False
+        if not isinstance(self.modules[str(node.target)], QuantConv2d):
+            return Chain(None, None, False, node)
+        following = self._only_user(end)
+        if following is not None and self._is(following, nn.BatchNorm2d):
+            end = norm = following
+            following = self._only_user(end)
+        if following is not None and self._is_relu(following):
+            six = self._is(following, nn.ReLU6)
+            end = relu = following
+        return Chain(norm, relu, six, end)
+
+    def _only_user(self, node: fx.Node) -> fx.Node | None:
+        return next(iter(node.users)) if len(node.users) == 1 else None
+
+    def _is(self, node: fx.Node, kind: type[nn.Module]) -> bool:
+        return node.op == "call_module" and isinstance(self.modules[str(node.target)], kind)
+
+    def _is_relu(self, node: fx.Node) -> bool:
+        functions = (F.relu, torch.relu, "relu")
+        return self._is(node, nn.ReLU) or self._is(node, nn.ReLU6) or node.target in functions
+
+    def _reader(self, chain: Chain) -> fx.Node | None:
+        """The layer that alone reads a chain's end, if its quantizer's step is fixed."""
+        user = self._only_user(chain.end)
+        if user is None or user not in self.chains:
+            return None
+        quantizer = self.modules[str(user.target)].act_quantizer
+        if type(quantizer) not in (LSQ, PACT, DoReFaActivation):
+            return None
+        return user if quantizer.signed or chain.relu is not None else None
+
+    # -----------------------------------------------------------------------------------------
+    # Calibration
+
+    def _result_steps(self, model: nn.Module, images: Tensor) -> dict[fx.Node, Tensor]:
+        """Steps of the results that no quantizer fixes, by node of the layer."""
+        needed = {
+            node: chain
+            for node, chain in self.chains.items()
+            if self._is(node, QuantConv2d) and (self._per_sample(node) or not self.fixed[node])
+        }
+        seen: dict[fx.Node, list[Tensor]] = {node: [] for node in needed}
+        ends = {chain.end: node for node, chain in needed.items()}
+        modules, per_sample = self.modules, self._per_sample
+
+        class Record(fx.Interpreter):
+            def run_node(self, n: fx.Node) -> Any:
+                y = super().run_node(n)
+                if n in needed and per_sample(n):  # before the factor
+                    x = self.env[n.all_input_nodes[0]]
+                    beta = modules[str(n.target)].act_quantizer.factors(x)
+                    gain = _norm(modules, needed[n])[0].reshape(-1, 1, 1)
+                    keep(n, y / beta * gain)
+                elif n in ends and not per_sample(ends[n]):
+                    keep(ends[n], y)
+                return y
+
+        def keep(node: fx.Node, y: Tensor) -> None:
+            flat = y.flatten()
+            seen[node].append(flat[:: max(1, flat.numel() * batches // SAMPLES)].clone())
+
+        parts = images.split(32)
+        batches = len(parts)
+        interpreter = Record(fx.GraphModule(model, self.traced))
+        for part in parts:
+            interpreter.run(part)
+        found = {}
+        for node, values in seen.items():
+            signed = needed[node].relu is None or per_sample(node)
+            low, high = (-128, 127) if signed else (0, 255)
+            step = mse_scale(torch.cat(values), low, high)
+            found[node] = step.clamp_max(RELU6 / 255) if needed[node].six else step
+        return found
+
+    def _per_sample(self, node: fx.Node) -> bool:
+        q = self.modules[str(node.target)].act_quantizer
+        return isinstance(q, ASQ) and q.factor != "frozen" and q.dequantize == "scaled"
+
+    # -----------------------------------------------------------------------------------------
+    # Writing
+
+    def module(self, node: fx.Node) -> str:
+        """What a module makes of its input; a chain is written at its layer."""
+        if node not in self.chains:
+            return super().module(node)
+        chain, name = self.chains[node], str(node.target)
+        layer, entry = self.modules[name], self.entries[name]
+        source: fx.Node = node.args[0]  # type: ignore[assignment]
+        x, step, beta = self._input(source, layer, name)
+        whole, w_step, self.errors[name] = eight_bits(weight_of(self.packed, entry))
+        gain, bias = _norm(self.modules, chain)
+        bias = bias if layer.bias is None else bias + layer.bias * gain
+        inside = bias if beta is None else torch.zeros(1)  # beta multiplies before the bias
+        whole, w_step = fold(whole, w_step, gain, inside, step)
+        y = self._product(layer, x, whole, w_step, inside, step)
+        for part in (chain.norm, chain.relu):
+            if part is not None:
+                self.values[part] = ""  # nobody but the chain reads it
+        y = self._result(node, y, beta, bias)
+        self.values[chain.end] = y
+        return y
+
+    def _input(self, source: fx.Node, layer: Any, name: str) -> tuple[str, Tensor, str | None]:
+        """`(dequantized codes, step, factor of each sample or None)`."""
+        graph, q = self.graph, layer.act_quantizer
+        grid = grid_of(q)
+        if source in self.codes:
+            return self._dequantized(self.codes[source], grid), grid.step, None
+        x, beta = self.values[source], None
+        if layer.act_quantizer.on_columns:
+            x = columns(graph, layer, x)
+        if isinstance(q, ASQ):
+            beta = factor(graph, q, x)
+            x = x if beta is None else graph.op("Div", x, beta)
+            beta = None if q.dequantize == "plain" else beta
+        elif type(q) not in (LSQ, PACT, DoReFaActivation):
+            x = quantized_input(graph, q, x, name)  # x_hat, of which QuantizeLinear takes the code
+        return self._dequantized(self._quantized(x, grid), grid), grid.step, beta
+
+    def _quantized(self, x: str, grid: Grid) -> str:
+        graph = self.graph
+        codes = graph.op("QuantizeLinear", x, graph.constant(grid.step), self._byte(grid.zero))
+        if (grid.low, grid.high) == (0, 255):
+            return codes
+        return graph.op("Clip", codes, self._byte(grid.low), self._byte(grid.high))
+
+    def _dequantized(self, codes: str, grid: Grid) -> str:
+        step, zero = self.graph.constant(grid.step), self._byte(grid.zero)
+        return self.graph.op("DequantizeLinear", codes, step, zero)
+
+    def _byte(self, value: int) -> str:
+        return self.graph.integers(torch.tensor(value), bits=8, signed=False)
+
+    def _product(
+        self, layer: Any, x: str, whole: Tensor, w_step: Tensor, bias: Tensor, step: Tensor
+    ) -> str:
+        graph = self.graph
+        if layer.act_quantizer.on_columns:
+            whole = whole.reshape(len(whole), -1, 1, 1)
+        stored = graph.integers(whole, bits=8, signed=True)
+        w = graph.op("DequantizeLinear", stored, graph.constant(w_step), axis=0)
+        operands = [x, w]
+        if bool(bias.any()):
+            unit = w_step * step
+            codes = graph.integers((bias / unit).round(), bits=32, signed=True)
+            operands.append(graph.op("DequantizeLinear", codes, graph.constant(unit), axis=0))
+        if not isinstance(layer, QuantConv2d):
+            return graph.op("Gemm", *operands, transB=1)
+        window = window_of(layer)
+        if layer.act_quantizer.on_columns:
+            window = {"kernel_shape": [1, 1]}
+        return graph.op("Conv", *operands, **window, group=layer.groups)
+
+    def _result(self, node: fx.Node, y: str, beta: str | None, bias: Tensor) -> str:
+        """Codes for the quantizer that reads the result, or its value rounded to 8 bits."""
+        graph, chain, reader = self.graph, self.chains[node], self.fixed[node]
+        if not self._is(node, QuantConv2d):
+            return y if beta is None else self._after(y, beta, bias)
+        if beta is None and reader is not None:
+            grid = grid_of(self.modules[str(reader.target)].act_quantizer)
+            if chain.six:
+                top = grid.zero + int((RELU6 / grid.step).round())
+                grid = grid._replace(high=min(grid.high, top))
+            if chain.relu is not None:
+                grid = grid._replace(low=max(grid.low, grid.zero))
+            self.codes[chain.end] = self._quantized(y, grid)
+            return ""  # the reader takes the codes
+        signed = chain.relu is None or beta is not None
+        grid = Grid.of(self.steps[node], *((-128, 127) if signed else (0, 255)))
+        y = self._dequantized(self._quantized(y, grid), grid)
+        if beta is None:
+            return y
+        y = self._after(y, beta, bias.reshape(-1, 1, 1))
+        y = graph.op("Relu", y) if chain.relu is not None else y
+        return graph.op("Min", y, graph.constant(RELU6)) if chain.six else y
+
+    def _after(self, y: str, beta: str, bias: Tensor) -> str:
+        y = self.graph.op("Mul", y, beta)
+        return self.graph.op("Add", y, self.graph.constant(bias)) if bool(bias.any()) else y
+
+
+def _norm(modules: dict[str, Any], chain: Chain) -> tuple[Tensor, Tensor]:
+    """Gain and bias of a chain's batch norm, or 1 and 0."""
+    if chain.norm is None:
+        return torch.ones(1), torch.zeros(1)
+    norm = modules[str(chain.norm.target)]
+    return norm.weight.detach(), norm.bias.detach()

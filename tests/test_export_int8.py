@@ -1,0 +1,159 @@
+"""The int8 variant: integer kernels where it says so, and the error that it says."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Qexp
+from test_engine import WEIGHTS, weight
+from test_export import images, network, packed_of, run_folder
+from torch import nn
+
+from qexp.quant.convert import Bits, calibrate_, quantize_
+from qexp.quant.lsq import LSQ
+from qexp.quant.modules import QuantConv2d
+from qexp.quant.trace import trace
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+from qexp.export.onnx_grid import eight_bits, fold  # noqa: E402
+from qexp.export.onnx_int8 import to_onnx_int8  # noqa: E402
+from qexp.export.packed import pack_network  # noqa: E402
+from qexp.export.runtime import session  # noqa: E402
+
+__all__ = ["run_folder"]  # a fixture
+
+
+def kernels(blob: bytes, folder: Path) -> Counter[str]:
+    """What onnxruntime makes of a model."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
+    options.log_severity_level = 4
+    onnxruntime.InferenceSession(blob, options, providers=["CPUExecutionProvider"])
+    return Counter(n.op_type for n in onnx.load(options.optimized_model_filepath).graph.node)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_the_level_error_is_the_largest_there_is(name: str, bits: int) -> None:
+    stored, w_hat = weight(name, bits, (6, 4, 3, 3))
+    whole, step, error = eight_bits(stored)
+    apart = (whole * step.reshape(-1, 1, 1, 1) - w_hat).abs().flatten(1).amax(1)
+    levels = (stored.levels() * stored.step()[: len(stored.levels()), None]).abs().amax(1)
+    assert error <= 1 / 128
+    assert bool((apart <= (error + 1e-6) * levels.expand(len(apart)) * 1.0001).all()) or (
+        len(levels) == 1  # one grid under a step of each channel
+        and bool((apart <= (error + 1e-6) * stored.levels().abs().max() * stored.step()).all())
+    )
+
+
+def test_uniform_levels_and_powers_of_two_have_no_error() -> None:
+    found = {name: eight_bits(weight(name, 4, (4, 4, 1, 1))[0])[2] for name in WEIGHTS}
+    exact = {"lsq", "per channel", "zero point", "half", "post 2", "pot", "apot"}
+    assert {name for name, error in found.items() if error == 0} == exact
+
+
+def test_a_gain_goes_into_weights_whatever_its_sign() -> None:
+    whole = torch.tensor([[3], [-128], [5], [7]], dtype=torch.int8)[:, :, None, None]
+    gain, bias = torch.tensor([2.0, -1.0, 0.0, 1e-30]), torch.tensor([1.0, 1.0, 1.0, 1e6])
+    folded, step = fold(whole, torch.full((4,), 0.1), gain, bias, torch.tensor(0.01))
+    assert bool((step > 0).all())
+    assert bool((bias / (step * 0.01) <= 2**30 * 1.001).all())
+    w = folded[:, 0, 0, 0] * step
+    torch.testing.assert_close(w, torch.tensor([0.6, 12.7, 0.0, 0.0]))
+
+
+@pytest.mark.parametrize("method", ["lsq", "asq+post", "adq", "n2uq", "nearest", "aquant"])
+def test_every_convolution_runs_on_integers(method: str, tmp_path: Path) -> None:
+    model = network(method, fold=method == "aquant")
+    written, report = to_onnx_int8(packed_of(model), images())
+    blob = written.SerializeToString()
+    convolutions = sum(isinstance(m, QuantConv2d) for m in model.modules())
+    assert kernels(blob, tmp_path)["QLinearConv"] == convolutions
+    assert report.layers == report.quantized == convolutions + 1
+    run = session(blob, 1)
+    for n in (1, 16):
+        with torch.no_grad():
+            ours, theirs = model(images(n)), run(images(n))
+        # An untrained network amplifies every rounding; a wrong step or bias would be far off.
+        assert (theirs - ours).abs().amax(1).median() < 0.15 * ours.abs().max()
+
+
+class Line(nn.Sequential):
+    """Convolutions in a line: every result but the last is read by one quantizer alone."""
+
+    def __init__(self, num_classes: int = 4) -> None:
+        super().__init__(
+            nn.Conv2d(3, 8, 3, padding=1, bias=False),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3, padding=1),
+            nn.ReLU6(),
+            nn.Conv2d(8, 6, 3, stride=2, groups=2),
+            nn.BatchNorm2d(6),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(6, 6, 1),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(6, num_classes),
+        )
+
+
+def test_what_quantizers_read_is_not_rounded_again() -> None:
+    torch.manual_seed(3)
+    model = Line()
+    model(4 * torch.randn(16, 3, 8, 8))
+    nn.init.normal_(model[1].weight)  # gains of both signs
+    model.eval()
+    layers = trace(model, (3, 8, 8))
+    quantize_(model, layers, {layer.name: Bits(4, 4) for layer in layers}, LSQ, LSQ)
+    x = torch.randn(32, 3, 8, 8)
+    calibrate_(model, x)
+    packed = pack_network(
+        model,
+        target="test_export_int8.Line",
+        keywords={},
+        num_classes=4,
+        input_shape=(3, 8, 8),
+        data={"name": "synthetic", "mean": [], "std": []},
+    )
+    written, report = to_onnx_int8(packed, x)
+    assert report.rounded_results == 1  # before the average
+    step = next(iter(_steps(written)))
+    with torch.no_grad():
+        ours, theirs = model.eval()(x), session(written.SerializeToString(), 1)(x)
+    weights: Any = model[12]
+    # Half a step of the last result, as often as not one code of 15 of the linear layer's input.
+    bound = (step + weights.act_quantizer.scale) * weights.weight.abs().sum(1).max()
+    assert (theirs - ours).abs().max() <= bound
+
+
+def _steps(written: Any) -> list[torch.Tensor]:
+    """Steps of QuantizeLinear, the largest first."""
+    constants = {c.name: onnx.numpy_helper.to_array(c) for c in written.graph.initializer}
+    names = [n.input[1] for n in written.graph.node if n.op_type == "QuantizeLinear"]
+    return sorted((torch.tensor(constants[name]) for name in names), reverse=True)
+
+
+def test_layers_beyond_eight_bits_stay_as_they_are() -> None:
+    model = network("lsq", Bits(4, 10))
+    written, report = to_onnx_int8(packed_of(model), images())
+    assert report.layers == 2  # first and last
+    with torch.no_grad():
+        ours, theirs = model(images()), session(written.SerializeToString(), 1)(images())
+    assert (theirs - ours).abs().amax(1).median() < 0.05 * ours.abs().max()
+
+
+def test_the_command_says_what_it_changes(qexp: Qexp, run_folder: Path) -> None:
+    said = qexp("export", f"run={run_folder}", "format=onnx_int8")
+    assert said.code == 0, said.err
+    file = run_folder / "model.int8.onnx"
+    assert f"onnx: {file} | {file.stat().st_size:,} bytes" in said.out
+    assert "quantized layers in 8-bit integers | largest error of a level " in said.out
+    assert "have another top-1" in said.out
