@@ -50,7 +50,7 @@ def export(cfg: DictConfig) -> dict[str, Any]:
     check_calibrated(model)
     writer, suffix = FORMATS[cfg.format]
     path = Path(cfg.file) if cfg.file else folder / f"model{suffix}"
-    ending = Path(suffix).suffix
+    ending = "." + suffix.rpartition(".")[2]
     if path.suffix != ending or not path.parent.is_dir():
         raise ConfigError(f"export: file must be a name in a folder that exists, like x{ending}.")
     return writer(model.eval(), dataset, trained, path, cfg)
