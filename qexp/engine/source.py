@@ -44,6 +44,14 @@ def span(quantizer: Quantizer) -> tuple[int, int]:
     return quantizer.qmin - zero, quantizer.qmax - zero
 
 
+def step_of(q: Any) -> Tensor:
+    """The step of an input, [] (of a sample whose factor is 1)."""
+    if isinstance(q, N2UQ):
+        return q.grid()[1]
+    scale = q.alpha / q.qmax if isinstance(q, PACT) else q.scale
+    return scale.clamp_min(MIN_SCALE)
+
+
 def check_known(quantizer: Quantizer, name: str) -> None:
     """Raise a ConfigError unless the layer's input has an integer form here."""
     if type(quantizer) not in SOURCES:
@@ -57,55 +65,45 @@ def _rounded(q: Quantizer, x: Tensor, step: Tensor) -> Tensor:
     return (x.float() / step).round_().clamp_(q.qmin, q.qmax)  # half to even
 
 
-def _lsq(q: Any, x: Tensor) -> Integers:
-    step = q.scale.clamp_min(MIN_SCALE)
+def _uniform(q: Any, x: Tensor) -> Integers:
+    step = step_of(q)
     return Integers(_rounded(q, x, step), step)
 
 
 def _lsqplus(q: Any, x: Tensor) -> Integers:
-    step = q.scale.clamp_min(MIN_SCALE)
+    step = step_of(q)
     return Integers(_rounded(q, x - q.offset, step), step, q.offset)
 
 
 def _asq(q: Any, x: Tensor) -> Integers:
     beta = q.factors(x)
     if q.dequantize == "plain":
-        step = q.scale.clamp_min(MIN_SCALE)
-        return Integers(_rounded(q, x / beta, step), step)
+        return _uniform(q, x / beta)
     step = (q.scale * beta).clamp_min(MIN_SCALE)
     return Integers(_rounded(q, x, step), step if step.numel() > 1 else step.reshape(()))
 
 
-def _dorefa(q: Any, x: Tensor) -> Integers:
-    return Integers(_rounded(q, x, q.scale), q.scale)
-
-
-def _pact(q: Any, x: Tensor) -> Integers:
-    step = (q.alpha / q.qmax).clamp_min(MIN_SCALE)
-    return Integers(_rounded(q, x, step), step)
-
-
 def _nearest(q: Any, x: Tensor) -> Integers:
-    step = q.scale.clamp_min(MIN_SCALE)
+    step = step_of(q)
     code = (x.float() / step).add_(0.5).floor_().add_(q.zero).clamp_(q.qmin, q.qmax)
     return Integers(code.sub_(q.zero), step)
 
 
 def _n2uq(q: Any, x: Tensor) -> Integers:
-    return Integers(q.codes(x).float(), q.grid()[1])  # thresholds learned, levels uniform
+    return Integers(q.codes(x).float(), step_of(q))  # thresholds learned, levels uniform
 
 
 def _aquant(q: Any, x: Tensor) -> Integers:
     # floor(u + 1 - B(u)), the border B where the quantizer keeps it
-    return Integers(q.codes(x).float().sub_(q.zero), q.scale.clamp_min(MIN_SCALE))
+    return Integers(q.codes(x).float().sub_(q.zero), step_of(q))
 
 
 SOURCES: dict[type[Quantizer], Callable[[Any, Tensor], Integers]] = {
-    LSQ: _lsq,
+    LSQ: _uniform,
     LSQPlus: _lsqplus,
     ASQ: _asq,
-    DoReFaActivation: _dorefa,
-    PACT: _pact,
+    DoReFaActivation: _uniform,
+    PACT: _uniform,
     Nearest: _nearest,
     N2UQ: _n2uq,
     AQuant: _aquant,
