@@ -23,7 +23,7 @@ from qexp.bench_floor import synchronize
 from qexp.quant.functional import compile_kernels
 from qexp.quant.trace import Layer
 from qexp.recipes.compilation import compiled
-from qexp.recipes.saving import save_less_
+from qexp.recipes.saving import kept_bytes, save_less_
 
 LEARNING_RATE = 1e-4  # small: the images are noise, and no step may diverge
 
@@ -109,7 +109,7 @@ def take_turns(
     finally:
         gc.enable()
     for contender in contenders:
-        contender.saved_bytes = saved_bytes(contender)
+        contender.saved_bytes = kept_bytes(contender.model, contender.step)
         contender.peak_bytes = peak_bytes(contender, device)
     compile_kernels(False)
 
@@ -125,23 +125,6 @@ def _timed(contender: Contender, device: torch.device) -> None:
 
 # ---------------------------------------------------------------------------------------------
 # Memory
-
-
-def saved_bytes(contender: Contender) -> int:
-    """Bytes that a step keeps for backward: storages counted once, parameters left out."""
-    state = (*contender.model.parameters(), *contender.model.buffers())
-    own = {t.untyped_storage().data_ptr() for t in state}
-    kept: dict[int, int] = {}
-
-    def keep(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        contender.step()
-    return sum(kept.values())
 
 
 def peak_bytes(contender: Contender, device: torch.device) -> int | None:

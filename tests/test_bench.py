@@ -13,10 +13,11 @@ from torch import nn
 
 from qexp import bench_step
 from qexp.bench_floor import Machine, work
-from qexp.bench_step import Contender, make_step, saved_bytes, take_turns
+from qexp.bench_step import Contender, make_step, take_turns
 from qexp.bench_words import translate
 from qexp.models.resnet import ResNet
 from qexp.quant.trace import trace
+from qexp.recipes.saving import kept_bytes
 
 TINY = (
     "model=resnet8",
@@ -131,11 +132,11 @@ def test_saved_bytes_count_each_storage_once_and_no_parameter() -> None:
         net(x).sum().backward()
 
     # the linear layer keeps x, the ReLU its result; the weight is a parameter
-    assert saved_bytes(Contender("a", net, step)) == 4 * 2 * x.numel()
+    assert kept_bytes(net, step) == 4 * 2 * x.numel()
 
 
 def test_contenders_take_turns_in_rotating_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_step, "saved_bytes", lambda contender: 0)
+    monkeypatch.setattr(bench_step, "kept_bytes", lambda model, step: 0)
     monkeypatch.setattr(bench_step, "peak_bytes", lambda contender, device: None)
     order: list[str] = []
     contenders = [

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qexp.bench_step import Contender, saved_bytes
 from qexp.errors import ConfigError
 from qexp.models.resnet import ResNet
 from qexp.quant.asq import ASQ
@@ -19,7 +18,7 @@ from qexp.quant.convert import Bits, calibrate_, quant_layers, quantize_
 from qexp.quant.lsq import LSQ, LSQPlus
 from qexp.quant.n2uq import N2UQ
 from qexp.quant.trace import trace
-from qexp.recipes.saving import save_less_
+from qexp.recipes.saving import kept_bytes, save_less_
 
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 2, 3])
@@ -88,7 +87,7 @@ def kept(model: nn.Module, saved: str) -> int:
     def step() -> None:
         F.cross_entropy(model(IMAGES), LABELS).backward()
 
-    return saved_bytes(Contender("a", model, step))
+    return kept_bytes(model, step)
 
 
 @pytest.mark.parametrize("act", [LSQ, ASQ], ids=["lsq", "asq"])

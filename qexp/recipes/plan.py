@@ -21,9 +21,15 @@ from qexp.quant.accounting import Account, account
 from qexp.quant.bitwidth import Uniform
 from qexp.quant.convert import quantizers
 from qexp.recipes import build
+from qexp.recipes.saving import kept_bytes
 from qexp.runner.device import pick_device
 
-MEASURED_BATCH = 16  # images of the timed steps, at most: a plan must not take minutes
+# Pixel values of the timed steps, about: a batch of CIFAR; a plan must not take minutes.
+MEASURED = 128 * 3 * 32 * 32
+FEWEST = 8  # images of the timed steps
+# A step's memory above the parameters, as a multiple of what it keeps for backward: 1.66 for a
+# float ResNet-20 in eager mode, 1.41 for LSQ (results/bench_train).
+WORKING = 1.5
 
 
 class Card(NamedTuple):
@@ -32,7 +38,7 @@ class Card(NamedTuple):
     num_classes: int
     input_shape: tuple[int, ...]
     train_size: int
-    present: bool
+    test_size: int
 
 
 def plan(cfg: DictConfig) -> str:
@@ -76,8 +82,9 @@ def _card(cfg: DictConfig) -> Card:
         channels, side, _ = known.input_shape
         side = cfg.dataset.get("crop", side)
         print(f"note: {cause} The plan uses the data set's published sizes.")
-        return Card(known.num_classes, (channels, side, side), known.train_size, False)
-    return Card(dataset.num_classes, dataset.input_shape, dataset.train_size, True)
+        return Card(known.num_classes, (channels, side, side), known.train_size, 0)
+    test = dataset.protocol().get("test_images", 0)
+    return Card(dataset.num_classes, dataset.input_shape, dataset.train_size, test)
 
 
 def _table(cost: Account, network: build.Network) -> list[str]:
@@ -123,30 +130,41 @@ def _schedule(cfg: DictConfig, card: Card, model: nn.Module) -> list[str]:
     per_epoch = max(1, card.train_size // batch)
     steps = epochs * per_epoch if cfg.max_steps is None else min(epochs * per_epoch, cfg.max_steps)
     device = pick_device(cfg.device)
-    seconds = _seconds_per_image(model.to(device), card.input_shape, min(batch, MEASURED_BATCH))
-    total = seconds * steps * batch
+    values = card.input_shape[0] * card.input_shape[1] * card.input_shape[2]
+    timed = min(batch, max(FEWEST, MEASURED // values))
+    seconds, kept = _image_cost(model.to(device), card.input_shape, timed)
+    passes = steps / per_epoch * card.test_size / 3  # a forward pass is a third of a step
+    total = seconds * (steps * batch + passes)
+    parameters = 4 * sum(p.numel() for p in model.parameters())
+    memory = 3 * parameters + WORKING * kept * batch  # with gradients and momentum
     source = "from random weights" if cfg.recipe.get("from_scratch") else cfg.model.checkpoint
     return [
         f"training: {epochs} epochs of {per_epoch} steps of {batch} images, {steps:,} steps; "
         f"start: {source}",
-        f"time:     about {_duration(total)} on {device} in eager mode ({1 / seconds:.0f} img/s "
-        "measured now on noise, without loading, evaluation and compilation)",
+        f"cost:     about {_duration(total)} and {memory / 2**30:.2f} GB on {device} in eager mode "
+        f"({1 / seconds:.0f} img/s measured now on noise; with evaluation, without compilation, "
+        "loading, and a float baseline that must be trained first)",
     ]
 
 
-def _seconds_per_image(model: nn.Module, shape: tuple[int, ...], batch: int) -> float:
-    """Forward and backward of `batch` noise images, the faster of two after a warm-up."""
+def _image_cost(model: nn.Module, shape: tuple[int, ...], batch: int) -> tuple[float, float]:
+    """Seconds of a training step, the faster of two, and bytes it keeps; both for one image."""
     device = next(model.parameters()).device
     x: Any = torch.randn(batch, *shape, device=device)
     y = torch.zeros(batch, dtype=torch.int64, device=device)
-    took = []
-    for _ in range(3):
-        began = time.perf_counter()
+
+    def step() -> None:
         F.cross_entropy(model.train()(x), y).backward()
+
+    kept = kept_bytes(model, step)  # and warm
+    took = []
+    for _ in range(2):
+        began = time.perf_counter()
+        step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         took.append(time.perf_counter() - began)
-    return min(took[1:]) / batch
+    return min(took) / batch, kept / batch
 
 
 def _duration(seconds: float) -> str:

@@ -58,6 +58,25 @@ def save_less_(model: nn.Module, saved: str) -> None:
         block.forward = partial(_checkpointed, block, block.forward)
 
 
+def kept_bytes(model: nn.Module, step: Callable[[], None]) -> int:
+    """Bytes that `step` keeps for backward: storages counted once, parameters left out.
+
+    What `saved=inputs` keeps of a convolution is its quantizer's input, which is counted there.
+    """
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def keep(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        step()
+    return sum(kept.values())
+
+
 class _Tracer(fx.Tracer):
     """Sees through everything but torch's own modules and quantized layers."""
 
