@@ -1,0 +1,145 @@
+"""How a training step grows with batch, width, layers and levels: CPU time and memory kept.
+
+    python scripts/bench_growth.py results/bench_growth [--compile kernels] [--threads 1]
+
+One thing grows at a time from a ResNet-8 of width 1, 32 images of 32x32, 4 bits. Networks take
+turns, float among them; a point is the median CPU time of a step (GPU: wall). Printed is the
+slope in a log-log plot: 1 is linear growth. Writes growth.csv and growth.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from torch import nn
+
+from qexp.bench_step import Contender, make_step, take_turns
+from qexp.config import configs_dir
+from qexp.figure import PALETTE, legend, panels, save
+from qexp.models.build import build_model
+from qexp.quant.convert import calibrate_
+from qexp.recipes import build
+from qexp.runner.device import keep_memory, pick_device, set_threads
+
+BASE = {"batch": 32, "width": 1.0, "depth": 8, "bits": 4}
+GROWS: dict[str, tuple[float, ...]] = {
+    "batch": (16, 32, 64, 128),
+    "width": (0.5, 1.0, 2.0, 4.0),
+    "depth": (8, 14, 20, 32),
+    "bits": (2, 3, 4, 5, 6, 8),
+}
+QUANTIZERS = ("lsq", "asq", "post", "adq", "n2uq")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--compile", choices=("off", "kernels"), default="off")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--quantizers", nargs="+", default=QUANTIZERS)
+    given = parser.parse_args(argv)
+    set_threads(given.threads)
+    if given.device == "cpu":
+        keep_memory()
+    rows: list[dict[str, Any]] = []
+    for what, values in GROWS.items():
+        for value in values:
+            rows += point(what, value, given)
+        print(slopes(what, [r for r in rows if r["grows"] == what]), flush=True)
+    given.out.mkdir(parents=True, exist_ok=True)
+    with (given.out / "growth.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    draw(given.out / "growth.png", rows, f"{given.device}, compile={given.compile}")
+
+
+def point(what: str, value: float, given: argparse.Namespace) -> list[dict[str, Any]]:
+    """A step of every network at one size."""
+    size = {**BASE, what: value}
+    device = pick_device(given.device)
+    torch.manual_seed(0)
+    images = torch.randn(int(size["batch"]), 3, 32, 32, device=device)
+    labels = torch.randint(10, (len(images),), device=device)
+    networks = {"fp32": network("fp32", size, device)}
+    for name in given.quantizers:
+        networks[name] = network(name, size, device)
+        calibrate_(networks[name], images)
+    contenders = [
+        Contender(name, net, make_step(net, given.compile, images, labels, torch.float32))
+        for name, net in networks.items()
+    ]
+    take_turns(contenders, given.repeats, 1, device)
+    return [
+        {
+            "grows": what,
+            "value": value,
+            "quantizer": c.name,
+            "cpu_ms": 1e3 * statistics.median(c.cpu_s),
+            "wall_ms": 1e3 * statistics.median(c.wall_s),
+            "kept_bytes": c.saved_bytes,
+        }
+        for c in contenders
+    ]
+
+
+def network(quantizer: str, size: dict[str, float], device: torch.device) -> nn.Module:
+    """The ResNet of this size, quantized as `qexp train` would."""
+    depth, width, bits = int(size["depth"]), size["width"], int(size["bits"])
+    words = [f"quantizer={quantizer}", "model=resnet8", f"model.depth={depth}", f"bits={bits}"]
+    with initialize_config_dir(str(configs_dir()), version_base="1.3"):
+        cfg = compose("train", [*words, f"model.width={width}"])
+    node: Any = OmegaConf.to_container(cfg.model, resolve=True)
+    model = copy.deepcopy(build_model(node, 10, 3)).to(device)
+    return build.make_network(cfg, model, (3, 32, 32)).model
+
+
+def slopes(what: str, rows: Sequence[dict[str, Any]]) -> str:
+    """The growth of each network between its first and last point, as an exponent."""
+    parts = []
+    for name in dict.fromkeys(r["quantizer"] for r in rows):
+        mine = [r for r in rows if r["quantizer"] == name]
+        first, last = mine[0], mine[-1]
+        times = math.log(last["cpu_ms"] / first["cpu_ms"]) / math.log(
+            last["value"] / first["value"]
+        )
+        parts.append(f"{name} {times:.2f}")
+    return f"{what:6s} exponent of the step's CPU time: " + ", ".join(parts)
+
+
+def draw(path: Path, rows: Sequence[dict[str, Any]], note: str) -> None:
+    """Time above, memory below; one column for each thing that grows."""
+    figure, axes = panels(2 * len(GROWS))
+    names = list(dict.fromkeys(r["quantizer"] for r in rows))
+    for i, key in enumerate(("cpu_ms", "kept_bytes")):
+        for axis, what in zip(axes[i * len(GROWS) :], GROWS, strict=False):
+            for name, color in zip(names, PALETTE, strict=False):
+                mine = [r for r in rows if r["grows"] == what and r["quantizer"] == name]
+                unit = 1 if key == "cpu_ms" else 1 / 2**20
+                axis.plot([r["value"] for r in mine], [r[key] * unit for r in mine], color=color)
+            if what != "bits":
+                axis.set_xscale("log", base=2)
+                axis.set_yscale("log", base=2)
+            axis.set_ylim(*((0, None) if what == "bits" else (None, None)))
+            axis.set_xlabel(what)
+            axis.set_ylabel("CPU ms a step" if key == "cpu_ms" else "MB kept for backward")
+    legend(figure, *(("-", color, name) for name, color in zip(names, PALETTE, strict=False)))
+    base = ", ".join(f"{k} {v:g}" for k, v in BASE.items())
+    save(figure, path, "Growth of a training step", f"ResNet, from {base}; {note}")
+
+
+if __name__ == "__main__":
+    main()
