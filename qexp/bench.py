@@ -57,7 +57,7 @@ def bench_train(cfg: DictConfig) -> list[dict[str, Any]]:
     modes = _possible(s.compile, device)
     for model in s.models:  # a wrong name is found before anything is timed
         for name in s.quantizers:
-            _composed(s, name, model)
+            composed(name, model, s.bits, s.overrides)
     rows: list[dict[str, Any]] = []
     print(f"{bench_table.device_name(device)}, {threads} CPU threads, batch {s.batch}", flush=True)
     for dtype in s.dtype:
@@ -93,9 +93,9 @@ def _possible(modes: Sequence[str], device: torch.device) -> list[str]:
     return ["off"]
 
 
-def _composed(s: Settings, quantizer: str, model: str) -> DictConfig:
+def composed(quantizer: str, model: str, bits: int, more: Sequence[str]) -> DictConfig:
     """The training config of one quantizer and model: what `qexp train` would see."""
-    overrides = [f"quantizer={quantizer}", f"model={model}", f"bits={s.bits}", *s.overrides]
+    overrides = [f"quantizer={quantizer}", f"model={model}", f"bits={bits}", *more]
     try:
         if GlobalHydra.instance().is_initialized():  # knows the user's --config-dir
             return compose("train", overrides)
@@ -110,7 +110,9 @@ def _group(s: Settings, model: str, dtype: torch.dtype, mode: str, device: torch
     """The networks that take turns, calibrated, with their steps."""
     torch.compiler.reset()  # the graphs of the group before
     seed_everything(s.seed)
-    node: Any = OmegaConf.to_container(_composed(s, s.quantizers[0], model).model, resolve=True)
+    node: Any = OmegaConf.to_container(
+        composed(s.quantizers[0], model, s.bits, s.overrides).model, resolve=True
+    )
     size = s.image_size or (224 if node["_target_"].startswith("torchvision.") else 32)
     order = torch.channels_last if s.channels_last else torch.contiguous_format
     net = build_model(node, CLASSES, 3).to(device, memory_format=order)  # type: ignore[call-overload]
@@ -127,13 +129,13 @@ def _group(s: Settings, model: str, dtype: torch.dtype, mode: str, device: torch
     if mode == "model":
         found.append(contender(EAGER, copy.deepcopy(net), "off", set()))
     for name in s.quantizers:
-        cfg = _composed(s, name, model)
+        cfg = composed(name, model, s.bits, s.overrides)
         network = build.make_network(cfg, copy.deepcopy(net), (3, size, size))
         calibrate_(network.model, images)
         quantized = {layer for layer, bits in network.bits.items() if bits != (32, 32)}
         found.append(contender(name, network.model, mode, quantized))
     if s.peers and mode == "off":
-        cfg = _composed(s, s.quantizers[0], model)
+        cfg = composed(s.quantizers[0], model, s.bits, s.overrides)
         widths = build.make_network(cfg, copy.deepcopy(net), (3, size, size)).bits
         for name, factories in peers().items():
             network = copy.deepcopy(net)

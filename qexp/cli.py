@@ -39,7 +39,7 @@ COMMANDS = {
     "eval": Command("eval", "top-1 of a finished run"),
     "export": Command("export", "pack a finished run into a file that other programs load"),
     "bench train": Command("bench_train", "cost of a training step against float", True),
-    "bench inference": Command("bench_inference", "cost of a forward pass against float"),
+    "bench inference": Command("bench_inference", "cost of a forward pass against float", True),
 }
 TOOLS = {
     "resume": "continue a run, or the unfinished runs of a sweep",

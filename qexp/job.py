@@ -141,7 +141,7 @@ def bench_train(cfg: DictConfig) -> dict[str, Any]:
 def bench_inference(cfg: DictConfig) -> dict[str, Any]:
     """`qexp bench inference`: time a forward pass."""
     config.check(cfg)
-    _function("qexp.bench", "bench_inference")(cfg)
+    _function("qexp.bench_inference", "bench_inference")(cfg)
     return {"status": "done"}
 
 

@@ -201,14 +201,20 @@ def _floats(model: nn.Module, packed: list[LayerEntry], norms: list[str]) -> dic
 
 def write(packed: Packed, path: Path) -> int:
     """Replace `path` by the packed file; its size in bytes."""
+    blob = to_bytes(packed)
+    write_bytes(path, blob)
+    return len(blob)
+
+
+def to_bytes(packed: Packed) -> bytes:
+    """The packed file."""
     from safetensors.torch import save
 
     text = packed.header.to_json()
     tensors = {name: value.contiguous() for name, value in packed.tensors.items()}
     blob = save(tensors)
     digest = _digest(text, blob)
-    write_bytes(path, save(tensors, metadata={"qexp": text, "sha256": digest}))
-    return path.stat().st_size
+    return save(tensors, metadata={"qexp": text, "sha256": digest})
 
 
 def _digest(text: str, blob: bytes) -> str:

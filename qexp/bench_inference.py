@@ -1,0 +1,213 @@
+"""`qexp bench inference`: what a quantized forward pass costs, as a ratio to the float one.
+
+For each model and batch, these take turns in one process, on the CPU:
+
+    float        the float network in torch, eager, channels-first: what ratios are to
+    again        the same a second time: how far its ratio is from 1 is the noise
+    float_onnx   the float network in onnxruntime
+    and for each quantizer the engines of `bench_engines`
+
+Networks have random weights and see one batch of noise; the time of a pass does not depend on
+what is in it. Each engine's logits are compared with those of the fake-quantized network.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from torch import Tensor, nn
+
+from qexp import bench_inference_table as table
+from qexp.bench import composed
+from qexp.bench_engines import AGAIN, ENGINES, FLOAT, FLOAT_ONNX, Engine, build, float_engine
+from qexp.errors import ConfigError, did_you_mean
+from qexp.export.compare import Difference, difference
+from qexp.models.build import build_model
+from qexp.quant.convert import calibrate_
+from qexp.recipes.build import make_network
+from qexp.runner.atomic import write_json
+from qexp.runner.device import keep_memory, seed_everything
+from qexp.runner.device import set_threads as use_threads
+from qexp.runner.environment import cpu_model, describe
+
+CLASSES = 10
+CALIBRATED = 32  # images of noise
+COMPARED = 16  # images on which logits are compared
+SLOW = 10  # times the float pass: from there on an engine runs in every fifth turn only
+SELDOM = 5
+
+
+@dataclass(frozen=True)
+class InferenceSettings:
+    """`configs/bench_inference.yaml`, checked; what may be a list is one."""
+
+    quantizers: list[str]
+    models: list[str]
+    engines: list[str]
+    batch: list[int]
+    bits: int
+    image_size: int | None
+    overrides: list[str]
+    repeats: int
+    warmup: int
+    threads: int | None
+    seed: int
+    out: str
+
+    @classmethod
+    def of(cls, cfg: DictConfig) -> InferenceSettings:
+        """Read the config.
+
+        Raises:
+            ConfigError: a value out of range or an unknown engine.
+        """
+        found: dict[str, Any] = {}
+        for item in fields(cls):
+            value = cfg[item.name]
+            if isinstance(value, ListConfig):
+                value = list(value)
+            elif str(item.type).startswith("list"):
+                value = [value]
+            found[item.name] = value
+        known = [FLOAT_ONNX, *ENGINES]
+        problems = [
+            f"config: engines={name} is not an option. Use {', '.join(known)}."
+            + did_you_mean(str(name), known)
+            for name in found["engines"]
+            if name not in known
+        ]
+        for key in ("batch", "repeats", "warmup", "image_size", "threads"):
+            for value in found[key] if isinstance(found[key], list) else [found[key]]:
+                if value is not None and (not isinstance(value, int) or value < 1):
+                    problems.append(f"config: {key} must be a positive integer, got {value!r}.")
+        if problems:
+            raise ConfigError("\n".join(problems))
+        return cls(**found)
+
+
+@dataclass
+class Contender:
+    """An engine in a group: what it is, what it cost.
+
+    Attributes:
+        quantizer: empty for the float network.
+        apart: how its logits differ from the fake-quantized network's; None for float.
+        wall_s, cpu_s: of each timed pass; CPU seconds of all threads together.
+    """
+
+    engine: Engine
+    quantizer: str
+    apart: Difference | None = None
+    wall_s: list[float] = field(default_factory=list)
+    cpu_s: list[float] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return f"{self.quantizer} {self.engine.name}".strip()
+
+
+def bench_inference(cfg: DictConfig) -> list[dict[str, Any]]:
+    """Run the bench; prints tables, writes and returns the rows of bench.json."""
+    s = InferenceSettings.of(cfg)
+    threads = use_threads(s.threads)
+    keep_memory()
+    for model in s.models:  # a wrong name is found before anything is timed
+        for name in s.quantizers:
+            composed(name, model, s.bits, s.overrides)
+    print(f"{cpu_model()}, {threads} CPU thread(s), W{s.bits}A{s.bits}", flush=True)
+    rows: list[dict[str, Any]] = []
+    for model in s.models:
+        for batch in s.batch:
+            contenders, images = _group(s, model, batch, threads)
+            _take_turns(contenders, images, s)
+            facts = {"model": model, "batch": batch, "bits": s.bits, "threads": threads}
+            found = table.rows(contenders, {**facts, "image_size": images.shape[-1]})
+            print(table.text(found), flush=True)
+            rows += found
+    folder = Path(s.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "bench.json", rows)
+    write_json(folder / "env.json", describe(s.seed, threads))
+    table.write_csv(folder / "bench.csv", rows)
+    table.draw(folder / "bench.png", rows)
+    print(f"bench: {folder}/bench.json, bench.csv, bench.png")
+    return rows
+
+
+def _group(
+    s: InferenceSettings, model: str, batch: int, threads: int
+) -> tuple[list[Contender], Tensor]:
+    """What takes turns on a batch, and the batch."""
+    seed_everything(s.seed)
+    node: Any = OmegaConf.to_container(
+        composed(s.quantizers[0], model, s.bits, s.overrides).model, resolve=True
+    )
+    size = s.image_size or (224 if node["_target_"].startswith("torchvision.") else 32)
+    shape = (3, size, size)
+    net = build_model(node, CLASSES, 3)
+    images = torch.randn(max(batch, CALIBRATED), *shape)
+    _settle_norms(net, images[:CALIBRATED])
+    x = images[:batch]
+    found = [
+        Contender(float_engine(name, net, node, shape, x, threads), "")
+        for name in (FLOAT, AGAIN, *([FLOAT_ONNX] if FLOAT_ONNX in s.engines else []))
+    ]
+    for name in s.quantizers:
+        cfg = composed(name, model, s.bits, s.overrides)
+        network = make_network(cfg, copy.deepcopy(net), shape).model
+        calibrate_(network, images[:CALIBRATED])
+        network.eval()
+        for engine in (e for e in s.engines if e != FLOAT_ONNX):
+            built = build(engine, network, node, shape, x, threads, images[:CALIBRATED])
+            apart = difference(network, built.run, images[:COMPARED])
+            found.append(Contender(built, name, apart))
+    return found, x
+
+
+def _settle_norms(net: nn.Module, images: Tensor) -> None:
+    """Give batch norms the statistics of the batch: untrained ones would let signals vanish."""
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # the plain average
+    with torch.no_grad():
+        net.train()(images)
+    net.eval()
+
+
+# ---------------------------------------------------------------------------------------------
+# Timing
+
+
+def _take_turns(contenders: Sequence[Contender], x: Tensor, s: InferenceSettings) -> None:
+    """Fill in what each pass costs."""
+    untimed = {id(c): min(_timed(c.engine.run, x) for _ in range(s.warmup)) for c in contenders}
+    base = untimed[id(contenders[0])][0]
+    gc.collect()
+    gc.disable()  # a collection would be charged to whoever is running
+    try:
+        for turn in range(s.repeats):
+            first = turn % len(contenders)
+            for c in (*contenders[first:], *contenders[:first]):
+                if turn % SELDOM and untimed[id(c)][0] > SLOW * base:
+                    continue
+                wall, cpu = _timed(c.engine.run, x)
+                c.wall_s.append(wall)
+                c.cpu_s.append(cpu)
+    finally:
+        gc.enable()
+
+
+@torch.no_grad()
+def _timed(run: Callable[[Tensor], Tensor], x: Tensor) -> tuple[float, float]:
+    """Wall and CPU seconds of one pass."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    run(x)
+    return time.perf_counter() - wall, time.process_time() - cpu
