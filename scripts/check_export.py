@@ -1,0 +1,145 @@
+"""Compare every exported form of finished runs with the runs themselves, on test images.
+
+    python scripts/check_export.py results/export/check.json outputs/.../lsq-w4a4/... [...]
+    python scripts/check_export.py ... --images 1000        # the first so many; default: all
+
+A line for each run and form, and a row of the JSON file: largest difference of an image's logits
+(median and worst over images), images with another top-1, top-1, bytes. `itself` is the control:
+the fake-quantized network in channels-last memory, which only changes the order of sums. A value
+that lies on a border between two codes may fall to either side of it then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qexp.engine import integer_network
+from qexp.export.command import pack_run
+from qexp.export.network import restore
+from qexp.export.onnx_int8 import to_onnx_int8
+from qexp.export.onnx_network import to_onnx
+from qexp.export.packed import Packed, to_bytes
+from qexp.export.runtime import session
+from qexp.quant.accounting import account
+from qexp.quant.convert import frozen_weights, quant_layers
+from qexp.quant.trace import trace
+from qexp.recipes.build import load_run
+from qexp.runner.atomic import write_json
+
+BATCH = 100
+REFERENCE = 4  # images of the slow engines
+CALIBRATION = 256
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 1 when a weight is not equal bit for bit."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("file", type=Path)
+    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--images", type=int, default=None)
+    given = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    rows = [row for run in given.runs for row in check(run, given.images)]
+    given.file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(given.file, rows)
+    return int(not all(row["weights_equal"] for row in rows))
+
+
+@torch.no_grad()
+def check(run: Path, count: int | None) -> list[dict[str, Any]]:
+    """One row a form of one run."""
+    model, dataset, trained = load_run(run, "last.pt", "cpu")
+    model.eval()
+    packed = pack_run(model, dataset, trained)
+    fp32 = account(model, trace(model, dataset.input_shape)).fp32_bytes
+    x, y = _images(dataset, count)
+    restored = restore(packed, trust=True)
+    equal = all(
+        torch.equal(quant_layers(restored)[name].weight, layer.quantized_weight())
+        for name, layer in quant_layers(model).items()
+    )
+    with frozen_weights(model):
+        ours = _logits(model, x)
+    facts = {
+        "run": f"{run.parent.name}/{run.name}",
+        "dataset": dataset.name,
+        "model": str(trained.model.name),
+        "weights_equal": equal,
+        "network_top1": _top1(ours, y),
+    }
+    rows = []
+    for form, (network, size, images) in _forms(model, restored, packed, dataset).items():
+        n = min(images or len(x), len(x))
+        theirs = _logits(network, x[:n])
+        apart = (theirs - ours[:n]).abs().amax(1)
+        rows.append(
+            {
+                **facts,
+                "form": form,
+                "images": n,
+                "top1": _top1(theirs, y[:n]),
+                "other_top1": int((theirs.argmax(1) != ours[:n].argmax(1)).sum()),
+                "median": apart.median().item(),
+                "worst": apart.max().item(),
+                "beyond_rounding": int((apart > 1e-4 * ours.abs().max()).sum()),
+                "scale": ours.abs().max().item(),
+                "bytes": size,
+                "of_float": size / fp32,
+            }
+        )
+        row = rows[-1]
+        print(
+            f"{facts['run']:<40} {form:<10} top-1 {row['top1']:.2f} of {n} (other top-1: "
+            f"{row['other_top1']}) | apart {row['median']:.1e}, worst {row['worst']:.1e}, beyond "
+            f"rounding {row['beyond_rounding']} | {size:,} bytes, {row['of_float']:.3f}",
+            flush=True,
+        )
+    return rows
+
+
+Form = tuple[Callable[[Tensor], Tensor], int, int | None]  # network, bytes, images or all
+
+
+def _forms(model: nn.Module, restored: nn.Module, packed: Packed, dataset: Any) -> dict[str, Form]:
+    size = len(to_bytes(packed))
+    exact = to_onnx(packed).SerializeToString()
+    calibration = dataset.calibration_images(min(CALIBRATION, dataset.train_size), 0)
+    integers = to_onnx_int8(packed, calibration)[0].SerializeToString()
+    return {
+        "itself": (lambda x: model(x.to(memory_format=torch.channels_last)), size, None),
+        "packed": (restored, size, None),
+        "integer": (integer_network(packed, trust=True), size, None),
+        "table": (integer_network(packed, "table", trust=True), size, REFERENCE),
+        "reference": (integer_network(packed, "reference", trust=True), size, REFERENCE),
+        "onnx": (session(exact, 1), len(exact), None),
+        "onnx_int8": (session(integers, 1), len(integers), None),
+    }
+
+
+def _images(dataset: Any, count: int | None) -> tuple[Tensor, Tensor]:
+    found: list[tuple[Tensor, Tensor]] = []
+    for batch in dataset.eval_batches("test"):
+        found.append(batch)
+        if count is not None and sum(len(y) for _, y in found) >= count:
+            break
+    x, y = (torch.cat(parts)[:count] for parts in zip(*found, strict=True))
+    return x, y
+
+
+def _logits(network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return torch.cat([network(part) for part in x.split(BATCH)])
+
+
+def _top1(logits: Tensor, y: Tensor) -> float:
+    return 100 * (logits.argmax(1) == y).float().mean().item()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
