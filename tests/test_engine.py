@@ -87,7 +87,7 @@ def test_uniform_weights_are_one_plane_and_square_roots_of_two_are_two() -> None
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-@pytest.mark.parametrize(("low", "high"), [(0, 15), (-8, 7), (0, 255), (-300, 300)])
+@pytest.mark.parametrize(("low", "high"), [(0, 15), (0, 255), (-300, 300)])
 def test_engines_multiply_like_the_reference(name: str, low: int, high: int) -> None:
     stored, w_hat = weight(name, 4, (6, 5, 3, 2))
     window = Window((3, 2), (2, 1), (1, 1), (1, 2))

@@ -8,7 +8,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,11 @@ def images(n: int = 16) -> Tensor:
 
 def network(method: str, widths: Bits | None = None, *, fold: bool = False) -> nn.Module:
     """A calibrated ResNet-8 with batch norms that do something, 4 bits, 8 at the ends."""
+    return copy.deepcopy(_network(METHODS[method], widths, fold))
+
+
+@cache
+def _network(factories: Any, widths: Bits | None, fold: bool) -> nn.Module:
     torch.manual_seed(0)
     model = ResNet(num_classes=10, **MODEL)  # type: ignore[arg-type]
     for module in model.modules():
@@ -80,7 +85,7 @@ def network(method: str, widths: Bits | None = None, *, fold: bool = False) -> n
     if fold:
         fold_bn_(model)
     layers = trace(model, SHAPE)
-    weight, act = METHODS[method]
+    weight, act = factories
     chosen = {layer.name: widths or Bits(4, 4) for layer in layers}
     chosen[layers[0].name] = chosen[layers[-1].name] = Bits(8, 8)
     quantize_(model, layers, chosen, weight, act, LSQ, LSQ)
