@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import platform
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.decomposition import select_decomp_table
 
 from qexp.models.resnet import ResNet
 from qexp.quant import functional
+from qexp.quant.asq import ASQ
 from qexp.quant.convert import Bits, calibrate_, quantize_
 from qexp.quant.functional import as_rows, compile_kernels, fake_quantize, kernel, sum_to
 from qexp.quant.lsq import LSQ
@@ -101,15 +105,56 @@ def test_sum_to_keeps_the_rows_of_the_scale() -> None:
     assert torch.equal(sum_to(rows, torch.ones(2, 1)), rows.sum(1, keepdim=True))
 
 
+def kept_bytes_compiled(model: nn.Module, x: Tensor, again: dict[str, bool]) -> int:
+    """Bytes that the compiler's forward graph hands to its backward, parameters left out."""
+    kept: list[int] = []
+
+    def forward(graph: torch.fx.GraphModule, _: Any) -> Any:
+        (output,) = (node for node in graph.graph.nodes if node.op == "output")
+        made = {n for n in output.args[0] if isinstance(n, torch.fx.Node) and n.op != "placeholder"}
+        kept.append(sum(n.meta["val"].nbytes for n in made if "val" in n.meta))
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    backend = aot_autograd(
+        fw_compiler=forward,
+        bw_compiler=lambda graph, _: make_boxed_func(graph.forward),
+        partition_fn=min_cut_rematerialization_partition,
+        decompositions=select_decomp_table(),
+    )
+    with torch._functorch.config.patch(again):
+        gradients(model, torch.compile(model, backend=backend, fullgraph=True), x)
+    return kept[0]
+
+
+@pytest.mark.slow
+def test_a_compiled_quantized_step_keeps_what_a_float_step_keeps() -> None:
+    floating = ResNet(depth=8, num_classes=4, width=0.5)
+    x = torch.randn(8, 3, 16, 16)
+    layers = trace(floating, (3, 16, 16))
+    quantized = copy.deepcopy(floating)
+    act = partial(ASQ, count="sample")
+    quantize_(quantized, layers, {layer.name: Bits(4, 4) for layer in layers}, LSQ, act)
+    calibrate_(quantized, x)
+    plain = kept_bytes_compiled(floating, x, {})
+    assert kept_bytes_compiled(quantized, x, {}) > 1.3 * plain
+    assert kept_bytes_compiled(quantized, x, compilation.AGAIN) < 1.15 * plain
+    every = compilation.AGAIN | compilation.OPERANDS
+    assert kept_bytes_compiled(quantized, x, every) < 0.7 * plain
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
-def test_compiled_network_equals_eager(order: torch.memory_format, per_channel: bool) -> None:
+@pytest.mark.parametrize("saved", ["all", "inputs"])
+def test_compiled_network_equals_eager(
+    order: torch.memory_format, per_channel: bool, saved: str
+) -> None:
     model, x = network(per_channel)
     model, x = model.to(memory_format=order), x.to(memory_format=order)  # type: ignore[call-overload]
     expected = gradients(model, model, x)
     torch._dynamo.reset()
-    got = gradients(model, torch.compile(model, fullgraph=True), x)
+    got = gradients(model, compilation.compiled(model, x.device, saved, fullgraph=True), x)
     assert len(got) == len(expected)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)

@@ -158,6 +158,7 @@ def only_run(folder: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_two_processes_equal_one_at_the_same_global_batch(tmp_path: Path) -> None:
     words = ("train", *TINY, "recipe.epochs=2", "sync_bn=true")
     (tmp_path / "one").mkdir()
@@ -186,6 +187,7 @@ def test_two_processes_equal_one_at_the_same_global_batch(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_training_goes_on_after_one_process_is_killed(tmp_path: Path) -> None:
     words = ("train", *TINY, "recipe.epochs=30", "recipe.batch_size=8")
     started = torchrun(tmp_path, *words, restarts=1)

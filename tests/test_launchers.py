@@ -38,6 +38,7 @@ def results(out: Path) -> dict[str, tuple[dict[str, Any], list[float]]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("launch", "plugin"),
     [("parallel", "hydra_joblib_launcher"), ("local", "hydra_submitit_launcher")],
