@@ -28,7 +28,7 @@ PTQ = (
 )
 # A rate that moves no float32 weight.
 STILL = ("recipe=qat", "recipe.epochs=1", "recipe.lr=1e-15", "recipe.weight_decay=0")
-ONLY_QAT = ("recipe.calibration_images", "recipe.plots")
+ONLY_QAT = ("recipe.calibration_images",)
 
 
 def done(cfg: DictConfig, *, resume: bool = False) -> tuple[dict[str, Any], Path]:

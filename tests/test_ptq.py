@@ -35,6 +35,7 @@ FAST = (
     "recipe.minibatch=8",
     "recipe.iterations=4",
     "recipe.step_iterations=3",
+    "recipe.plots=false",
 )
 
 
@@ -130,6 +131,24 @@ def test_bias_correction_and_the_fisher_weights_are_options_of_any_method(tmp_pa
     result, _ = quantized(tiny(tmp_path, "quantizer=qdrop", *options))
     assert len(result["reconstruction"]["bias_shifts"]) == 8  # every layer
     assert result["reconstruction"]["method"]["bias_correction"] is True
+
+
+def test_a_units_learning_is_traced_and_drawn(tmp_path: Path) -> None:
+    more = ("quantizer=brecq", "recipe.iterations=30", "recipe.plots=true")
+    result, folder = quantized(tiny(tmp_path, *more))
+    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    units = [event for event in events if event["event"] == "unit"]
+    for unit in units:
+        parts = 20 if unit["pass"] == "rounding" else 3  # at most one an iteration
+        assert len(unit["trace"]["loss"]) == parts
+        if unit["converged"] is None:
+            assert unit["trace"]["decided"] == []
+        else:
+            assert len(unit["trace"]["decided"]) == parts
+            assert unit["trace"]["decided"][-1] == unit["converged"]
+    assert all("trace" not in unit for unit in result["reconstruction"]["units"])
+    for name in ("reconstruction.png", "rounding.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_max_steps_cuts_every_unit(tmp_path: Path) -> None:

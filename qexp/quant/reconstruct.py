@@ -49,6 +49,8 @@ from qexp.quant.fisher import output_weights
 from qexp.quant.modules import QuantLayer
 from qexp.quant.plan import Method, Pass, Schedule
 
+MARKS = 20  # points of a unit's trace
+
 
 class Data(NamedTuple):
     """Calibration images, and held-out ones that errors are reported on; [N, C, H, W]."""
@@ -140,7 +142,7 @@ def reconstruct_unit(
         return {}
     began = time.perf_counter()
     device = data.images.device
-    module, target_module = model.get_submodule(unit.name), reference.get_submodule(unit.name)
+    module, target = model.get_submodule(unit.name), reference.get_submodule(unit.name)
     finish = unit.activation or (lambda y: y)
 
     def run(x: Tensor) -> Tensor:
@@ -156,7 +158,7 @@ def reconstruct_unit(
         for images in data:
             with frozen_weights(model):
                 x_hat, _ = record(model, module, images, batch_size, store, output=False)
-            x, y = record(reference, target_module, images, batch_size, store, output=True)
+            x, y = record(reference, target, images, batch_size, store, output=True)
             assert y is not None
             arrays.append((x_hat, x, _apply(finish, y, batch_size)))
         fisher = None
@@ -164,21 +166,19 @@ def reconstruct_unit(
             fisher = output_weights(model, reference, unit, later, data.images, batch_size, store)
         check = (arrays[1][0], arrays[1][2], batch_size, device)
         before = relative_error(run, *check)
+        learned = (run, layers, groups, arrays[0], fisher)
         with _trainable(model, groups):
-            loss = _learn(
-                run, layers, groups, arrays[0], fisher, sweep, method, schedule, seed, tick
-            )
+            trace = _learn(*learned, sweep, method, schedule, seed, tick)
         after = relative_error(run, *check)
-    rounding = [q for q in unit_quantizers(layers) if isinstance(q, AdaRound)]
-    weights = sum(q.rounding.numel() for q in rounding)
     return {
         "unit": unit.name,
         "pass": sweep.name,
         "iterations": sweep.iterations,
-        "loss": loss,
+        "loss": trace["loss"][-1],
         "error_before": before,
         "error": after,
-        "converged": 1 - sum(int(q.undecided()) for q in rounding) / weights if weights else None,
+        "converged": trace["decided"][-1] if trace["decided"] else None,
+        "trace": trace,
         "wall_s": time.perf_counter() - began,
         "cache_bytes": store.used + store.spilled,
         "spilled_bytes": store.spilled,
@@ -189,8 +189,7 @@ def reconstruct_unit(
 def _see_weights(layers: Sequence[QuantLayer]) -> None:
     """Let activation quantizers that start from the weights do so."""
     for layer in layers:
-        see = getattr(layer.act_quantizer, "see_weights", None)
-        if see is not None:
+        if see := getattr(layer.act_quantizer, "see_weights", None):
             see(layer.weight, layer.quantized_weight())
 
 
@@ -230,8 +229,12 @@ def _learn(
     schedule: Schedule,
     seed: int,
     tick: Callable[[int], object],
-) -> float:
-    """The optimisation of one unit; returns the mean reconstruction loss of the last tenth."""
+) -> dict[str, list[float]]:
+    """The optimisation of one unit; returns its trace.
+
+    At `MARKS` equal parts: the mean reconstruction `loss` of the part, and the share of the
+    rounding variables that is `decided` at its end (none: empty).
+    """
     device = next(iter(groups.values()))[0].device
     draw = torch.Generator().manual_seed(seed)
     dice = torch.Generator(device).manual_seed(seed + 1)
@@ -242,7 +245,9 @@ def _learn(
         [{"params": ps, "lr": sweep.lr[name], "name": name} for name, ps in groups.items()],
         fused=True,
     )
-    late: list[Tensor] = []
+    losses = torch.zeros(sweep.iterations, device=device)
+    decided: list[Tensor] = []
+    ends = part_ends(sweep.iterations)
     drop = method.drop if sweep.inputs and sweep.name == "rounding" else 0.0
     with dropping([la.act_quantizer for la in layers if la.act_enabled], drop, dice):
         for q in soft:
@@ -266,9 +271,26 @@ def _learn(
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            if progress >= 0.9:
-                late.append(error.detach())
+            losses[i] = error.detach()
+            if i + 1 in ends and rounding:
+                decided.append(_decided(rounding))
             tick(i)
         for q in soft:
             q.soft = False
-    return float(torch.stack(late).mean()) if late else math.nan
+    parts = losses.tensor_split(ends[:-1])
+    return {
+        "loss": torch.stack([part.mean() for part in parts]).tolist(),
+        "decided": [float(share) for share in decided],
+    }
+
+
+def part_ends(iterations: int) -> list[int]:
+    """After how many iterations the parts of a trace end."""
+    return sorted({-(-iterations * k // MARKS) for k in range(1, MARKS + 1)})
+
+
+@torch.no_grad()
+def _decided(rounding: Sequence[AdaRound]) -> Tensor:
+    """Share of the rounding variables that are at 0 or 1, []."""
+    undecided = torch.stack([q.undecided() for q in rounding]).sum()
+    return 1 - undecided / sum(q.rounding.numel() for q in rounding)

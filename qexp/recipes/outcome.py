@@ -25,7 +25,7 @@ from qexp.runner.atomic import write_bytes
 from qexp.runner.run import Run
 
 # The protocol is what two rows must share to be compared; the method is what they may differ in.
-NOT_PROTOCOL = ("name", "plots", "save_every")
+NOT_PROTOCOL = ("name", "plots", "save_every", "cache_gb")
 
 
 def log_plan(run: Run, network: Network) -> None:

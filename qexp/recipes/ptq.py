@@ -26,6 +26,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from qexp import plot_ptq
 from qexp.errors import ConfigError
 from qexp.quant.adaround import AdaRound
 from qexp.quant.bias import correct_bias_
@@ -114,10 +115,11 @@ def ptq(cfg: DictConfig, run: Run) -> dict[str, Any]:
     shifts = _correct(method, model, reference, data.images[: s.act_images])
 
     # The outcome.
+    if s.plots:
+        plot_ptq.draw([row for row in done if row], run.dir, cfg.quantizer.name)
     test = evaluate(model, dataset.eval_batches("test"))
     save(float=float_state(model), top1=test.top1)
-    recipe = {k: v for k, v in asdict(s).items() if k != "cache_gb"}
-    protocol = outcome.protocol(cfg, recipe, dataset, start.record())
+    protocol = outcome.protocol(cfg, asdict(s), dataset, start.record())
     run.info(f"top-1 {test.top1:.2f}" + (f", float {start.top1:.2f}" if start.top1 else ""))
     return outcome.result(
         cfg,
@@ -257,7 +259,7 @@ def _summary(
     rows: Sequence[Mapping[str, Any]], fold_error: float, shifts: Mapping[str, float]
 ) -> dict[str, Any]:
     """What reconstruction cost and reached, for result.json."""
-    units = [dict(row) for row in rows if row]
+    units = [{k: v for k, v in row.items() if k != "trace"} for row in rows if row]
     return {
         "units": units,
         "wall_s": sum(row["wall_s"] for row in units),

@@ -23,6 +23,7 @@ class Settings(Schedule):
     calibrate_on: Literal["float", "prefix"] = "float"
     batch_size: int = 128
     cache_gb: float = 8.0
+    plots: bool = True
     lr: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
