@@ -151,6 +151,17 @@ def test_a_units_learning_is_traced_and_drawn(tmp_path: Path) -> None:
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_biases_are_learned_only_when_asked(tmp_path: Path) -> None:
+    moved = {}
+    for rate in (0.0, 0.01):
+        cfg = tiny(tmp_path / str(rate), "quantizer=qdrop", f"quantizer.reconstruct.bias_lr={rate}")
+        _, folder = quantized(cfg)
+        moved[rate] = checkpoint.load(folder / "last.pt")["float"]
+    biases = [name for name in moved[0.0] if name.endswith(".bias")]
+    assert len(biases) == 8
+    assert all(not torch.equal(moved[0.0][name], moved[0.01][name]) for name in biases)
+
+
 def test_max_steps_cuts_every_unit(tmp_path: Path) -> None:
     result, _ = quantized(tiny(tmp_path, "quantizer=qdrop", "max_steps=2"))
     assert {u["iterations"] for u in result["reconstruction"]["units"]} == {2}
@@ -183,6 +194,7 @@ def test_an_experiment_may_choose_another_recipe_than_its_method() -> None:
 LADDER = {
     "c0": ("nearest.Nearest", {}, {"bias_correction": False}),
     "c1": ("nearest.Nearest", {}, {"bias_correction": True}),
+    "c1_learned": ("nearest.Nearest", {}, {"bias_lr": 3e-3}),
     "c2": ("aquant.AQuant", {"border": "constant", "per": "channel"}, {"borders": "joint"}),
     "c3": ("aquant.AQuant", {"border": "linear", "init": "closed_form"}, {"borders": "fixed"}),
     "c4": ("aquant.AQuant", {"border": "linear", "per": "row"}, {"borders": "joint"}),
@@ -241,7 +253,7 @@ def test_imagenet_networks_run_through_on_the_cpu(tmp_path: Path, model: str, me
         "recipe.act_images=4",
         "recipe.held_out=4",
         "recipe.batch_size=4",
-        "recipe.cache_gb=0.05",
+        "recipe.cache_gb=0.02",
         f"out={tmp_path}",
     )
     with open_dict(cfg):

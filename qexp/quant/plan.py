@@ -29,6 +29,7 @@ class Method:
         borders: the same for what else activation quantizers learn (AQuant).
         drop: probability that an element of a layer's input is left in float.
         mix: probability that an element of a unit's input is the float network's.
+        bias_lr: rate of the layers' biases, learned with the rounding; 0: they stay.
         fisher: weight the error by the gradient of the network's output (BRECQ eq. 10).
         bias_correction: at the end, set each layer's bias so that its mean output is the float one.
     """
@@ -39,6 +40,7 @@ class Method:
     borders: When = "joint"
     drop: float = 0.5
     mix: float = 0.5
+    bias_lr: float = 0.0
     fisher: bool = False
     bias_correction: bool = False
 
@@ -103,12 +105,13 @@ def passes(method: Method, schedule: Schedule) -> list[Pass]:
     when = {"scale": method.steps} | dict.fromkeys(others, method.borders)
     joint = {k for k, w in when.items() if w == "joint" and method.quantized_inputs}
     late = {k for k, w in when.items() if w != "fixed"} - joint
+    biases = {"bias"} if method.bias_lr > 0 else set()
     first = Pass(
         name="rounding",
-        learned=frozenset(joint | {"rounding"}),
+        learned=frozenset(joint | biases | {"rounding"}),
         inputs=method.quantized_inputs,
         iterations=schedule.iterations,
-        lr=schedule.lr,
+        lr={**schedule.lr, "bias": method.bias_lr},
         p=2.0,
     )
     second = Pass(

@@ -72,6 +72,8 @@ def learned_parameters(
     """What a pass learns in a unit, by name. A weight's step is never learned."""
     found: dict[str, list[nn.Parameter]] = {}
     for layer in layers:
+        if "bias" in names and isinstance(layer.bias, nn.Parameter):
+            found.setdefault("bias", []).append(layer.bias)
         for quantizer in (layer.weight_quantizer, layer.act_quantizer):
             for name, parameter in quantizer.named_parameters():
                 if name in names and not (name == "scale" and quantizer is layer.weight_quantizer):
