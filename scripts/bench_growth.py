@@ -10,33 +10,33 @@ slope in a log-log plot: 1 is linear growth. Writes growth.csv and growth.png.
 from __future__ import annotations
 
 import argparse
-import copy
 import csv
 import math
 import statistics
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 
 from qexp.bench_step import Contender, make_step, take_turns
 from qexp.config import configs_dir
 from qexp.figure import PALETTE, legend, panels, save
-from qexp.models.build import build_model
+from qexp.models.resnet import ResNet
 from qexp.quant.convert import calibrate_
 from qexp.recipes import build
 from qexp.runner.device import keep_memory, pick_device, set_threads
 
 BASE = {"batch": 32, "width": 1.0, "depth": 8, "bits": 4}
 GROWS: dict[str, tuple[float, ...]] = {
-    "batch": (16, 32, 64, 128),
-    "width": (0.5, 1.0, 2.0, 4.0),
-    "depth": (8, 14, 20, 32),
-    "bits": (2, 3, 4, 5, 6, 8),
+    "batch": (16, 32, 64),
+    "width": (0.5, 1.0, 2.0),
+    "depth": (8, 14, 20),
+    "bits": (2, 4, 6, 8),
 }
 QUANTIZERS = ("lsq", "asq", "post", "adq", "n2uq")
 
@@ -98,13 +98,15 @@ def point(what: str, value: float, given: argparse.Namespace) -> list[dict[str, 
 
 def network(quantizer: str, size: dict[str, float], device: torch.device) -> nn.Module:
     """The ResNet of this size, quantized as `qexp train` would."""
-    depth, width, bits = int(size["depth"]), size["width"], int(size["bits"])
-    words = [f"quantizer={quantizer}", "model=resnet8", f"model.depth={depth}", f"bits={bits}"]
+    model = ResNet(depth=int(size["depth"]), num_classes=10, width=size["width"]).to(device)
+    return build.make_network(config(quantizer, int(size["bits"])), model, (3, 32, 32)).model
+
+
+@cache
+def config(quantizer: str, bits: int) -> DictConfig:
+    """What `qexp train` composes."""
     with initialize_config_dir(str(configs_dir()), version_base="1.3"):
-        cfg = compose("train", [*words, f"model.width={width}"])
-    node: Any = OmegaConf.to_container(cfg.model, resolve=True)
-    model = copy.deepcopy(build_model(node, 10, 3)).to(device)
-    return build.make_network(cfg, model, (3, 32, 32)).model
+        return compose("train", [f"quantizer={quantizer}", f"bits={bits}"])
 
 
 def slopes(what: str, rows: Sequence[dict[str, Any]]) -> str:

@@ -270,7 +270,7 @@ def test_training_loop_has_no_host_sync_before_its_check(
         with monkeypatch.context() as patch:
             patch.setattr(torch.Tensor, "item", item)
             patch.setattr(torch.Tensor, "__bool__", truth)
-            patch.setattr(qat_module, "_check_finite", lambda *_: None)
+            patch.setattr(qat_module, "check_finite", lambda *_: None)
             real_epoch(*args)
 
     monkeypatch.setattr(qat_module, "_train_epoch", watched)
@@ -280,10 +280,10 @@ def test_training_loop_has_no_host_sync_before_its_check(
 
 def test_a_weight_that_overflows_at_the_last_step_stops_the_run() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
-    qat_module._check_finite(model, torch.ones(3), epoch=1)  # all is well
+    qat_module.check_finite(model, torch.ones(3), epoch=1)  # all is well
     with torch.no_grad():
         model[1].bias[0] = float("inf")
     with pytest.raises(
         RunError, match=r"epoch 2, step 3, layer '1' first; last good .* \(epoch 1\)"
     ):
-        qat_module._check_finite(model, torch.ones(3), epoch=1)
+        qat_module.check_finite(model, torch.ones(3), epoch=1)

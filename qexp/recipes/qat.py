@@ -28,7 +28,6 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from qexp.errors import RunError
 from qexp.quant.convert import Bits, calibrate_, check_calibrated, quantizers, shared_weights
 from qexp.quant.rebits import rebits_
 from qexp.recipes import build, outcome, picture
@@ -46,7 +45,7 @@ from qexp.recipes.optimize import (
 )
 from qexp.recipes.settings import Settings
 from qexp.recipes.start import FloatStart, float_start
-from qexp.recipes.watch import Movement, first_non_finite
+from qexp.recipes.watch import Movement, check_finite
 from qexp.runner import checkpoint, distributed
 from qexp.runner.device import pick_device, seed_everything
 from qexp.runner.run import Run
@@ -205,8 +204,8 @@ def _train_epoch(
         state["seen"] = 0
     seen, began = state["seen"], time.perf_counter()
     world = distributed.world()
-    quiet = None if world.leads else True
-    bar = tqdm(total=until, initial=first, desc=f"epoch {epoch + 1}", leave=False, disable=quiet)
+    off = None if world.leads else True  # None: shown on a terminal
+    bar = tqdm(total=until, initial=first, desc=f"epoch {epoch + 1}", leave=False, disable=off)
     for i, (x, y) in zip(range(first, until), dataset.train_batches(epoch, first), strict=False):
         step = epoch * per_epoch + i
         factor = lr_factor(step, steps, schedule=s.schedule, warmup=warmup, milestones=s.milestones)
@@ -231,7 +230,7 @@ def _train_epoch(
         state["seen"] += len(x) * world.size
         bar.update()
         if (i + 1) % CHECK_EVERY == 0 or i + 1 == until:
-            _check_finite(model, state["losses"][: i + 1], epoch)
+            check_finite(model, state["losses"][: i + 1], epoch)
         if s.save_every and (i + 1) % s.save_every == 0 and i + 1 < until:
             state["step"] = i + 1
             save()
@@ -263,21 +262,6 @@ def _loss(
         )
         loss = (1 - s.distill.weight) * loss + s.distill.weight * t * t * kl
     return loss, (logits.detach().argmax(1) == y).sum()
-
-
-def _check_finite(model: nn.Module, losses: Tensor, epoch: int) -> None:
-    """Stop the run at a non-finite loss, or weight after the last step, naming step and layer."""
-    bad = ~torch.isfinite(losses)
-    where = first_non_finite(model)
-    if not bool(bad.any()) and not where:
-        return
-    step = int(bad.nonzero()[0]) if bool(bad.any()) else len(losses) - 1
-    kind = "infinite" if bool(losses[step].isinf()) else "NaN"
-    kept = f"last good checkpoint is last.pt (epoch {epoch})" if epoch else "no checkpoint yet"
-    raise RunError(
-        f"run: loss is {kind} at epoch {epoch + 1}, step {step + 1}{where}; {kept}. "
-        "Lower recipe.lr or set recipe.grad_clip."
-    )
 
 
 def _optimizer(model: nn.Module, s: Settings) -> torch.optim.Optimizer:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from qexp.errors import RunError
 from qexp.quant.convert import quantizers
 
 
@@ -43,6 +44,21 @@ def first_non_finite(model: nn.Module) -> str:
         if not fine:
             return f", layer '{name.rpartition('.')[0]}' first"
     return ""
+
+
+def check_finite(model: nn.Module, losses: Tensor, epoch: int) -> None:
+    """Stop the run at a non-finite loss, or weight after the last step, naming step and layer."""
+    bad = ~torch.isfinite(losses)
+    where = first_non_finite(model)
+    if not bool(bad.any()) and not where:
+        return
+    step = int(bad.nonzero()[0]) if bool(bad.any()) else len(losses) - 1
+    kind = "infinite" if bool(losses[step].isinf()) else "NaN"
+    kept = f"last good checkpoint is last.pt (epoch {epoch})" if epoch else "no checkpoint yet"
+    raise RunError(
+        f"run: loss is {kind} at epoch {epoch + 1}, step {step + 1}{where}; {kept}. "
+        "Lower recipe.lr or set recipe.grad_clip."
+    )
 
 
 def health(model: nn.Module) -> dict[str, dict[str, int]]:
