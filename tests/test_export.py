@@ -165,15 +165,15 @@ def test_a_float_network_survives(tmp_path: Path) -> None:
         torch.testing.assert_close(again(images(4)), model(images(4)))
 
 
-def test_adapters_in_bfloat16_are_rounded_and_nothing_else(tmp_path: Path) -> None:
+def test_adapters_in_float16_are_rounded_and_nothing_else(tmp_path: Path) -> None:
     model = network("asq+post")
-    packed = packed_of(model, adapters=torch.bfloat16)
+    packed = packed_of(model, adapters=torch.float16)
     write(packed, tmp_path / "x.safetensors")
     again = restore(read(tmp_path / "x.safetensors"))
     ours = model.state_dict()
     for name, value in again.state_dict().items():
         if ".adapter." in name:
-            assert torch.equal(value, ours[name].bfloat16().float()), name
+            assert torch.equal(value, ours[name].half().float()), name
     full = packed_of(model)
     halved = {n: t for n, t in packed.tensors.items() if n.endswith(".a.adapter")}
     assert len(halved) == len(packed.header.layers) - 2  # first and last have none
@@ -182,11 +182,11 @@ def test_adapters_in_bfloat16_are_rounded_and_nothing_else(tmp_path: Path) -> No
     assert all(torch.equal(packed.tensors[name], full.tensors[name]) for name in kept)
 
 
-def test_only_an_adapter_may_be_bfloat16(tmp_path: Path) -> None:
+def test_only_an_adapter_may_be_float16(tmp_path: Path) -> None:
     packed = packed_of(network("lsq"))
-    bias = packed.tensors["linear.bias"].bfloat16()
+    bias = packed.tensors["linear.bias"].half()
     write(Packed(packed.header, {**packed.tensors, "linear.bias": bias}), tmp_path / "x")
-    with pytest.raises(CheckpointError, match=r"'linear.bias' is torch\.bfloat16"):
+    with pytest.raises(CheckpointError, match=r"'linear.bias' is torch\.float16"):
         read(tmp_path / "x")
 
 
@@ -363,10 +363,10 @@ def run_folder(tmp_path: Path) -> Path:
     return Path(cfg.folder)
 
 
-def test_what_bfloat16_adapters_change_is_said(qexp: Qexp, run_folder: Path) -> None:
-    said = qexp("export", f"run={run_folder}", "adapters=bfloat16")
+def test_what_float16_adapters_change_is_said(qexp: Qexp, run_folder: Path) -> None:
+    said = qexp("export", f"run={run_folder}", "adapters=float16")
     assert said.code == 0, said.err
-    assert "packed: adapters in bfloat16: on " in said.out
+    assert "packed: adapters in float16: on " in said.out
     assert "have another top-1" in said.out
 
 

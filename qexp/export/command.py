@@ -26,7 +26,7 @@ class Export:
     run: str | None
     checkpoint: str
     format: Literal["packed", "onnx", "onnx_int8"]
-    adapters: Literal["float32", "bfloat16"]
+    adapters: Literal["float32", "float16"]
     file: str | None
 
 

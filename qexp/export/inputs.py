@@ -3,7 +3,7 @@
 Inputs are quantized at run time, so a file holds what the quantizer needs for that, under the
 quantizer's own names; docs/format.md has each kind's equations. Buffers that only training reads
 are left out. ASQ's adapter is one vector, `adapter`: its parameters in order, row by row. A file
-may hold it in bfloat16, which is read back as float32: the one choice here that is not exact.
+may hold it in float16, which is read back as float32: the one choice here that is not exact.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from qexp.quant.nearest import Nearest
 from qexp.quant.quantizer import Quantizer
 
 ADAPTER = "adapter"  # the only name that may be stored in ADAPTER_DTYPES
-ADAPTER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ADAPTER_DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,11 @@ def describe(
             tensors = {n: _stored(n, state[n], quantizer.bits) for n in kind.stored(quantizer)}
             if ADAPTER in tensors:
                 tensors[ADAPTER] = tensors[ADAPTER].to(adapters)
+                if not bool(tensors[ADAPTER].isfinite().all()):
+                    raise ConfigError(
+                        f"export: the adapter of layer '{name}' is beyond {adapters}. Use "
+                        "adapters=float32."
+                    )
             return Input(word, quantizer.bits, quantizer.signed, keywords), tensors
     raise ConfigError(
         f"export: layer '{name}' has inputs of {type(quantizer).__name__}, which has no packed "

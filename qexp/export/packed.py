@@ -120,7 +120,7 @@ def pack_network(
     """A calibrated network, quantized or float, as header and tensors.
 
     Args:
-        adapters: how ASQ's adapters are stored, float32 or bfloat16.
+        adapters: how ASQ's adapters are stored, float32 or float16.
 
     Raises:
         ConfigError: a quantizer without packed form, or state that is not float.
@@ -260,7 +260,7 @@ def _decoded(blob: bytes) -> Packed:
     if metadata.get("sha256") != _digest(text, blob):
         raise FormatError("its bytes are not those that were written (sha256)")
     for name, value in tensors.items():
-        shortened = value.dtype == torch.bfloat16 and name.endswith(f".a.{inputs.ADAPTER}")
+        shortened = value.dtype == torch.float16 and name.endswith(f".a.{inputs.ADAPTER}")
         if value.dtype not in DTYPES and not shortened:
             raise FormatError(f"tensor {name[:80]!r} is {value.dtype}")
         if value.is_floating_point() and not bool(value.isfinite().all()):
