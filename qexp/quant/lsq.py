@@ -23,8 +23,8 @@ Gradients (eq. 3, 5), e = dL/dx_hat.
 Initialisation.  scale = 2 * mean|x| / sqrt(qmax), from the float weights and from the first batch
     (`init: lsq`); `init: mse` minimises the squared error instead and is what the configs use: at
     2 bits the paper's rule clips a third of the inputs of a ResNet-20 and the steps do not recover
-    within ten epochs. CIFAR-10, W2A2, top-1 after one epoch: 77.71 with mse, 36.06 with lsq (one
-    seed each, experiment cifar10_qat_short; `quantizer.act.init=lsq quantizer.weight.init=lsq`).
+    within ten epochs. CIFAR-10, ten epochs, one seed each (results/cifar10_qat_short and
+    cifar10_lsq_init): W2A2 88.05 with mse, 61.60 with lsq; W4A4 91.32 and 91.27.
 
 LSQ+ adds a learned offset to activations that are not one-sided (Swish):
     x_int = clip(round((x - offset) / scale), qmin, qmax),  x_hat = x_int * scale + offset
