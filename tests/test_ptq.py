@@ -235,6 +235,7 @@ def test_a_wrong_value_is_refused_before_anything_is_built(override: str, messag
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # the search for the grids of 11 million weights
 @pytest.mark.parametrize("model", ["resnet18", "mobilenet_v2"])
 @pytest.mark.parametrize("method", ["qdrop", "aquant"])
 def test_imagenet_networks_run_through_on_the_cpu(tmp_path: Path, model: str, method: str) -> None:
