@@ -22,7 +22,7 @@ from qexp.quant.bitwidth import Uniform
 from qexp.quant.convert import quantizers
 from qexp.recipes import build
 from qexp.recipes.saving import kept_bytes
-from qexp.runner.device import pick_device
+from qexp.runner.device import keep_memory, pick_device, set_threads
 
 # Pixel values of the timed steps, about: a batch of CIFAR; a plan must not take minutes.
 MEASURED = 128 * 3 * 32 * 32
@@ -132,7 +132,12 @@ def _schedule(cfg: DictConfig, card: Card, model: nn.Module) -> list[str]:
     device = pick_device(cfg.device)
     values = card.input_shape[0] * card.input_shape[1] * card.input_shape[2]
     timed = min(batch, max(FEWEST, MEASURED // values))
-    seconds, kept = _image_cost(model.to(device), card.input_shape, timed)
+    threads = torch.get_num_threads()
+    set_threads(cfg.threads)
+    try:
+        seconds, kept = _image_cost(model.to(device), card.input_shape, timed)
+    finally:
+        set_threads(threads)
     passes = steps / per_epoch * card.test_size / 3  # a forward pass is a third of a step
     total = seconds * (steps * batch + passes)
     parameters = 4 * sum(p.numel() for p in model.parameters())
@@ -141,15 +146,17 @@ def _schedule(cfg: DictConfig, card: Card, model: nn.Module) -> list[str]:
     return [
         f"training: {epochs} epochs of {per_epoch} steps of {batch} images, {steps:,} steps; "
         f"start: {source}",
-        f"cost:     about {_duration(total)} and {memory / 2**30:.2f} GB on {device} in eager mode "
-        f"({1 / seconds:.0f} img/s measured now on noise; with evaluation, without compilation, "
-        "loading, and a float baseline that must be trained first)",
+        f"cost:     about {_duration(total)} and {memory / 2**30:.2f} GB above an idle process on "
+        f"{device} in eager mode ({1 / seconds:.0f} img/s measured now on noise; with evaluation, "
+        "without compilation, loading, and a float baseline that must be trained first)",
     ]
 
 
 def _image_cost(model: nn.Module, shape: tuple[int, ...], batch: int) -> tuple[float, float]:
     """Seconds of a training step, the faster of two, and bytes it keeps; both for one image."""
     device = next(model.parameters()).device
+    if device.type == "cpu":
+        keep_memory()  # as the run does
     x: Any = torch.randn(batch, *shape, device=device)
     y = torch.zeros(batch, dtype=torch.int64, device=device)
 
