@@ -1,11 +1,11 @@
-"""Operands as 8-bit integers, for `onnx_int8`."""
+"""What `onnx_int8` folds together, and its operands as 8-bit integers."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from qexp.engine.source import step_of
 from qexp.engine.weight import Weight, planes
@@ -71,3 +71,20 @@ def fold(
     positive = torch.maximum(folded, least).clamp_min(torch.finfo(torch.float32).tiny)
     shrunk = (whole * sign * (folded / positive).reshape(rows)).round().clamp(-128, 127)
     return shrunk.to(torch.int8), positive
+
+
+class Chain(NamedTuple):
+    """A layer and what can be done in its integers: batch norm and ReLU after it."""
+
+    norm: fx.Node | None
+    relu: fx.Node | None
+    six: bool  # ReLU6
+    end: fx.Node
+
+
+def norm_of(modules: dict[str, Any], chain: Chain) -> tuple[Tensor, Tensor]:
+    """Gain and bias of a chain's batch norm, or 1 and 0."""
+    if chain.norm is None:
+        return torch.ones(1), torch.zeros(1)
+    norm = modules[str(chain.norm.target)]
+    return norm.weight.detach(), norm.bias.detach()

@@ -20,7 +20,7 @@ Layers with a float operand, more than 8 bits or an offset (LSQ+) stay as in `on
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import onnx
 import torch
@@ -29,7 +29,7 @@ from torch import Tensor, fx, nn
 
 from qexp.engine.network import weight_of
 from qexp.export.network import restore
-from qexp.export.onnx_grid import Grid, eight_bits, fold, grid_of
+from qexp.export.onnx_grid import Chain, Grid, eight_bits, fold, grid_of, norm_of
 from qexp.export.onnx_network import Writer
 from qexp.export.onnx_operands import columns, factor, quantized_input, window_of
 from qexp.export.packed import Packed
@@ -59,15 +59,6 @@ class Report:
     level_error: float
     worst_layer: str
     rounded_results: int
-
-
-class Chain(NamedTuple):
-    """A layer and what can be done in its integers: batch norm and ReLU after it."""
-
-    norm: fx.Node | None
-    relu: fx.Node | None
-    six: bool  # ReLU6
-    end: fx.Node
 
 
 @torch.no_grad()
@@ -169,7 +160,7 @@ class _Writer(Writer):
                 if n in needed and per_sample(n):  # before the factor
                     x = self.env[n.all_input_nodes[0]]
                     beta = modules[str(n.target)].act_quantizer.factors(x)
-                    gain = _norm(modules, needed[n])[0].reshape(-1, 1, 1)
+                    gain = norm_of(modules, needed[n])[0].reshape(-1, 1, 1)
                     keep(n, y / beta * gain)
                 elif n in ends and not per_sample(ends[n]):
                     keep(ends[n], y)
@@ -208,7 +199,7 @@ class _Writer(Writer):
         source: fx.Node = node.args[0]  # type: ignore[assignment]
         x, step, beta = self._input(source, layer, name)
         whole, w_step, self.errors[name] = eight_bits(weight_of(self.packed, entry))
-        gain, bias = _norm(self.modules, chain)
+        gain, bias = norm_of(self.modules, chain)
         bias = bias if layer.bias is None else bias + layer.bias * gain
         inside = bias if beta is None else torch.zeros(1)  # beta multiplies before the bias
         whole, w_step = fold(whole, w_step, gain, inside, step)
@@ -297,11 +288,3 @@ class _Writer(Writer):
     def _after(self, y: str, beta: str, bias: Tensor) -> str:
         y = self.graph.op("Mul", y, beta)
         return self.graph.op("Add", y, self.graph.constant(bias)) if bool(bias.any()) else y
-
-
-def _norm(modules: dict[str, Any], chain: Chain) -> tuple[Tensor, Tensor]:
-    """Gain and bias of a chain's batch norm, or 1 and 0."""
-    if chain.norm is None:
-        return torch.ones(1), torch.zeros(1)
-    norm = modules[str(chain.norm.target)]
-    return norm.weight.detach(), norm.bias.detach()
