@@ -30,7 +30,7 @@ def test_cost_is_the_timed_step_times_the_images(
     before = torch.get_num_threads()
     line = cost_line(tmp_path, "recipe.epochs=4", "recipe.batch_size=16", "threads=2")
     # 4 epochs of 3 steps of 16 images, and 4 times 32 test images at a third of a step's time
-    assert f"about {0.5 * (4 * 3 * 16 + 4 * 32 / 3):.0f} s" in line or "about 2 min" in line
+    assert "about 2 min" in line  # 0.5 * (192 + 43) s
     assert f"{1.5 * 16 / 1024:.2f} GB" in line
     assert "2 img/s" in line
     assert threads == [2]  # those of the run
@@ -39,4 +39,4 @@ def test_cost_is_the_timed_step_times_the_images(
 
 def test_cost_is_measured_on_the_runs_own_network(tmp_path: Path) -> None:
     line = cost_line(tmp_path, "quantizer=asq")
-    assert re.match(r"cost: +about \d+ s and \d\.\d\d GB above an idle process on cpu", line)
+    assert re.match(r"cost: +about [\d.]+ (s|min|h) and \d\.\d\d GB above an idle process on cpu", line)
