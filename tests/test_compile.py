@@ -17,7 +17,7 @@ from torch._inductor.decomposition import select_decomp_table
 from qexp.models.resnet import ResNet
 from qexp.quant import functional
 from qexp.quant.asq import ASQ
-from qexp.quant.convert import Bits, calibrate_, quantize_
+from qexp.quant.convert import Bits, calibrate_, quantize_, quantizers
 from qexp.quant.functional import as_rows, compile_kernels, fake_quantize, kernel, sum_to
 from qexp.quant.lsq import LSQ
 from qexp.quant.trace import Layer, trace
@@ -239,6 +239,18 @@ def test_auto_compiles_more_the_longer_the_run(macs: int, expected: str) -> None
     device = torch.device("cpu")
     assert compilation.choose("auto", layers_of(macs), 10**6, device) == expected
     assert compilation.choose("off", layers_of(macs), 10**6, device) == "off"
+
+
+def test_auto_compiles_no_network_around_a_quantizer_that_breaks_the_fusion(said: Said) -> None:
+    model, _ = network()
+    device, work = torch.device("cpu"), layers_of(10**9)
+    forward = compilation.compile_for("auto", model, work, 10**6, device, said)  # type: ignore[arg-type]
+    assert forward is not model
+    next(iter(quantizers(model).values())).fuses = False
+    forward = compilation.compile_for("auto", model, work, 10**6, device, said)  # type: ignore[arg-type]
+    assert forward is model
+    assert functional.kernels_compiled()
+    assert said.infos[-1] == "compile: kernels (auto)"
 
 
 def test_without_a_compiler_the_run_is_eager_and_says_so(

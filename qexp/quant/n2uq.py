@@ -65,6 +65,7 @@ from qexp.quant.functional import (
     in_order_of,
     kernel,
     midpoints,
+    operands,
     scale_grad,
 )
 from qexp.quant.lsq import Count, grad_scale
@@ -78,7 +79,7 @@ MIN_SEGMENT = 1e-3  # the paper's lower bound of a_i
 
 @kernel
 def _forward(x: Tensor, thresholds: Tensor, step: Tensor, qmin: Tensor) -> Tensor:
-    # x [R, M] (see `_in_order`); thresholds [m], step [], qmin [] float32
+    # x [R, M] (see `operands`); thresholds [m], step [], qmin [] float32
     return ((search(x.float(), thresholds)[0] + qmin) * step).to(x.dtype)
 
 
@@ -114,13 +115,15 @@ class _GSTE(torch.autograd.Function):
         ctx.save_for_backward(x, borders, step)
         ctx.qmin = qmin
         low = step.new_full((), qmin)  # a tensor: an integer would compile one kernel for 0
-        return _from_order(_forward(_in_order(x), midpoints(borders), step, low), x)
+        rows, _ = operands(x, _samples(x))
+        return from_rows(_forward(rows, midpoints(borders), step, low), x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, borders, step = ctx.saved_tensors
         rows, m = x.shape[0], borders.shape[0] - 1
-        z, grad = _in_order(x), _in_order(in_order_of(grads[0], x))
+        z, _ = operands(x, _samples(x))
+        grad, _ = operands(in_order_of(grads[0], x), _samples(x))
         low = step.new_full((), ctx.qmin)
         grad_x, pairs, bins, grad_step = _backward(grad, z, borders, step, low)
         sums = bin_sums(pairs, bins, rows * m).view(rows, m, 2).sum(0)  # [m, 2]
@@ -128,26 +131,12 @@ class _GSTE(torch.autograd.Function):
         # dL/db_(i-1) = -sum g (1 - f),  dL/db_i = -sum g f                   [m + 1]
         zero = total.new_zeros(1)
         grad_borders = torch.cat([weighted - total, zero]) - torch.cat([zero, weighted])
-        return _from_order(grad_x, x), grad_borders, grad_step, None  # qmin is a constant
+        return from_rows(grad_x, x), grad_borders, grad_step, None  # qmin is a constant
 
 
-def _in_order(x: Tensor) -> Tensor:
-    """`x` with its elements in memory order, a row a sample, as `bin_sums` reads them.
-
-    Of a network compiled as a whole the order is not known here; convolutions take and give
-    channels last there, whatever the network was in.
-    Shape: [N, ...] -> [N, elements]; while a network is compiled [N, C, H, W] -> [N, H, W, C].
-    """
-    if not torch.compiler.is_compiling():
-        return as_rows(x, x.shape[0])
-    return x.permute(0, 2, 3, 1) if x.dim() == 4 else x
-
-
-def _from_order(y: Tensor, like: Tensor) -> Tensor:
-    """Undo `_in_order`."""
-    if not torch.compiler.is_compiling():
-        return from_rows(y, like)
-    return y.permute(0, 3, 1, 2) if like.dim() == 4 else y
+def _samples(x: Tensor) -> Tensor:
+    """Stands for a scale a sample, so that `operands` gives a row to each. Shape: [N]."""
+    return x.new_empty(()).expand(x.shape[0])
 
 
 def _at_least(x: Tensor, bound: float) -> Tensor:
@@ -163,6 +152,8 @@ class N2UQ(Quantizer):
             gradient scale (paper, for Adam).
         init: `mse`, or `paper` (inputs of about [0, 2]).
     """
+
+    fuses = False  # its sums by segment cannot be fused, and break the fusion around them
 
     def __init__(
         self,

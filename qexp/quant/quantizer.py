@@ -44,6 +44,10 @@ class Quantizer(nn.Module):
     # Set True by activation quantizers that work on im2col columns [N, C_in*kh*kw, L].
     on_columns = False
 
+    # Whether compiling the whole network around it is faster than its compiled kernels alone;
+    # `compile=auto` asks.
+    fuses = True
+
     # Whether forward in eval mode repeats, bit for bit, the last forward in training: backward may
     # then quantize an input again instead of keeping the result.
     replays = True

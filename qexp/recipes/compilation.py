@@ -28,6 +28,7 @@ import torch
 import torch._functorch.config
 from torch import Tensor, nn
 
+from qexp.quant.convert import quantizers
 from qexp.quant.functional import compile_kernels
 from qexp.quant.trace import Layer
 from qexp.recipes.saving import save_less_
@@ -95,6 +96,8 @@ def compile_for(
 ) -> Callable[[Tensor], Tensor]:
     """The callable that trains `model`, compiled as `mode` says; falls back to eager, saying so."""
     chosen = choose(mode, layers, images, device)
+    if mode == "auto" and not all(q.fuses for q in quantizers(model).values()):
+        chosen = "kernels" if chosen == "model" else chosen
     compile_kernels(False)
     if device.type == "cpu":
         keep_memory()
