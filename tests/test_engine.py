@@ -26,7 +26,6 @@ from qexp.engine.window import Window, patches
 from qexp.errors import ConfigError
 from qexp.export.coding import encode
 from qexp.export.inputs import KINDS
-from qexp.quant.adaround import AdaRound
 from qexp.quant.aquant import AQuant
 from qexp.quant.asq import ASQ
 from qexp.quant.codebook import Codebook
