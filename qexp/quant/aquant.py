@@ -43,7 +43,7 @@ State counted in the size: one float32 step, the coefficients, M.
 Measured here (ResNet-20, CIFAR-10, 300 iterations a block; results/ptq_ladder): at W2A2 per row it
 adds 0.97 points to QDrop, deviation 0.83 over three seeds, and nearly doubles the stored bytes
 (three float32 numbers a row beside 2-bit weights); at W4A4 nothing (-0.04, one seed). Per channel
-it is below QDrop (-0.43, one seed). The step to 60.31 that the paper claims is not in this reading.
+it is below QDrop (-0.43, one seed). The 60.31 that the paper gives for ResNet-18 is not checked.
 
 Departs from the paper: its function, granularity, initialisation, rates and tables are in no text
 we could read, and no code was released. All above is our reading of the three abstracts; the
