@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from hydra.utils import instantiate
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch import nn
@@ -125,6 +125,7 @@ def test_misspelt_key_of_a_pattern_is_an_error() -> None:
 
 
 @settings(deadline=None, max_examples=30)
+@example({"no": Bits(4, 4), "0": Bits(2, 2)})
 @given(
     st.dictionaries(
         st.from_regex(r"[a-z]{1,5}(\.[a-z0-9_]{1,4}){0,3}", fullmatch=True),

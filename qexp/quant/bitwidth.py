@@ -59,8 +59,8 @@ def check_first_last(rule: FirstLast) -> FirstLast:
 
 
 def format_bits(bits: Mapping[str, Bits]) -> str:
-    """A table of bits as YAML text."""
-    return "".join(f"{n}: {{weight: {b.weight}, act: {b.act}}}\n" for n, b in bits.items())
+    """A table of bits as YAML text. Names are quoted: YAML reads a bare `no` or `0` as no text."""
+    return "".join(f'"{n}": {{weight: {b.weight}, act: {b.act}}}\n' for n, b in bits.items())
 
 
 def parse_bits(text: str) -> dict[str, Bits]:
@@ -74,14 +74,14 @@ def parse_bits(text: str) -> dict[str, Bits]:
         line = line.split("#")[0].strip()
         if not line:
             continue
-        match = re.fullmatch(r"([^\s:]+): *\{ *weight: *(\d+), *act: *(\d+) *\}", line)
+        match = re.fullmatch(r"([\"']?)([^\s:\"']+)\1: *\{ *weight: *(\d+), *act: *(\d+) *\}", line)
         if match is None:
             raise ValueError(
                 f"line {number}: expected 'layer: {{weight: 4, act: 4}}', got {line!r}"
             )
-        if match[1] in bits:
-            raise ValueError(f"line {number}: layer '{match[1]}' comes twice")
-        bits[match[1]] = Bits(check_bits(int(match[2])), check_bits(int(match[3])))
+        if match[2] in bits:
+            raise ValueError(f"line {number}: layer '{match[2]}' comes twice")
+        bits[match[2]] = Bits(check_bits(int(match[3])), check_bits(int(match[4])))
     return bits
 
 
