@@ -42,9 +42,9 @@ State counted in the size: one float32 step, the coefficients, M.
 
 Measured here (ResNet-20, CIFAR-10, 300 iterations a block; results/ptq_ladder): at W2A2 per row it
 adds 0.97 points to QDrop, deviation 0.83 over three seeds, and nearly doubles the stored bytes
-(three float32 numbers a row beside 2-bit weights). Biases learned in QDrop's reconstruction give
-+0.11 and +1.23 on two of these seeds, where AQuant gives +0.63 and +1.91: a good part of the gain
-needs no borders. At W4A4 it adds nothing (-0.04, one seed). Per channel
+(three float32 numbers a row beside 2-bit weights). Against QDrop with biases learned in the same
+reconstruction it is +0.27 points, deviation 0.58: no difference that three seeds can show. At
+W4A4 it adds nothing to QDrop (-0.04, one seed). Per channel, which needs no im2col,
 it is below QDrop (-0.43, one seed). The 60.31 that the paper gives for ResNet-18 is not checked.
 
 Departs from the paper: its function, granularity, initialisation, rates and tables are in no text
