@@ -29,6 +29,7 @@ from torch import nn
 
 from qexp import bench_table, messages
 from qexp.bench_floor import measure_machine
+from qexp.bench_output import write_folder
 from qexp.bench_peers import peers
 from qexp.bench_settings import DTYPES, Settings
 from qexp.bench_step import AGAIN, EAGER, FLOAT, Contender, Group, make_step, take_turns
@@ -38,10 +39,8 @@ from qexp.models.build import build_model
 from qexp.quant.convert import calibrate_, quantize_
 from qexp.quant.trace import trace
 from qexp.recipes import build
-from qexp.runner.atomic import write_json
 from qexp.runner.device import compiler_available, keep_memory, pick_device, seed_everything
 from qexp.runner.device import set_threads as use_threads
-from qexp.runner.environment import describe
 
 CLASSES = 10
 GRAPHS = 64  # compiled networks that share one forward: dynamo's own limit is 8
@@ -72,13 +71,7 @@ def bench_train(cfg: DictConfig) -> list[dict[str, Any]]:
                 new = bench_table.rows(group, machine, {**facts, **s.facts(threads)})
                 print(bench_table.text(new), flush=True)
                 rows += new
-    folder = Path(s.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "bench.json", rows)
-    write_json(folder / "env.json", describe(s.seed, threads))
-    bench_table.write_csv(folder / "bench.csv", rows)
-    bench_table.draw(folder / "bench.png", rows)
-    print(f"bench: {folder}/bench.json, bench.csv, bench.png")
+    write_folder(Path(s.out), rows, bench_table.draw, seed=s.seed, threads=threads)
     return rows
 
 

@@ -17,26 +17,27 @@ import copy
 import gc
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from qexp import bench_inference_table as table
 from qexp.bench import composed
 from qexp.bench_engines import AGAIN, ENGINES, FLOAT, FLOAT_ONNX, Engine, build, float_engine
+from qexp.bench_output import write_folder
+from qexp.bench_settings import fields_of
 from qexp.errors import ConfigError, did_you_mean
 from qexp.export.compare import Difference, difference
 from qexp.models.build import build_model
 from qexp.quant.convert import calibrate_
 from qexp.recipes.build import make_network
-from qexp.runner.atomic import write_json
 from qexp.runner.device import keep_memory, seed_everything
 from qexp.runner.device import set_threads as use_threads
-from qexp.runner.environment import cpu_model, describe
+from qexp.runner.environment import cpu_model
 
 CLASSES = 10
 CALIBRATED = 32  # images of noise
@@ -69,14 +70,7 @@ class InferenceSettings:
         Raises:
             ConfigError: a value out of range or an unknown engine.
         """
-        found: dict[str, Any] = {}
-        for item in fields(cls):
-            value = cfg[item.name]
-            if isinstance(value, ListConfig):
-                value = list(value)
-            elif str(item.type).startswith("list"):
-                value = [value]
-            found[item.name] = value
+        found = fields_of(cls, cfg)
         known = [FLOAT_ONNX, *ENGINES]
         problems = [
             f"config: engines={name} is not an option. Use {', '.join(known)}."
@@ -132,13 +126,7 @@ def bench_inference(cfg: DictConfig) -> list[dict[str, Any]]:
             found = table.rows(contenders, {**facts, "image_size": images.shape[-1]})
             print(table.text(found), flush=True)
             rows += found
-    folder = Path(s.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "bench.json", rows)
-    write_json(folder / "env.json", describe(s.seed, threads))
-    table.write_csv(folder / "bench.csv", rows)
-    table.draw(folder / "bench.png", rows)
-    print(f"bench: {folder}/bench.json, bench.csv, bench.png")
+    write_folder(Path(s.out), rows, table.draw, seed=s.seed, threads=threads)
     return rows
 
 

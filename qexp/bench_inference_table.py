@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qexp.bench_engines import AGAIN, FLOAT, FLOAT_ONNX
+from qexp.bench_output import aligned, noise
 from qexp.figure import BLUE, GREEN, GREY, SMALL, panels, save
 
 if TYPE_CHECKING:
@@ -69,18 +69,8 @@ def text(found: Sequence[Row]) -> str:
     title = f"\n{first['model']} {size}x{size}, batch {first['batch']}, ratios to float torch"
     shown = [row for row in found if row["engine"] != AGAIN]
     lines = [HEAD, *(_cells(row) for row in shown)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEAD))]
-    body = [
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-    noise = next(row for row in found if row["engine"] == AGAIN)
-    wall, cpu = abs(noise["ratio"] - 1), abs(noise["cpu_ratio"] - 1)
-    note = f"noise: float against itself differs by {wall:.1%} (wall), {cpu:.1%} (CPU)"
-    return "\n".join([title, *body, note])
+    again = next(row for row in found if row["engine"] == AGAIN)
+    return "\n".join([title, *aligned(lines, left=2), noise(again)])
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -99,14 +89,6 @@ def _cells(row: Row) -> tuple[str, ...]:
         "-" if apart is None else f"{apart:.1e} of {row['logits_scale']:.1f}",
         "-" if apart is None else f"{row['other_top1']} of {row['compared']}",
     )
-
-
-def write_csv(path: Path, found: Sequence[Row]) -> None:
-    """Write all rows with all their fields."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(found[0]))
-        writer.writeheader()
-        writer.writerows(found)
 
 
 def draw(path: Path, found: Sequence[Row]) -> None:

@@ -1,4 +1,4 @@
-"""The keys of `qexp bench train`, checked."""
+"""The keys of `qexp bench train`, checked; and how both benches read theirs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,19 @@ from qexp.errors import ConfigError, did_you_mean
 SAVED = ("all", "inputs", "blocks")  # recipes/saving.py
 MODES = ("off", "kernels", "model")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def fields_of(kind: type, cfg: DictConfig) -> dict[str, Any]:
+    """What `cfg` gives the fields of a dataclass; a field that is a list also takes one value."""
+    found: dict[str, Any] = {}
+    for field in fields(kind):
+        value = cfg[field.name]
+        if isinstance(value, ListConfig):
+            value = list(value)
+        elif str(field.type).startswith("list"):
+            value = [value]
+        found[field.name] = value
+    return found
 
 
 @dataclass(frozen=True)
@@ -44,14 +57,7 @@ class Settings:
         Raises:
             ConfigError: a value out of range or an unknown choice.
         """
-        found: dict[str, Any] = {}
-        for field in fields(cls):
-            value = cfg[field.name]
-            if isinstance(value, ListConfig):
-                value = list(value)
-            elif str(field.type).startswith("list"):
-                value = [value]
-            found[field.name] = value
+        found = fields_of(cls, cfg)
         found["compile"] = ["off" if mode is False else mode for mode in found["compile"]]  # YAML
         settings = cls(**found)
         settings.check()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from qexp.bench_floor import Machine, work
+from qexp.bench_output import aligned, noise
 from qexp.bench_step import AGAIN, EAGER, Contender, Group
 from qexp.figure import BLUE, GREY, PALETTE, SMALL, panels, save
 from qexp.runner.environment import cpu_model
@@ -81,7 +81,7 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float]:
 
 
 # ---------------------------------------------------------------------------------------------
-# Console and CSV
+# Console
 
 HEAD = (
     "quantizer", "step ms", "ratio", "25-75 %", "cpu", "eager", "floor", "floor ms", "saved",
@@ -97,16 +97,8 @@ def text(found: Sequence[Row]) -> str:
         f"float step {first['float_step_ms']:.1f} ms, CPU {first['float_cpu_ms']:.1f} ms"
     )
     lines = [HEAD, *(_cells(row) for row in found)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEAD))]
-    table = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-    noise = next(row for row in found if row["quantizer"] == AGAIN)
-    return "\n".join([title, *table, _noise(noise)])
+    again = next(row for row in found if row["quantizer"] == AGAIN)
+    return "\n".join([title, *aligned(lines, left=1), noise(again)])
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -127,11 +119,6 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def _noise(row: Row) -> str:
-    wall, cpu = abs(row["ratio"] - 1), abs(row["cpu_ratio"] - 1)
-    return f"noise: float against itself differs by {wall:.1%} (wall), {cpu:.1%} (CPU)"
-
-
 def rates(machine: Machine, dtype: str) -> str:
     """The line about the machine."""
     return (
@@ -143,14 +130,6 @@ def rates(machine: Machine, dtype: str) -> str:
 def device_name(device: torch.device) -> str:
     """What the hardware calls itself."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model()
-
-
-def write_csv(path: Path, found: Sequence[Row]) -> None:
-    """Write all rows with all their fields."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(found[0]))
-        writer.writeheader()
-        writer.writerows(found)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -236,18 +236,23 @@ def test_all_widths_and_float_operands_run(widths: Bits) -> None:
     assert same
 
 
+def check_layer(model: nn.Module, x: torch.Tensor) -> None:
+    """The only layer of `model`, run from its integers, gives what it gives."""
+    layer = quant_layers(model)["0"]
+    layer.eval()
+    how, codes, parts = encode(layer.weight_quantizer, layer.weight, "0")
+    with torch.no_grad():
+        y = IntegerLayer(layer, Weight(how, codes, parts), "integer")(x)
+        torch.testing.assert_close(y, layer(x), rtol=1e-5, atol=1e-5)
+
+
 def test_zeros_around_an_image_get_no_offset() -> None:
     conv = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1))
     layers = trace(conv, (2, 5, 5))
     quantize_(conv, layers, {"0": Bits(4, 4)}, LSQ, LSQPlus)
     x = torch.rand(2, 2, 5, 5) + 3  # far from zero: the offset is large
     calibrate_(conv, x)
-    layer = quant_layers(conv)["0"]
-    layer.eval()
-    how, codes, parts = encode(layer.weight_quantizer, layer.weight, "0")
-    with torch.no_grad():
-        y = IntegerLayer(layer, Weight(how, codes, parts), "integer")(x)
-        torch.testing.assert_close(y, layer(x), rtol=1e-5, atol=1e-5)
+    check_layer(conv, x)
 
 
 def test_linear_layers_take_tokens() -> None:
@@ -255,12 +260,7 @@ def test_linear_layers_take_tokens() -> None:
     quantize_(model, trace(model, (6,)), {"0": Bits(4, 4)}, POST, ASQ)
     x = torch.randn(2, 5, 6)
     calibrate_(model, x)
-    layer = quant_layers(model)["0"]
-    layer.eval()
-    how, codes, parts = encode(layer.weight_quantizer, layer.weight, "0")
-    with torch.no_grad():
-        y = IntegerLayer(layer, Weight(how, codes, parts), "integer")(x)
-        torch.testing.assert_close(y, layer(x), rtol=1e-5, atol=1e-5)
+    check_layer(model, x)
 
 
 def test_an_unknown_input_is_named() -> None:

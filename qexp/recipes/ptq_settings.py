@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from qexp.errors import ConfigError, did_you_mean
 from qexp.quant.plan import Schedule
+from qexp.recipes.settings import refuse_out_of_range
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,4 @@ class Settings(Schedule):
             (self.cache_gb >= 0, "cache_gb", ">= 0"),
             (self.calibrate_on in ("float", "prefix"), "calibrate_on", "float or prefix"),
         ]
-        wrong = [
-            f"config: recipe.{name}={getattr(self, name)} is out of range: it must be {rule}."
-            for ok, name, rule in rules
-            if not ok
-        ]
-        if wrong:
-            raise ConfigError("\n".join(wrong))
+        refuse_out_of_range(self, rules)

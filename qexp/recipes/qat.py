@@ -137,8 +137,8 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
         if s.bn_reestimate and (epoch + 1) * dataset.steps_per_epoch >= steps:
             reestimate_bn_(model, dataset.train_batches(s.epochs), s.bn_reestimate)
         began = time.perf_counter()
-        test = _score(model, average, dataset, s, "test")
-        val = _score(model, average, dataset, s, "val") if dataset.has_val else None
+        test = _score(model, average, dataset, "test")
+        val = _score(model, average, dataset, "val") if dataset.has_val else None
         state["test_s"] = time.perf_counter() - began
         state["epoch"] = epoch + 1
         best = outcome.log_epoch(run, network, state, optimizer, test, val, s.epochs, movement)
@@ -291,11 +291,7 @@ def _change_bits(
     return True
 
 
-def _score(
-    model: nn.Module, average: WeightAverage | None, dataset: Any, s: Settings, split: str
-) -> Score:
+def _score(model: nn.Module, average: WeightAverage | None, dataset: Any, split: str) -> Score:
     """Score the network, or its weight average when there is one."""
-    if average is None:
-        return evaluate(model, dataset.eval_batches(split))
-    with average.applied(model):
+    with nullcontext() if average is None else average.applied(model):
         return evaluate(model, dataset.eval_batches(split))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from operator import attrgetter
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -93,17 +94,15 @@ class Settings:
             (self.bn_reestimate >= 0, "bn_reestimate", ">= 0"),
             (self.save_every >= 0, "save_every", ">= 0"),
         ]
-        wrong = [
-            f"config: recipe.{name}={getattr_path(self, name)} is out of range: it must be {rule}."
-            for ok, name, rule in rules
-            if not ok
-        ]
-        if wrong:
-            raise ConfigError("\n".join(wrong))
+        refuse_out_of_range(self, rules)
 
 
-def getattr_path(obj: object, path: str) -> object:
-    """`obj.a.b` for the path `a.b`."""
-    for part in path.split("."):
-        obj = getattr(obj, part)
-    return obj
+def refuse_out_of_range(settings: object, rules: Sequence[tuple[bool, str, str]]) -> None:
+    """Raise one ConfigError that lists every broken rule `(holds, key, what it must be)`."""
+    wrong = [
+        f"config: recipe.{key}={attrgetter(key)(settings)} is out of range: it must be {rule}."
+        for holds, key, rule in rules
+        if not holds
+    ]
+    if wrong:
+        raise ConfigError("\n".join(wrong))
