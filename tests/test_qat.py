@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from qexp.errors import RunError
 from qexp.recipes import qat as qat_module
 from qexp.recipes.evaluate import evaluate_run
-from qexp.recipes.optimize import WeightAverage, lr_factor, make_optimizer
+from qexp.recipes.optimize import WeightAverage, lr_factor, make_optimizer, reestimate_bn_
 from qexp.recipes.qat import qat
 from qexp.runner import checkpoint
 from qexp.runner.run import open_run
@@ -247,6 +247,21 @@ def test_weight_average_of_a_constant_is_the_constant() -> None:
     for _ in range(60):
         average.update(model)
     assert torch.allclose(average.state["weight"], model.weight, atol=1e-6)
+
+
+def test_reestimated_batch_norm_makes_eval_mode_the_forward_pass_it_was_measured_in() -> None:
+    torch.manual_seed(0)
+    layers = (torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Hardtanh(-0.1, 0.1))
+    model = torch.nn.Sequential(*layers, torch.nn.Conv2d(4, 2, 3), torch.nn.BatchNorm2d(2))
+    norms = [model[1], model[4]]
+    batches = [(torch.randn(16, 1, 8, 8) + k, torch.zeros(16)) for k in range(4)]
+    reestimate_bn_(model, iter(batches), 40)  # three batches reach 40 images
+    x = torch.cat([x for x, _ in batches[:3]])
+    assert not any(norm.training for norm in model.eval().modules())
+    found = model(x)
+    model.train()
+    torch.testing.assert_close(found, model(x), rtol=1e-2, atol=1e-4)  # variance over n, n - 1
+    assert all(norm.momentum == 0.1 for norm in norms)
 
 
 def test_training_loop_has_no_host_sync_before_its_check(
