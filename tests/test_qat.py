@@ -169,6 +169,7 @@ def test_max_steps_ends_the_schedule_there(tmp_path: Path, float_run: Path) -> N
         ["recipe.grad_clip=1.0", "recipe.optimizer=adamw", "recipe.lr=0.001"],
         ["dataset.val_fraction=0.25", "recipe.label_smoothing=0.1", "recipe.warmup_epochs=0.5"],
         ["recipe.bn_reestimate=32", "recipe.schedule=step"],
+        ["recipe.bn_reestimate=32", "recipe.ema=0.9"],
         ["quantizer/act=none"],
         ["bitwidth.first_last=same"],
         ["bitwidth.first_last=fp32"],
@@ -247,6 +248,12 @@ def test_weight_average_of_a_constant_is_the_constant() -> None:
     for _ in range(60):
         average.update(model)
     assert torch.allclose(average.state["weight"], model.weight, atol=1e-6)
+    kept = model.weight.detach().clone()
+    for keep in (False, True):
+        with average.applied(model, keep=keep), torch.no_grad():
+            model.weight.zero_()
+        assert torch.equal(model.weight, kept)
+        assert bool((average.state["weight"] == 0).all()) is keep
 
 
 def test_reestimated_batch_norm_makes_eval_mode_the_forward_pass_it_was_measured_in() -> None:

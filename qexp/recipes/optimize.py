@@ -142,12 +142,14 @@ class WeightAverage:
                 v.copy_(now[k])
 
     @contextmanager
-    def applied(self, model: nn.Module) -> Iterator[None]:
-        """Give `model` the averaged state inside the block."""
+    def applied(self, model: nn.Module, *, keep: bool = False) -> Iterator[None]:
+        """Give `model` the averaged state inside the block; `keep` what the block changes of it."""
         now = {k: v.detach().clone() for k, v in model.state_dict().items()}
         model.load_state_dict(self.state)
         try:
             yield
+            if keep:
+                self.state = {k: v.detach().clone() for k, v in model.state_dict().items()}
         finally:
             model.load_state_dict(now)
 

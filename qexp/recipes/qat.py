@@ -135,7 +135,8 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
         movement = Movement(model)
         _train_epoch(forward, model, dataset, optimizer, average, start, s, state, steps, save)
         if s.bn_reestimate and (epoch + 1) * dataset.steps_per_epoch >= steps:
-            reestimate_bn_(model, dataset.train_batches(s.epochs), s.bn_reestimate)
+            with nullcontext() if average is None else average.applied(model, keep=True):
+                reestimate_bn_(model, dataset.train_batches(s.epochs), s.bn_reestimate)
         began = time.perf_counter()
         test = _score(model, average, dataset, "test")
         val = _score(model, average, dataset, "val") if dataset.has_val else None
