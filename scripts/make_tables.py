@@ -28,7 +28,7 @@ MARK = re.compile(
 )
 # Of the protocol, what a reader of the README needs; its hash stands for all of it.
 TOLD = ("recipe", "epochs", "batch_size", "optimizer", "lr", "schedule", "images", "iterations",
-        "first_last", "distill.weight")  # fmt: skip
+        "first_last", "distill.weight", "bn_reestimate")  # fmt: skip
 MISSING = "missing"
 
 
