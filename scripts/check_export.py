@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from qexp.engine import integer_network
+from qexp.errors import QexpError, one_line, origin
 from qexp.export.command import pack_run
 from qexp.export.network import restore
 from qexp.export.onnx_int8 import to_onnx_int8
@@ -39,14 +40,20 @@ CALIBRATION = 256
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 1 when a weight is not equal bit for bit."""
+    """Returns the exit code: 1 when a weight is not equal bit for bit, 2 when nothing was compared."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("file", type=Path)
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--images", type=int, default=None)
     given = parser.parse_args(argv)
     torch.set_num_threads(1)
-    rows = [row for run in given.runs for row in check(run, given.images)]
+    try:
+        rows = [row for run in given.runs for row in check(run, given.images)]
+    except Exception as error:
+        if not isinstance(origin(error), QexpError):
+            raise
+        print(f"check_export: {one_line(error)}", file=sys.stderr)
+        return 2
     given.file.parent.mkdir(parents=True, exist_ok=True)
     write_json(given.file, rows)
     return int(not all(row["weights_equal"] for row in rows))
