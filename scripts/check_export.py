@@ -40,7 +40,7 @@ CALIBRATION = 256
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 1 when a weight is not equal bit for bit, 2 when nothing was compared."""
+    """Returns the exit code: 1 when a weight is not equal bit for bit, 2 without a comparison."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("file", type=Path)
     parser.add_argument("runs", type=Path, nargs="+")
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         rows = [row for run in given.runs for row in check(run, given.images)]
     except Exception as error:
-        if not isinstance(origin(error), QexpError):
+        if not isinstance(origin(error), (QexpError, OSError)):
             raise
         print(f"check_export: {one_line(error)}", file=sys.stderr)
         return 2
