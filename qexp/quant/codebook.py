@@ -30,6 +30,10 @@ bit-width per layer (`bitwidth=sensitivity`); distillation. Unknown, and what we
     `adaptation: none`, and `adaptation: gradient` (levels learned: dL/dc_k = sum of e over S_k).
  5. No commitment loss: a quantizer here returns no loss.
 
+Measured (results/cifar10_qat_rungs: CIFAR-10, W2A2, three epochs, one seed): 82.42 with N2UQ's
+thresholds, 84.13 with LSQ's step under the same weights. N2UQ stays the default, because it is what
+ADQ is. At 2 bits the codebook is ternary.
+
 Quantiles alone are far from the least squared error, and worse than a uniform grid: start and
 adaptation only make sense together.
 """
