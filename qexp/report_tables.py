@@ -21,9 +21,9 @@ from typing import Any
 
 from qexp.report_papers import Paper, match
 from qexp.report_runs import RunRecord
+from qexp.report_variants import ABSENT, drop_new_options_, name_variants
 
 GROUPS = ("dataset", "model", "method", "bits", "recipe", "protocol")
-ABSENT = "-"
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,7 @@ def make_tables(
     by: Sequence[str] = ("dataset", "model"),
 ) -> list[Table]:
     """Group `runs` into rows, and rows into one table per value of `by` (names of `GROUPS`)."""
+    drop_new_options_(runs)
     tables: dict[tuple[str, ...], list[Row]] = {}
     for row in _rows(runs):
         tables.setdefault(tuple(_group(row, name) for name in by), []).append(row)
@@ -242,12 +243,9 @@ def _name_variants(rows: Sequence[Row]) -> None:
     for row in rows:
         same.setdefault((row.first.method, row.bits), []).append(row)
     for group in same.values():
-        keys = dict.fromkeys(k for row in group for k in row.first.variant)
-        for key in keys:
-            values = [row.first.variant.get(key, ABSENT) for row in group]
-            if len(set(map(str, values))) > 1:
-                for row, value in zip(group, values, strict=True):
-                    row.options += f"{', ' if row.options else ''}{key}={value}"
+        names = name_variants([row.first.variant for row in group])
+        for row, options in zip(group, names, strict=True):
+            row.options = options
 
 
 def _flag(row: Row, papers: Sequence[Paper]) -> None:

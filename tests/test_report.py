@@ -16,6 +16,7 @@ import pytest
 
 from qexp.errors import ConfigError, RunError
 from qexp.report import main
+from qexp.report_variants import name_variants
 
 PROTOCOL = {
     "dataset": "cifar10",
@@ -190,6 +191,31 @@ def test_quantizer_options_tell_rows_of_one_name_apart(tmp_path, capsys) -> None
         "lsq [quantizer.weight.per_channel=False]",
         "lsq [quantizer.weight.per_channel=True]",
     ]
+
+
+def test_variants_are_named_by_what_differs_from_most_and_parts_by_their_class() -> None:
+    post = {"quantizer.weight._target_": "qexp.quant.power.POST", "quantizer.weight.levels": "full"}
+    variants = [
+        post,
+        post | {"quantizer.weight.levels": "symmetric"},
+        post | {"quantizer.act.factor": "exp"},
+        {"quantizer.weight._target_": "qexp.quant.lsq.LSQ", "quantizer.weight.init": "mse"},
+    ]
+    assert name_variants(variants) == [
+        "", "quantizer.weight.levels=symmetric", "quantizer.act.factor=exp", "quantizer.weight=LSQ",
+    ]  # fmt: skip
+    assert name_variants([{"a.b": 1}, {"a.b": 2}]) == ["a.b=1", "a.b=2"]  # neither is commonest
+
+
+def test_an_option_that_is_off_is_no_other_method_than_before_the_option(tmp_path, capsys) -> None:
+    make_run(tmp_path, "before", quantizer={"weight": {"init": "mse"}}, top1=90.0)
+    make_run(tmp_path, "off", quantizer={"weight": {"init": "mse", "new": 0.0}}, seed=1, top1=92.0)
+    make_run(tmp_path, "on", quantizer={"weight": {"init": "mse", "new": 0.1}}, seed=2, top1=80.0)
+    found = {row["method"]: (row["n"], float(row["top1_mean"])) for row in rows(capsys, tmp_path)}
+    assert found == {
+        "lsq [quantizer.weight.new=-]": ("2", 91.0),
+        "lsq [quantizer.weight.new=0.1]": ("1", 80.0),
+    }
 
 
 def test_a_grid_with_too_many_levels_and_uncommitted_code_are_flagged(tmp_path, capsys) -> None:

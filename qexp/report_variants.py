@@ -1,0 +1,65 @@
+"""What tells runs of one method and width apart: the options of its quantizer and its policy."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qexp.report_runs import RunRecord
+
+TARGET = "_target_"
+ABSENT = "-"  # of an option that one side does not have
+
+
+def drop_new_options_(runs: Sequence[RunRecord]) -> None:
+    """Forget options that are off where other runs of the method did not have them yet.
+
+    Code that adds an option leaves it off; a run from before is the same experiment, another seed
+    of it included. An option that is on stays, and tells the rows apart.
+    """
+    methods: dict[str, list[RunRecord]] = {}
+    for run in runs:
+        if run.variant:
+            methods.setdefault(run.method, []).append(run)
+    for group in methods.values():
+        everywhere = set.intersection(*(set(run.variant) for run in group))
+        for run in group:
+            for key in [k for k, v in run.variant.items() if k not in everywhere and not v]:
+                del run.variant[key]
+
+
+def name_variants(variants: Sequence[Mapping[str, Any]]) -> list[str]:
+    """For each variant the options in which it differs from most of the others, `option=value`.
+
+    Where no value is commonest, each is named. A part of another class (`quantizer.weight=POST`) is
+    named by it, and its further options are compared among parts of that class alone.
+    """
+    shown: list[list[str]] = [[] for _ in variants]
+    for key in dict.fromkeys(k for variant in variants for k in variant):
+        part, _, option = key.rpartition(".")
+        named_by_class = option == TARGET
+        for alike in [range(len(variants))] if named_by_class else _by_class(variants, part):
+            values = {i: str(variants[i].get(key, ABSENT)) for i in alike}
+            usual = _commonest([*values.values()])
+            for i, value in values.items():
+                if value != usual:
+                    name = f"{part}={value.rpartition('.')[2]}"
+                    shown[i].append(name if named_by_class else f"{key}={value}")
+    return [", ".join(options) for options in shown]
+
+
+def _by_class(variants: Sequence[Mapping[str, Any]], part: str) -> list[list[int]]:
+    """Which variants have the same class at `part`."""
+    found: dict[str, list[int]] = {}
+    for i, variant in enumerate(variants):
+        found.setdefault(str(variant.get(f"{part}.{TARGET}")), []).append(i)
+    return [*found.values()]
+
+
+def _commonest(values: Sequence[str]) -> str | None:
+    """The value that occurs most; None where two do."""
+    ranked = Counter(values).most_common(2)
+    if len(ranked) > 1 and ranked[0][1] == ranked[1][1]:
+        return None
+    return ranked[0][0]
