@@ -21,7 +21,7 @@ from typing import Any
 
 from qexp.report_papers import Paper, match
 from qexp.report_runs import RunRecord
-from qexp.report_variants import ABSENT, drop_new_options_, name_variants
+from qexp.report_variants import briefly, differences, drop_new_options_, name_variants
 
 GROUPS = ("dataset", "model", "method", "bits", "recipe", "protocol")
 
@@ -219,22 +219,13 @@ def _compare(table: Table) -> None:
         differing = differences(table.protocol, row.compared(), is_float=row.first.is_float)
         if differing:
             table.others[row.protocol_hash] = differing
-            row.flags.append(f"protocol differs: {', '.join(differing)}")
+            row.flags.append(f"protocol differs: {', '.join(briefly(differing))}")
 
 
 def is_start(row: Row, protocol: Mapping[str, Any]) -> bool:
     """Whether this is a float network the others may start from: its recipe differs by design."""
     own = row.first.is_float and row.first.protocol.get("from_scratch")
     return bool(own) and not protocol.get("from_scratch")
-
-
-def differences(
-    ours: Mapping[str, Any], theirs: Mapping[str, Any], *, is_float: bool = False
-) -> dict[str, tuple[Any, Any]]:
-    """`{key: (ours, theirs)}` for the keys of two flat protocols that differ."""
-    keys = [k for k in dict.fromkeys([*ours, *theirs]) if not (is_float and k == "first_last")]
-    pairs = {k: (ours.get(k, ABSENT), theirs.get(k, ABSENT)) for k in keys}
-    return {k: (a, b) for k, (a, b) in pairs.items() if a != b}
 
 
 def _name_variants(rows: Sequence[Row]) -> None:

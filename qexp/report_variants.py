@@ -1,4 +1,4 @@
-"""What tells runs of one method and width apart: the options of its quantizer and its policy."""
+"""What tells runs apart: the options of one method, and the keys of two protocols."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from qexp.report_runs import RunRecord
 
 TARGET = "_target_"
 ABSENT = "-"  # of an option that one side does not have
+LISTED = 8  # keys that one protocol lacks, by name
 
 
 def drop_new_options_(runs: Sequence[RunRecord]) -> None:
@@ -63,3 +64,21 @@ def _commonest(values: Sequence[str]) -> str | None:
     if len(ranked) > 1 and ranked[0][1] == ranked[1][1]:
         return None
     return ranked[0][0]
+
+
+def differences(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], *, is_float: bool = False
+) -> dict[str, tuple[Any, Any]]:
+    """`{key: (ours, theirs)}` for the keys of two flat protocols that differ."""
+    keys = [k for k in dict.fromkeys([*ours, *theirs]) if not (is_float and k == "first_last")]
+    pairs = {k: (ours.get(k, ABSENT), theirs.get(k, ABSENT)) for k in keys}
+    return {k: (a, b) for k, (a, b) in pairs.items() if a != b}
+
+
+def briefly(differing: Mapping[str, tuple[Any, Any]]) -> list[str]:
+    """The keys; of those that one side lacks, as another recipe's do, only how many if many."""
+    lacking = [key for key, pair in differing.items() if ABSENT in pair]
+    if len(lacking) <= LISTED:
+        return [*differing]
+    shared = [key for key in differing if key not in lacking]
+    return [*shared, f"{len(lacking)} keys that one of them lacks (another recipe)"]

@@ -136,6 +136,19 @@ def test_another_protocol_is_flagged_with_the_keys_that_differ(tmp_path, capsys)
     assert flagged["lsq"] == flagged["pact"] == ""
 
 
+def test_a_row_of_another_recipe_is_flagged_by_the_number_of_its_keys(tmp_path, capsys) -> None:
+    for seed in (0, 1):
+        make_run(tmp_path, f"lsq{seed}", seed=seed)
+        make_run(tmp_path, f"pact{seed}", method="pact", seed=seed)
+    other = {key: PROTOCOL[key] for key in ("dataset", "epochs") if key in PROTOCOL}
+    other |= {f"ptq_{k}": k for k in range(12)} | {"epochs": 0}
+    make_run(tmp_path, "qdrop", method="qdrop", protocol=other, protocol_hash="other")
+    (flags,) = [row["flags"] for row in rows(capsys, tmp_path) if row["method"] == "qdrop"]
+    assert "protocol differs: epochs" in flags
+    assert "keys that one of them lacks (another recipe)" in flags
+    assert "ptq_3" not in flags
+
+
 def test_a_float_control_is_not_flagged_for_its_first_and_last_layer(tmp_path, capsys) -> None:
     make_run(tmp_path, "a", method="lsq")
     control = {**PROTOCOL, "first_last": "float"}
