@@ -35,8 +35,8 @@ gets no gradient from it. `health` counts such samples of the last training batc
 as dead when all of them are.
 
 What the adapter buys (results/cifar10_qat_rungs: CIFAR-10, W2A2, POST weights, three epochs, one
-seed): 87.15 (86.85 with `softplus`), against 85.74 with LSQ's step and 85.65 with `statistics`. Under LSQ weights it buys
-nothing that one seed can show: 85.83, LSQ alone 86.71.
+seed): 87.15 (86.85 with `softplus`), against 85.74 with LSQ's step and 85.65 with `statistics`.
+Under LSQ weights it buys nothing that one seed can show: 85.83, LSQ alone 86.71.
 
 Departs from the paper and code:
  1. N counts the features of one sample (`count: sample`), as our LSQ; the code's N counts the batch
