@@ -140,8 +140,7 @@ def test_a_row_of_another_recipe_is_flagged_by_the_number_of_its_keys(tmp_path, 
     for seed in (0, 1):
         make_run(tmp_path, f"lsq{seed}", seed=seed)
         make_run(tmp_path, f"pact{seed}", method="pact", seed=seed)
-    other = {key: PROTOCOL[key] for key in ("dataset", "epochs") if key in PROTOCOL}
-    other |= {f"ptq_{k}": k for k in range(12)} | {"epochs": 0}
+    other = {"dataset": "cifar10", "epochs": 0, **{f"ptq_{k}": k for k in range(12)}}
     make_run(tmp_path, "qdrop", method="qdrop", protocol=other, protocol_hash="other")
     (flags,) = [row["flags"] for row in rows(capsys, tmp_path) if row["method"] == "qdrop"]
     assert "protocol differs: epochs" in flags

@@ -89,14 +89,13 @@ def reestimate_bn_(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], i
     """Replace batch norm statistics by those of one batch of about `images` training images.
 
     One batch, not the average over many: its statistics are what its own forward pass used, so the
-    network in eval mode is the one that was measured. Averages belong to no forward pass. A value
-    that many inputs share (a flat background) and that lies at a border between two codes then
-    falls to another side than in training, and all that follows is off its statistics. ResNet-8 at
-    W2A2 (N2UQ, embedded data, one run whose running statistics gave 75.95): 77.75 from the average
-    over 4,000 images, 86.50 from one batch of them, and 85.7 with the statistics of test batches.
+    network in eval mode is the one that was measured. Averages belong to no forward pass: probably
+    a value that many inputs share (a flat background) and that lies at a border between two codes
+    then falls to another side than in training. N2UQ at W2A2 on the embedded data, seed 2: 75.95
+    from running averages (results/fashion_methods), 86.50 from one batch (results/fashion_bn); the
+    checkpoint of the first with an average over the same 4,000 images: 77.75, not kept.
 
-    The images must be augmented as in training: CIFAR-10, LSQ at W2A2, 2,000 test images: 87.30
-    from running statistics, 86.91 from 4,000 augmented images, 84.28 from 4,000 plain ones.
+    The images are augmented as in training: on CIFAR-10 plain ones cost three points (not kept).
     The rest of the network, quantizers included, stays in eval mode: nothing else adapts.
     """
     found: list[Tensor] = []
