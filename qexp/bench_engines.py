@@ -18,8 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qexp.engine import ENGINES as INTEGER
-from qexp.engine import integer_network
+from qexp.engine import ON_CPU, integer_network
 from qexp.export.command import require
 from qexp.export.network import restore
 from qexp.export.packed import Packed, pack_network, to_bytes
@@ -133,7 +132,7 @@ def _session(blob: bytes, threads: int) -> Loaded:
 
 ENGINES: dict[str, Callable[[Packed, int, Tensor], Loaded]] = {
     "packed": _packed,
-    **{name: _integers(name) for name in INTEGER},
+    **{name: _integers(name) for name in ON_CPU},
     "onnx": _onnx,
     "onnx_int8": _onnx_int8,
 }

@@ -77,7 +77,7 @@ class Eval:
     checkpoint: str
     split: Literal["test", "val", "train"]
     device: str
-    engine: Literal["float", "integer", "table", "reference"]
+    engine: Literal["float", "integer", "table", "reference", "triton"]
     trust: bool
 
 

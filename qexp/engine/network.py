@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from qexp.export.network import restore
 from qexp.export.packed import Packed
 from qexp.quant.modules import QuantConv2d, QuantLayer
 from qexp.quant.quantizer import Quantizer
+from qexp.runner.device import pick_device
 
 
 class Multiply(Protocol):
@@ -29,11 +31,45 @@ class Multiply(Protocol):
     def __call__(self, x_int: Tensor, step: Tensor) -> Tensor: ...
 
 
+def _packed_gemm(weight: Weight, window: Window, low: int, high: int) -> Multiply:
+    from qexp.engine.packed_gemm import PackedGemm  # imports triton
+
+    return PackedGemm(weight, window, low, high)
+
+
 ENGINES: dict[str, Callable[[Weight, Window, int, int], Multiply]] = {
     "integer": Gemm,
     "table": Table,
     "reference": Reference,
+    "triton": _packed_gemm,
 }
+ON_CPU = ("integer", "table", "reference")
+
+
+def engine_device(engine: str, asked: str) -> torch.device:
+    """Where a packed file runs: `float` where asked, engines on the CPU, `triton` on a GPU.
+
+    Raises:
+        ConfigError: no such device, or none that the engine runs on.
+    """
+    if engine in ON_CPU:
+        return torch.device("cpu")
+    device = pick_device(asked)
+    if engine != "triton":
+        return device
+    if importlib.util.find_spec("triton") is None:
+        raise ConfigError(
+            "engine: engine=triton needs the package triton, which comes with torch for CUDA. Use "
+            "engine=integer."
+        )
+    from qexp.engine.packed_gemm import interpreted
+
+    if device.type != "cuda" and not interpreted():
+        raise ConfigError(
+            f"engine: engine=triton needs a CUDA device, not {device.type}. Use engine=integer, or "
+            "set TRITON_INTERPRET=1 to try its kernel on the CPU, slowly."
+        )
+    return device
 
 
 class IntegerLayer(nn.Module):
@@ -67,9 +103,10 @@ class IntegerLayer(nn.Module):
         shaped = Weight(weight.how, codes, weight.parts)
         self.window = window
         self.multiply = ENGINES[engine](shaped, window, *span(self.act_quantizer))
-        self.offset_weight: Tensor | None = None
-        if getattr(self.act_quantizer, "offset", None) is not None:
-            self.offset_weight = layer.weight.detach().reshape(codes.shape)
+        self.offset_weight: Tensor | None
+        has_offset = getattr(self.act_quantizer, "offset", None) is not None
+        of_offset = layer.weight.detach().reshape(codes.shape) if has_offset else None
+        self.register_buffer("offset_weight", of_offset, persistent=False)
 
     def extra_repr(self) -> str:
         return type(self.multiply).__name__
@@ -107,7 +144,7 @@ class IntegerLayer(nn.Module):
 
 @torch.no_grad()
 def integer_network(packed: Packed, engine: str = "integer", *, trust: bool = False) -> nn.Module:
-    """The network of a packed file on the CPU, its layers run by one of `ENGINES`.
+    """The network of a packed file, its layers run by one of `ENGINES`; on the CPU as yet.
 
     Layers with a float operand, and everything between layers, are as `restore` makes them.
 

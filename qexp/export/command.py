@@ -187,7 +187,7 @@ def load_packed(
     Args:
         run: a run's folder, whose data set is used; without one, the data
             set that the file names, with the file's normalisation.
-        engine: `float`, or one of `qexp.engine`, which run on the CPU.
+        engine: `float`, or one of `qexp.engine`; see `engine_device`.
 
     Raises:
         CheckpointError: a file that is refused, or that does not fit the data set.

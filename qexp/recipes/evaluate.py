@@ -81,13 +81,13 @@ def evaluate_run(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _evaluate_file(cfg: DictConfig, name: str) -> dict[str, Any]:
+    from qexp.engine import engine_device
     from qexp.export.command import load_packed
-    from qexp.runner.device import pick_device
 
     folder = _run_folder(cfg) if cfg.get("run") else None
     path = Path(name) if folder is None or Path(name).is_file() else folder / name
     engine = cfg.get("engine", "float")
-    device = pick_device(cfg.device if engine == "float" else "cpu")
+    device = engine_device(engine, cfg.device)
     model, dataset = load_packed(path, folder, device, trust=bool(cfg.get("trust")), engine=engine)
     score = evaluate(model, dataset.eval_batches(cfg.split))
     return _measured(cfg, score, path.parent, path.name, dataset.name)

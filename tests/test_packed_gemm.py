@@ -1,0 +1,199 @@
+"""The GPU kernel: interpreted on the CPU it is the same network; compiled, 8-bit products."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Qexp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_engine import WEIGHTS, weight
+from test_export import images, network, packed_of, run_folder
+
+from qexp.engine import engine_device, integer_network
+from qexp.engine.reference import Reference
+from qexp.engine.weight import Weight
+from qexp.engine.window import Window
+from qexp.errors import ConfigError
+from qexp.export.bits import packed_size
+
+triton = pytest.importorskip("triton")
+
+from qexp.engine.packed_gemm import OPTIONS, TILE, PackedGemm, conv_packed  # noqa: E402
+
+__all__ = ["run_folder"]  # a fixture
+
+
+@pytest.fixture
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+# Products
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_the_kernel_multiplies_like_the_reference(name: str, bits: int) -> None:
+    stored, w_hat = weight(name, bits, (6, 5, 3, 2))
+    window = Window((3, 2), (2, 1), (1, 1), (1, 2))
+    step = torch.tensor([0.5, 0.01, 3.0]).reshape(3, 1, 1, 1)
+    for low, high in ((-8, 7), (0, 15), (0, 255)):
+        x = torch.randint(low, high + 1, (3, 5, 7, 6)).float()
+        y = PackedGemm(stored, window, low, high)(x, step)
+        exact = Reference(stored, window, low, high)(x, step)
+        assert y.dtype == torch.float32
+        of = F.conv2d(x.abs().double(), w_hat.abs().double(), None, (2, 1), (1, 1), (1, 2)) * step
+        assert bool(((y - exact).abs() <= 2**-21 * of).all())
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("groups", [1, 2, 12])
+@pytest.mark.parametrize("name", ["lsq", "post", "adq per channel"])
+def test_tiles_and_groups_cover_everything(name: str, groups: int) -> None:
+    outputs = 3 * TILE["BN"] // 2  # more than a tile, and not a multiple of it
+    stored, w_hat = weight(name, 3, (outputs, 12 // groups, 3, 3))
+    x = torch.randint(0, 8, (2, 12, 7, 7)).float()  # 98 pixels: two tiles
+    exact = F.conv2d(x.double(), w_hat.double(), padding=1, groups=groups)
+    of = F.conv2d(x.double(), w_hat.abs().double(), padding=1, groups=groups)
+    y = PackedGemm(stored, Window((3, 3), padding=(1, 1), groups=groups), 0, 7)
+    assert bool(((y(x, torch.tensor(1.0)) - exact).abs() <= 2**-21 * of).all())
+
+
+@pytest.mark.usefixtures("interpreter")
+@settings(deadline=None, max_examples=15)
+@given(st.integers(1, 70), st.booleans(), st.booleans(), st.integers(0, 2**31))
+def test_sums_of_integers_are_exact(k: int, wide: bool, large: bool, seed: int) -> None:
+    dice = torch.Generator().manual_seed(seed)
+    stored, _ = weight("lsq", 8, (4, k))
+    codes = torch.randint(-128, 128, (4, k, 1, 1), generator=dice, dtype=torch.int32)
+    codes = torch.full_like(codes, -128) if large else codes
+    exactly = Weight(stored.how, codes, {"scale": torch.ones(1)})
+    high = 255 if wide else 127
+    x = torch.randint(0, high + 1, (2, k, 3, 3), generator=dice).float()
+    x = torch.full_like(x, high) if large else x
+    expected = torch.einsum("ok,nkp->nop", codes[:, :, 0, 0].long(), x.flatten(2).long())
+    y = PackedGemm(exactly, Window(), 0, high)(x, torch.tensor(1.0))
+    assert torch.equal(y.flatten(2).long(), expected)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_weights_stay_packed(bits: int) -> None:
+    stored, _ = weight("post", bits, (6, 4, 3, 3))
+    layer: Any = PackedGemm(stored, Window((3, 3)), 0, 15)
+    assert layer.packed.dtype == torch.uint8
+    assert len(layer.packed) == packed_size(6 * 4 * 9, bits) + 1
+    assert layer.table.shape == (len(layer.table), 1, stored.how.levels)  # shared by all outputs
+    assert not any(t.numel() >= stored.codes.numel() for t in layer.buffers() if bits < 8)
+
+
+# Networks
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize(
+    "method",
+    [
+        "lsq",
+        "asq+post",
+        "n2uq",
+        pytest.param("adq", marks=pytest.mark.slow),
+        pytest.param("aquant", marks=pytest.mark.slow),
+    ],
+)
+def test_a_network_of_packed_weights_is_the_same_network(method: str) -> None:
+    model = network(method, fold=method == "aquant")
+    other = integer_network(packed_of(model), "triton")
+    with torch.no_grad():
+        ours, theirs = model(images(1)), other(images(1))
+    assert (theirs - ours).abs().amax(1).median() < 1e-4
+    assert torch.equal(theirs.argmax(1), ours.argmax(1))
+
+
+@pytest.mark.slow  # interpreted: 2,000 images take a minute
+@pytest.mark.usefixtures("interpreter")
+def test_eval_runs_the_kernel(qexp: Qexp, run_folder: Path) -> None:
+    assert qexp("export", f"run={run_folder}").code == 0
+    given = (f"run={run_folder}", "checkpoint=model.safetensors", "device=cpu")
+    said = [qexp("eval", *given, f"engine={engine}") for engine in ("float", "triton")]
+    assert all(s.code == 0 for s in said), said
+    assert said[0].out.split(" | ")[0] == said[1].out.split(" | ")[0]
+
+
+# Refusals
+
+
+def test_the_kernel_needs_a_gpu_and_triton(
+    qexp: Qexp, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert qexp("export", f"run={run_folder}").code == 0
+    given = (f"run={run_folder}", "checkpoint=model.safetensors", "device=cpu", "engine=triton")
+    said = qexp("eval", *given)
+    assert (said.code, said.err) == (
+        2,
+        "engine: engine=triton needs a CUDA device, not cpu. Use engine=integer, or set "
+        "TRITON_INTERPRET=1 to try its kernel on the CPU, slowly.\n",
+    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="needs the package triton"):
+        engine_device("triton", "cpu")
+    assert engine_device("integer", "cuda").type == "cpu"
+
+
+def test_more_than_eight_bits_are_refused() -> None:
+    stored, _ = weight("lsq", 10, (4, 4))
+    with pytest.raises(ConfigError, match="weights of up to 8 bits, a layer has 10"):
+        PackedGemm(stored, Window(), 0, 15)
+    stored, _ = weight("lsq", 4, (4, 4))
+    with pytest.raises(ConfigError, match="inputs of up to 8 bits, a layer has -300 to 300"):
+        PackedGemm(stored, Window(), -300, 300)
+
+
+# Compiled, without a GPU
+
+
+@pytest.mark.parametrize(("bits", "planes"), [(2, 1), (3, 1), (4, 2), (4, 3), (8, 1)])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_compiler_makes_8_bit_products_without_spills(
+    capability: int, bits: int, planes: int, tmp_path: Path
+) -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    constants = dict.fromkeys(("KH", "KW"), 3) | dict.fromkeys(
+        ("SH", "SW", "PH", "PW", "DH", "DW"), 1
+    )
+    constants |= {"BITS": bits, "PLANES": planes, "SHIFT": 128 if bits == 8 else 0, **TILE}
+    pointers = {"x": "i8", "w": "u8", "table": "i8", "scale": "fp32", "added": "i32"}
+    pointers |= {"step": "fp32", "y": "fp32"}
+    kernel = triton.JITFunction(conv_packed)
+    signature = {
+        name: "constexpr"
+        if name in constants
+        else f"*{pointers[name[:-4]]}"
+        if name.endswith("_ptr")
+        else "i32"
+        for name in kernel.arg_names
+    }
+    source = ASTSource(kernel, signature=signature, constexprs=constants)
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=OPTIONS)
+    assert re.search(r"mma\S*\.s32\.s8\.s8", made.asm["ptx"])
+    (tmp_path / "kernel.cubin").write_bytes(made.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not tool.is_file():
+        pytest.skip("this triton has no cuobjdump")
+    usage = subprocess.run(
+        [tool, "--dump-resource-usage", tmp_path / "kernel.cubin"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert re.search(r"STACK:0\b.*LOCAL:0\b", usage), usage  # nothing spilled
