@@ -11,19 +11,26 @@ import json
 import random
 import resource
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from qexp.engine import integer_network
 from qexp.errors import CheckpointError
 from qexp.export.header import FormatError
 from qexp.export.network import restore
 from qexp.export.packed import pack_network, read, write
 from qexp.models.resnet import ResNet
+from qexp.quant.aquant import AQuant
 from qexp.quant.asq import ASQ
+from qexp.quant.codebook import Codebook
 from qexp.quant.convert import Bits, calibrate_, quantize_
+from qexp.quant.n2uq import N2UQ
+from qexp.quant.nearest import Nearest
 from qexp.quant.power import POST
 from qexp.quant.trace import trace
 
@@ -36,12 +43,22 @@ SPICE = [b"", b"\x00", b"\xff", b"9", b"-", b"e9", b'"', b"}", b"[", b"null", b"
 WORDS = [10**12, -1, 0, 2**63, 1e308, True, None, "../../etc/passwd", "os.system", [], {}, [[]]]
 
 
-@pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+# What a file may hold: fixed levels, adapters of both widths, codebooks, zero points, borders.
+KINDS: dict[str, tuple[Any, Any, torch.dtype]] = {
+    "asq": (POST, ASQ, torch.float32),
+    "asq float16": (POST, ASQ, torch.float16),
+    "adq": (Codebook, N2UQ, torch.float32),
+    "aquant": (partial(Nearest, per_channel=True), AQuant, torch.float32),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def good(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    weight, act, adapters = KINDS[request.param]
     torch.manual_seed(0)
     model: nn.Module = ResNet(num_classes=3, **MODEL).eval()  # type: ignore[arg-type]
     layers = trace(model, SHAPE)
-    quantize_(model, layers, {layer.name: Bits(4, 4) for layer in layers}, POST, ASQ)
+    quantize_(model, layers, {layer.name: Bits(4, 4) for layer in layers}, weight, act)
     calibrate_(model, torch.randn(4, *SHAPE))
     packed = pack_network(
         model,
@@ -50,6 +67,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> bytes:
         num_classes=3,
         input_shape=SHAPE,
         data={"name": "synthetic", "mean": [0.5] * 3, "std": [0.25] * 3},
+        adapters=adapters,
     )
     path = tmp_path_factory.mktemp("fuzz") / "good.safetensors"
     write(packed, path)
@@ -109,9 +127,10 @@ def mutate_meaning(blob: bytes, dice: random.Random) -> bytes:
 def load(path: Path) -> bool:
     """Whether the file is accepted; any error but the two that refuse it passes through."""
     try:
-        model = restore(read(path))
-        with torch.no_grad():
-            model(torch.zeros(1, *SHAPE))
+        packed = read(path)
+        for model in (restore(packed), integer_network(packed)):
+            with torch.no_grad():
+                model(torch.zeros(1, *SHAPE))
     except (CheckpointError, FormatError) as error:
         return "\n" in str(error)  # refused, but not in one line
     return True
@@ -135,9 +154,9 @@ def fuzz(good: bytes, folder: Path, rounds: int) -> None:
 
 
 def test_no_mutation_crashes_the_reader(good: bytes, tmp_path: Path) -> None:
-    fuzz(good, tmp_path, 300)
+    fuzz(good, tmp_path, 150)
 
 
 @pytest.mark.slow
 def test_no_mutation_of_ten_thousand_crashes_the_reader(good: bytes, tmp_path: Path) -> None:
-    fuzz(good, tmp_path, 10_000)
+    fuzz(good, tmp_path, 10_000 // len(KINDS))
