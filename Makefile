@@ -23,7 +23,7 @@ type: $(VENV)/.tested     ## types
 bench: $(VENV)/.installed ## cost of a training step against float
 	$(BIN)/qexp bench train
 
-table: $(VENV)/.installed ## rebuild the tables of README.md from results/
+table: $(VENV)/.installed ## rebuild the tables of README.md and docs/results.md from results/
 	$(BIN)/python scripts/make_tables.py
 
 clean:           ## remove what was built; runs, data and results stay

@@ -1,7 +1,7 @@
-"""Rebuild the README's result tables from `results/`.
+"""Rebuild the result tables of README.md and docs/results.md from `results/`.
 
-    python scripts/make_tables.py            rewrites README.md
-    python scripts/make_tables.py --check    exits 1 when README.md is not what results/ say
+    python scripts/make_tables.py            rewrites both
+    python scripts/make_tables.py --check    exits 1 when one is not what results/ say
 
 A table lies between `<!-- table:NAME -->` and `<!-- /table -->` and shows the runs below
 `results/NAME/`: a row a method, a column a bit-width, one table a protocol. With `full` after the
@@ -12,6 +12,7 @@ made the runs. Every number links to its run's folder; what was not run says `mi
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ MARK = re.compile(
 TOLD = ("recipe", "epochs", "batch_size", "optimizer", "lr", "schedule", "images", "iterations",
         "first_last", "distill.weight", "bn_reestimate")  # fmt: skip
 MISSING = "missing"
+PAGES = ("README.md", "docs/results.md")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,43 +40,54 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing, compare")
     parser.add_argument("--root", type=Path, default=Path(__file__).parents[1])
     given = parser.parse_args(argv)
-    readme = given.root / "README.md"
+    stale = 0
     try:
-        old = readme.read_text()
-        new = rebuild(old, given.root)
+        for page in (given.root / name for name in PAGES if (given.root / name).is_file()):
+            old = page.read_text()
+            new = rebuild(old, given.root, page.parent)
+            name = page.relative_to(given.root)
+            if new == old:
+                print(f"{name}: {len(MARK.findall(new))} tables")
+            elif given.check:
+                stale = 1
+                print(
+                    f"make_tables: {name} differs from results/. Run: make table", file=sys.stderr
+                )
+            else:
+                page.write_text(new)
+                print(f"{name}: {len(MARK.findall(new))} tables, rewritten")
     except (OSError, QexpError) as error:
         print(f"make_tables: {error}", file=sys.stderr)
         return 1
-    if given.check:
-        if new != old:
-            print("make_tables: README.md differs from results/. Run: make table", file=sys.stderr)
-        return int(new != old)
-    if new != old:
-        readme.write_text(new)
-    print(f"README.md: {len(MARK.findall(new))} tables")
-    return 0
+    return stale
 
 
-def rebuild(text: str, root: Path) -> str:
-    """`text` with every marked table made anew from `root/results`."""
+def rebuild(text: str, root: Path, start: Path | None = None) -> str:
+    """`text` with every marked table made anew from `root/results`.
+
+    Args:
+        start: the folder of the page, from which links lead; `root` if None.
+    """
     papers = read_papers(root / "results" / "papers.csv")
 
     def table(match: re.Match[str]) -> str:
-        body = render(root, match["name"], papers, full=bool(match["full"]))
+        body = render(root, match["name"], papers, start or root, full=bool(match["full"]))
         full = match["full"] or ""
         return f"<!-- table:{match['name']}{full} -->\n{body}\n<!-- /table -->"
 
     return MARK.sub(table, text)
 
 
-def render(root: Path, name: str, papers: Sequence[Paper], *, full: bool = False) -> str:
+def render(
+    root: Path, name: str, papers: Sequence[Paper], start: Path, *, full: bool = False
+) -> str:
     """The Markdown of one marked table."""
     folder = root / "results" / name
     runs = read_runs([folder])
     if full:
         return markdown(make_tables(runs, papers)).strip()
     tables = make_tables(runs, papers)
-    parts = [pivot(part, root) for table in tables for part in by_protocol(table)]
+    parts = [pivot(part, start) for table in tables for part in by_protocol(table)]
     command = folder / "command.txt"
     if command.is_file():
         parts.append(f"Made by: `{command.read_text().strip()}`")
@@ -91,23 +104,25 @@ def by_protocol(table: Table) -> list[Table]:
     return parts
 
 
-def pivot(table: Table, root: Path) -> str:
+def pivot(table: Table, start: Path) -> str:
     """Methods down, bit-widths across, with the float networks and the protocol above."""
     quantized = [row for row in table.rows if not row.first.is_float] or table.rows
     widths = list(dict.fromkeys(column(row) for row in quantized))
     names = sorted({row.name for row in quantized})
     papers = [row for row in quantized if row.paper]
     head = ["method", *widths, *(["published"] if papers else [])]
-    lines = [headline(table, root), "", markdown_row(head), "|" + " --- |" * len(head)]
+    lines = [headline(table, start), "", markdown_row(head), "|" + " --- |" * len(head)]
     for name in names:
         own = [row for row in quantized if row.name == name]
-        texts = ["; ".join(cell(r, root) for r in own if column(r) == w) or MISSING for w in widths]
+        texts = [
+            "; ".join(cell(r, start) for r in own if column(r) == w) or MISSING for w in widths
+        ]
         quoted = "; ".join(f"{r.bits} {r.paper.top1:g}" for r in own if r.paper)
         lines.append(markdown_row([name, *texts, *([quoted or "n/a"] if papers else [])]))
     return "\n".join(lines)
 
 
-def headline(table: Table, root: Path) -> str:
+def headline(table: Table, start: Path) -> str:
     """`cifar10, resnet20: 10 epochs, ...; float start 91.73; float trained on 92.00 ± 0.10.`"""
     told = ", ".join(f"{key} {table.protocol[key]}" for key in TOLD if key in table.protocol)
     starts = [row.stat("fp32_top1") for row in table.rows if not row.first.is_float]
@@ -118,7 +133,7 @@ def headline(table: Table, root: Path) -> str:
         same = f"{min(lows):.2f}" == f"{max(highs):.2f}"
         parts.append(f"float start {min(lows):.2f}" + ("" if same else f" to {max(highs):.2f}"))
     controls = [
-        cell(row, root)
+        cell(row, start)
         for row in table.rows
         if row.first.is_float and not is_start(row, table.protocol)
     ]
@@ -132,23 +147,23 @@ def column(row: Row) -> str:
     return row.bits if row.first.uniform else "mixed"
 
 
-def cell(row: Row, root: Path) -> str:
+def cell(row: Row, start: Path) -> str:
     """The number, linked to its run; of several seeds, each seed is linked."""
     width = "" if row.first.uniform else f"{row.bits}: "
     if not row.top1:
         run = row.first
-        return f"{width}[{run.state}]({_link(run.folder, root)})"
-    links = [f"[{r.seed}]({_link(r.folder, root)})" for r in row.counted]
+        return f"{width}[{run.state}]({_link(run.folder, start)})"
+    links = [f"[{r.seed}]({_link(r.folder, start)})" for r in row.counted]
     if len(links) == 1:
-        text = f"[{show(row.top1)}]({_link(row.first.folder, root)})"
+        text = f"[{show(row.top1)}]({_link(row.first.folder, start)})"
     else:
         text = f"{show(row.top1)} <sub>{' '.join(links)}</sub>"
     lost = f" ({len(row.unfinished)} more not done)" if row.unfinished else ""
     return f"{width}{text}{lost}"
 
 
-def _link(folder: Path, root: Path) -> str:
-    return folder.relative_to(root).as_posix()
+def _link(folder: Path, start: Path) -> str:
+    return Path(os.path.relpath(folder, start)).as_posix()
 
 
 if __name__ == "__main__":

@@ -102,11 +102,12 @@ def _script() -> Any:
     return module
 
 
-def test_the_readmes_tables_are_what_results_say() -> None:
-    readme = (ROOT / "README.md").read_text()
-    if "<!-- table:" not in readme:
-        pytest.skip("README.md has no table markers yet")
-    assert _script().rebuild(readme, ROOT) == readme, "run: make table"
+@pytest.mark.parametrize("page", _script().PAGES)
+def test_the_tables_of_pages_are_what_results_say(page: str) -> None:
+    path = ROOT / page
+    text = path.read_text()
+    assert "<!-- table:" in text
+    assert _script().rebuild(text, ROOT, path.parent) == text, "run: make table"
 
 
 def _result(root: Path, name: str, seed: int, **fields: Any) -> None:
@@ -145,6 +146,16 @@ def test_make_tables_check_fails_until_the_readme_is_rebuilt(project: Path) -> N
     assert text.endswith("<!-- /table -->\nend\n")
     (project / "results/demo/b/result.json").unlink()
     assert script.main(["--check", "--root", str(project)]) == 1
+
+
+def test_links_lead_from_the_folder_of_the_page(project: Path) -> None:
+    page = project / "docs/results.md"
+    page.parent.mkdir()
+    page.write_text((project / "README.md").read_text())
+    assert _script().main(["--check", "--root", str(project)]) == 1
+    assert _script().main(["--root", str(project)]) == 0
+    assert "[85.50](../results/demo/b)" in page.read_text()
+    assert _script().main(["--check", "--root", str(project)]) == 0
 
 
 def test_a_table_of_float_networks_alone_has_its_numbers(project: Path) -> None:
