@@ -56,14 +56,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from qexp.quant import gste
 from qexp.quant.calibrate import mse_scale
 from qexp.quant.cells import bin_sums, gather, search
 from qexp.quant.functional import (
     MIN_SCALE,
+    SMALL,
     as_rows,
     from_rows,
     in_order_of,
     kernel,
+    kernels_compiled,
     midpoints,
     operands,
     scale_grad,
@@ -114,6 +117,8 @@ class _GSTE(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, borders: Tensor, step: Tensor, qmin: int) -> Tensor:
         ctx.save_for_backward(x, borders, step)
         ctx.qmin = qmin
+        if _one_pass(x, borders):
+            return gste.gste_forward(x, midpoints(borders), step, qmin)
         low = step.new_full((), qmin)  # a tensor: an integer would compile one kernel for 0
         rows, _ = operands(x, _samples(x))
         return from_rows(_forward(rows, midpoints(borders), step, low), x)
@@ -121,17 +126,37 @@ class _GSTE(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, borders, step = ctx.saved_tensors
-        rows, m = x.shape[0], borders.shape[0] - 1
+        m = borders.shape[0] - 1
+        if _one_pass(x, borders):
+            grad_x, sums = gste.gste_backward(grads[0], x, borders, step, ctx.qmin)
+            total, weighted, grad_step = sums.to(borders.dtype).split([m, m, 1])
+            return grad_x, _grad_borders(total, weighted), grad_step.reshape(()), None
+        rows = x.shape[0]
         z, _ = operands(x, _samples(x))
         grad, _ = operands(in_order_of(grads[0], x), _samples(x))
         low = step.new_full((), ctx.qmin)
         grad_x, pairs, bins, grad_step = _backward(grad, z, borders, step, low)
         sums = bin_sums(pairs, bins, rows * m).view(rows, m, 2).sum(0)  # [m, 2]
-        total, weighted = sums[:, 0], sums[:, 1]  # sum g, sum g * f
-        # dL/db_(i-1) = -sum g (1 - f),  dL/db_i = -sum g f                   [m + 1]
-        zero = total.new_zeros(1)
-        grad_borders = torch.cat([weighted - total, zero]) - torch.cat([zero, weighted])
-        return from_rows(grad_x, x), grad_borders, grad_step, None  # qmin is a constant
+        return from_rows(grad_x, x), _grad_borders(*sums.unbind(1)), grad_step, None
+
+
+def _grad_borders(total: Tensor, weighted: Tensor) -> Tensor:
+    """dL/db_(i-1) = -sum g (1 - f), dL/db_i = -sum g f.
+
+    Args:
+        total: sum g by segment, [m]; weighted: sum g * f, [m].
+
+    Returns:
+        [m + 1]
+    """
+    zero = total.new_zeros(1)
+    return torch.cat([weighted - total, zero]) - torch.cat([zero, weighted])
+
+
+def _one_pass(x: Tensor, borders: Tensor) -> bool:
+    """Whether `gste` computes: where kernels are compiled, on what it takes."""
+    compiled = torch.compiler.is_compiling() or (kernels_compiled() and x.numel() >= SMALL)
+    return compiled and borders.dtype == torch.float32 and gste.takes(x, borders.shape[0] - 1)
 
 
 def _samples(x: Tensor) -> Tensor:
