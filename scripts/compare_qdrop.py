@@ -9,6 +9,7 @@ One process and thread. Both get the same images, iterations, minibatch, rates a
     float         the loop without quantizers: gather, forward, error, backward, Adam on the weights
     peer          the peer's `reconstruction` and blocks, as released
     peer_inputs   the same, its quantizers where ours are: before convolutions, residual in float
+    ..._closed    the same with torch.clamp's gradient of before 2026 (qdrop_adapter.py)
     qexp          experiment=ptq_cifar10_quick quantizer=qdrop
     qexp_eager    the same without compiled kernels (one block only)
 
@@ -43,7 +44,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from qdrop_adapter import Program, load_peer, peer_program, unit_names
+from qdrop_adapter import Program, closed_clamp, load_peer, peer_program, unit_names
 from torch import Tensor, nn
 
 from qexp.bench_step import Contender, peak_bytes
@@ -254,11 +255,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = Data(every[: s.images], every[s.images :])
     report = provenance(given)
     peer = load_peer(given.peer)
-    programs = {
-        "peer": peer_program(peer, start, data.images, given.bits, s, inputs=False),
-        "peer_inputs": peer_program(peer, start, data.images, given.bits, s, inputs=True),
-        "qexp": our_program(cfg, start, dataset.input_shape, data, s, kernels=True),
-    }
+    programs = {}
+    for name in ("peer", "peer_inputs"):
+        inputs = name == "peer_inputs"
+        programs[name] = peer_program(peer, start, data.images, given.bits, s, inputs=inputs)
+        programs[f"{name}_closed"] = closed_clamp(programs[name])
+    programs["qexp"] = our_program(cfg, start, dataset.input_shape, data, s, kernels=True)
     report["calibration_cpu_s"] = {name: p.calibration_s for name, p in programs.items()}
     with torch.no_grad():
         logits = start(data.held_out)

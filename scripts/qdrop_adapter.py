@@ -9,6 +9,10 @@ where that is not installed; only the peer's command line uses it.
     outputs: released  what a layer or block gives       quantized   weights of conv1 and linear
     inputs: as ours    what a convolution reads          float       the same
 
+`closed_clamp`: in torch 2.15 the gradient of torch.clamp is 0 where the input equals a bound; from
+0.4.1 (pytorch pull request 7049), so when the peer was released, until 2026 (issues 184572, 184574)
+it was 1. The peer clamps integers: inputs that round to the outermost codes pass a gradient or not.
+
 The input of the last layer has 8 bits as well: with `outputs` before the average pool, with
 `inputs` after it. Images are not quantized; ours are, to 8 bits.
 """
@@ -22,7 +26,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -123,6 +127,22 @@ def input_quantized_block(peer: ModuleType) -> type[nn.Module]:
             return F.relu(y + self.shortcut(x))
 
     return InputQuantizedBlock
+
+
+def clamp(x: Tensor, low: float, high: float) -> Tensor:
+    """torch.clamp with gradient 1 where x is a bound."""
+    inside = (x >= low) & (x <= high)
+    return torch.where(inside, x, x.detach().clamp(low, high))
+
+
+def closed_clamp(program: Program) -> Program:
+    """The same program with the gradient of torch.clamp that it was written for."""
+
+    def learn(model: nn.Module, unit: str, seed: int) -> None:
+        with mock.patch.object(torch, "clamp", clamp):
+            program.learn(model, unit, seed)
+
+    return replace(program, learn=learn)
 
 
 def peer_program(
