@@ -83,6 +83,17 @@ def test_gradient_of_soft_rounding_matches_closed_form() -> None:
     torch.testing.assert_close(a.rounding.grad, expected, rtol=1e-4, atol=1e-7)
 
 
+def test_hard_rounding_passes_gradient_at_the_outermost_codes() -> None:
+    a, _, w = pair(2)
+    w.requires_grad_()
+    e = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    (a(w) * e).sum().backward()
+    x_int = (w.detach() / a.scale).floor() + (a.rounding.detach() >= 0) + a.zero
+    inside = (x_int >= a.qmin) & (x_int <= a.qmax)
+    assert bool((inside & ((x_int == a.qmin) | (x_int == a.qmax))).any())
+    torch.testing.assert_close(w.grad, e * inside)
+
+
 def test_rectified_sigmoid_inverts() -> None:
     h = torch.linspace(0, 1, 101)
     torch.testing.assert_close(rectified_sigmoid(inverse_rectified_sigmoid(h)), h)

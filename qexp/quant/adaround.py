@@ -154,7 +154,10 @@ class AdaRound(Quantizer):
 
     def _x_int(self, x: Tensor, up: Tensor) -> Tensor:
         floor: Tensor = _Floor.apply(x.float() / self.scale.clamp_min(MIN_SCALE))  # type: ignore[assignment]
-        return (floor + up + self.zero).clamp(self.qmin, self.qmax)
+        x_int = floor + up + self.zero
+        # Not x_int.clamp: from torch 2.15 on its gradient is 0 at the outermost codes too.
+        inside = (x_int >= self.qmin) & (x_int <= self.qmax)
+        return torch.where(inside, x_int, x_int.detach().clamp(self.qmin, self.qmax))
 
     def forward(self, x: Tensor) -> Tensor:
         v = self.rounding
