@@ -28,6 +28,8 @@ from torch import Tensor
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 SEGMENTS = (3, 7, 15)
+# Any memory order will do: the compiler need not copy to the one that was traced.
+TAGS = (torch.Tag.flexible_layout,)
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-pthread", "-fno-math-errno",
          "-fno-trapping-math", "-ffp-contract=off")  # fmt: skip
@@ -44,7 +46,7 @@ def takes(x: Tensor, segments: int) -> bool:
     return x.device.type == "cpu" and x.dtype in DTYPES and segments in SEGMENTS and available()
 
 
-@torch.library.custom_op("qexp::gste_forward", mutates_args=())
+@torch.library.custom_op("qexp::gste_forward", mutates_args=(), tags=TAGS)
 def gste_forward(x: Tensor, thresholds: Tensor, step: Tensor, qmin: int) -> Tensor:
     """step * (qmin + #{i: x > thresholds[i]}). Shape: x any; thresholds [m]; step []; as x."""
     dense = _dense(x)
@@ -61,7 +63,7 @@ def _(x: Tensor, thresholds: Tensor, step: Tensor, qmin: int) -> Tensor:
     return torch.empty_like(x)
 
 
-@torch.library.custom_op("qexp::gste_backward", mutates_args=())
+@torch.library.custom_op("qexp::gste_backward", mutates_args=(), tags=TAGS)
 def gste_backward(
     grad: Tensor, x: Tensor, borders: Tensor, step: Tensor, qmin: int
 ) -> tuple[Tensor, Tensor]:

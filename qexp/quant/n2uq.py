@@ -178,7 +178,8 @@ class N2UQ(Quantizer):
         init: `mse`, or `paper` (inputs of about [0, 2]).
     """
 
-    fuses = False  # its sums by segment cannot be fused, and break the fusion around them
+    fuses = False  # its passes cannot be fused, and break the fusion around them
+    scales_output = ("output_scale",)
 
     def __init__(
         self,

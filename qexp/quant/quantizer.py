@@ -52,6 +52,10 @@ class Quantizer(nn.Module):
     # then quantize an input again instead of keeping the result.
     replays = True
 
+    # Parameters that only scale the layer's result. A batch norm behind it takes that out again,
+    # so their gradient is zero but for rounding, and it is no fault if they stand still.
+    scales_output: tuple[str, ...] = ()
+
     # Prefixes of state names that mean the same at any width; `rebits_` carries them over.
     carried: tuple[str, ...] = ()
 

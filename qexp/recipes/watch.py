@@ -29,7 +29,7 @@ def _learned(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
         (f"{name}.{own}", parameter)
         for name, quantizer in quantizers(model).items()
         for own, parameter in quantizer.named_parameters()
-        if parameter.requires_grad
+        if parameter.requires_grad and own not in quantizer.scales_output
     ]
 
 
