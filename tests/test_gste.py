@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qexp.quant import gste
+from qexp.quant import gste_native as gste
 from qexp.quant.functional import SMALL, compile_kernels, midpoints
 from qexp.quant.n2uq import N2UQ
 
@@ -81,7 +81,7 @@ def test_both_passes_are_the_equations(segments: int, dtype: torch.dtype) -> Non
 
 
 def gste_chunk() -> int:
-    return 1 << 14  # of gste.cpp: more than one for each thread
+    return 1 << 14  # of gste_native.cpp: more than one for each thread
 
 
 @needs_compiler

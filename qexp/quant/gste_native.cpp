@@ -1,4 +1,4 @@
-// G-STE on a CPU: the codes of N2UQ and their backward, one pass each, for `qexp/quant/gste.py`,
+// G-STE on a CPU: the codes of N2UQ and their backward, one pass each, for `qexp/quant/gste_native.py`,
 // where the arguments are explained. Plain C interface; vectors of 16 floats, which the compiler
 // lowers to what the machine has.
 
