@@ -2,6 +2,7 @@
 
     python scripts/check_export.py results/export/check.json outputs/.../lsq-w4a4/... [...]
     python scripts/check_export.py ... --images 1000        # the first so many; default: all
+    python scripts/check_export.py ... --slow 1             # images of the slow engines
 
 A line for each run and form, and a row of the JSON file: largest difference of an image's logits
 (median and worst over images), images with another top-1, top-1, bytes. `itself` is the control:
@@ -35,7 +36,7 @@ from qexp.recipes.build import load_run
 from qexp.runner.atomic import write_json
 
 BATCH = 100
-REFERENCE = 4  # images of the slow engines
+SLOW = 4  # images of the slow engines
 CALIBRATION = 256
 
 
@@ -45,10 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("file", type=Path)
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--images", type=int, default=None)
+    parser.add_argument("--slow", type=int, default=SLOW)
     given = parser.parse_args(argv)
     torch.set_num_threads(1)
     try:
-        rows = [row for run in given.runs for row in check(run, given.images)]
+        rows = [row for run in given.runs for row in check(run, given.images, given.slow)]
     except Exception as error:
         if not isinstance(origin(error), (QexpError, OSError)):
             raise
@@ -60,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 @torch.no_grad()
-def check(run: Path, count: int | None) -> list[dict[str, Any]]:
+def check(run: Path, count: int | None, slow: int = SLOW) -> list[dict[str, Any]]:
     """One row a form of one run."""
     model, dataset, trained = load_run(run, "last.pt", "cpu")
     model.eval()
@@ -82,7 +84,7 @@ def check(run: Path, count: int | None) -> list[dict[str, Any]]:
         "network_top1": _top1(ours, y),
     }
     rows = []
-    for form, (network, size, images) in _forms(model, restored, packed, dataset).items():
+    for form, (network, size, images) in _forms(model, restored, packed, dataset, slow).items():
         n = min(images or len(x), len(x))
         theirs = _logits(network, x[:n])
         apart = (theirs - ours[:n]).abs().amax(1)
@@ -114,7 +116,9 @@ def check(run: Path, count: int | None) -> list[dict[str, Any]]:
 Form = tuple[Callable[[Tensor], Tensor], int, int | None]  # network, bytes, images or all
 
 
-def _forms(model: nn.Module, restored: nn.Module, packed: Packed, dataset: Any) -> dict[str, Form]:
+def _forms(
+    model: nn.Module, restored: nn.Module, packed: Packed, dataset: Any, slow: int
+) -> dict[str, Form]:
     size = len(to_bytes(packed))
     exact = to_onnx(packed).SerializeToString()
     calibration = dataset.calibration_images(min(CALIBRATION, dataset.train_size), 0)
@@ -123,8 +127,8 @@ def _forms(model: nn.Module, restored: nn.Module, packed: Packed, dataset: Any) 
         "itself": (lambda x: model(x.to(memory_format=torch.channels_last)), size, None),
         "packed": (restored, size, None),
         "integer": (integer_network(packed, trust=True), size, None),
-        "table": (integer_network(packed, "table", trust=True), size, REFERENCE),
-        "reference": (integer_network(packed, "reference", trust=True), size, REFERENCE),
+        "table": (integer_network(packed, "table", trust=True), size, slow),
+        "reference": (integer_network(packed, "reference", trust=True), size, slow),
         "onnx": (session(exact, 1), len(exact), None),
         "onnx_int8": (session(integers, 1), len(integers), None),
     }
