@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("file", type=Path)
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--images", type=int, default=None)
-    parser.add_argument("--slow", type=int, default=SLOW)
+    parser.add_argument("--slow", type=int, default=SLOW, choices=range(1, 101), metavar="N")
     given = parser.parse_args(argv)
     torch.set_num_threads(1)
     try:
@@ -85,7 +85,7 @@ def check(run: Path, count: int | None, slow: int = SLOW) -> list[dict[str, Any]
     }
     rows = []
     for form, (network, size, images) in _forms(model, restored, packed, dataset, slow).items():
-        n = min(images or len(x), len(x))
+        n = len(x) if images is None else min(images, len(x))
         theirs = _logits(network, x[:n])
         apart = (theirs - ours[:n]).abs().amax(1)
         rows.append(

@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     stale = 0
     try:
-        for page in (given.root / name for name in PAGES if (given.root / name).is_file()):
+        others = [name for name in PAGES[1:] if (given.root / name).is_file()]
+        for page in (given.root / name for name in (PAGES[0], *others)):
             old = page.read_text()
             new = rebuild(old, given.root, page.parent)
             name = page.relative_to(given.root)

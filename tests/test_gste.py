@@ -146,6 +146,17 @@ def test_a_nan_is_above_all_thresholds_and_has_no_gradient() -> None:
         grad_x, sums = gste.gste_backward(torch.ones(40), x, borders, step, 0)
         assert not grad_x.any()
         assert not sums[:-1].any()
+        assert float(sums[-1]) == 40 * segments
+
+
+@needs_compiler
+def test_a_gradient_of_another_dtype() -> None:
+    borders, step = borders_of(7), torch.tensor(0.1)
+    x, e = values(5000, borders).to(torch.bfloat16), torch.randn(5000).bfloat16()
+    for _ in range(5):
+        same = gste.gste_backward(e, x, borders, step, 0)
+        other = gste.gste_backward(e.float(), x, borders, step, 0)
+        assert all(torch.equal(a, b) for a, b in zip(same, other, strict=True))
 
 
 @needs_compiler
@@ -165,6 +176,14 @@ def test_the_library_is_kept_and_built_elsewhere_if_it_cannot_be(
     try:
         assert gste.available()
         assert [p.suffix for p in (tmp_path / "qexp").iterdir()] == [".so"]
+        (library,) = (tmp_path / "qexp").iterdir()
+        damaged = tmp_path / "damaged" / "qexp" / library.name
+        damaged.parent.mkdir(parents=True)
+        damaged.write_bytes(b"damaged")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "damaged"))
+        gste._library.cache_clear()
+        assert gste.available()
+        assert damaged.stat().st_size == library.stat().st_size
         (tmp_path / "file").write_text("")
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
         gste._library.cache_clear()
@@ -174,7 +193,7 @@ def test_the_library_is_kept_and_built_elsewhere_if_it_cannot_be(
 
 
 def test_without_a_compiler_torch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gste, "_compiler", lambda: None)
+    monkeypatch.setattr(gste, "_compilers", list)
     gste._library.cache_clear()
     try:
         assert not gste.available()

@@ -26,6 +26,7 @@ from qexp.export.bits import packed_size
 
 triton = pytest.importorskip("triton")
 
+from qexp.engine import packed_gemm  # noqa: E402
 from qexp.engine.packed_gemm import OPTIONS, TILE, PackedGemm, conv_packed  # noqa: E402
 
 __all__ = ["run_folder"]  # a fixture
@@ -65,7 +66,7 @@ def test_tiles_and_groups_cover_everything(name: str, groups: int) -> None:
     exact = F.conv2d(x.double(), w_hat.double(), padding=1, groups=groups)
     of = F.conv2d(x.double(), w_hat.abs().double(), padding=1, groups=groups)
     y = PackedGemm(stored, Window((3, 3), padding=(1, 1), groups=groups), 0, 7)
-    assert bool(((y(x, torch.tensor(1.0)) - exact).abs() <= 2**-21 * of).all())
+    assert bool(((y(x, torch.tensor(1.0)) - exact).abs() <= 2**-20 * of).all())
 
 
 @pytest.mark.usefixtures("interpreter")
@@ -83,6 +84,33 @@ def test_sums_of_integers_are_exact(k: int, wide: bool, large: bool, seed: int) 
     expected = torch.einsum("ok,nkp->nop", codes[:, :, 0, 0].long(), x.flatten(2).long())
     y = PackedGemm(exactly, Window(), 0, high)(x, torch.tensor(1.0))
     assert torch.equal(y.flatten(2).long(), expected)
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_a_batch_beyond_32_bits_runs_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored, _ = weight("post", 4, (6, 4, 3, 3))
+    x = torch.randint(0, 16, (5, 4, 6, 6)).float()
+    layer = PackedGemm(stored, Window((3, 3), padding=(1, 1)), 0, 15)
+    for step in (torch.tensor(0.5), torch.rand(5, 1, 1, 1)):
+        monkeypatch.undo()
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        whole = layer(x, step)
+        monkeypatch.setattr(packed_gemm, "LARGEST", 2 * 6 * 36)  # two samples of the result
+        assert torch.equal(layer(x, step), whole)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_gpu_multiplies_like_the_reference(name: str) -> None:
+    stored, w_hat = weight(name, 3, (40, 12, 3, 3))
+    x, step = torch.randint(0, 256, (2, 12, 9, 9)).float(), torch.rand(2, 1, 1, 1)
+    window = Window((3, 3), padding=(1, 1))
+    exact = Reference(stored, window, 0, 255)(x, step)
+    of = F.conv2d(x.double(), w_hat.abs().double(), padding=1) * step
+    for index in range(torch.cuda.device_count()):
+        layer = PackedGemm(stored, window, 0, 255).to(f"cuda:{index}")
+        y = layer(x.to(f"cuda:{index}"), step.to(f"cuda:{index}"))
+        assert bool(((y.cpu() - exact).abs() <= 2**-21 * of).all())
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -136,10 +136,10 @@ class IntegerLayer(nn.Module):
     def _of_offset(self, image: Tensor, offset: Tensor) -> Tensor:
         """conv(offset, w): not a constant, as no offset is added to the zeros around an image."""
         assert self.offset_weight is not None
-        w, ones = self.window, torch.ones_like(image[:1])
-        return offset * F.conv2d(
-            ones, self.offset_weight, None, w.stride, w.padding, w.dilation, w.groups
-        )
+        w, ones = self.window, torch.ones_like(image[:1], dtype=torch.float64)
+        weight = self.offset_weight.double()  # a GPU would take float32 as TF32
+        sums = F.conv2d(ones, weight, None, w.stride, w.padding, w.dilation, w.groups)
+        return offset * sums.float()
 
 
 @torch.no_grad()

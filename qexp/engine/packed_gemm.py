@@ -16,8 +16,10 @@ sm_80 and sm_90 (tests). Its speed was not measured: no GPU was at hand.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +35,7 @@ from qexp.export.bits import pack
 TILE = {"BM": 64, "BN": 32, "BK": 32}  # pixels, output channels, inputs; tl.dot of int8: BK >= 32
 OPTIONS = {"enable_fp_fusion": False}  # the rescale rounds as torch does
 MAX_WIDTH = 8  # bits of a code: it lies in two bytes
+LARGEST = 2**31 - 1  # elements of a tensor, and bits of a weight, that a 32-bit offset reaches
 
 
 def conv_packed(  # type: ignore[no-untyped-def]
@@ -113,15 +116,16 @@ def conv_packed(  # type: ignore[no-untyped-def]
 
     step = tl.load(step_ptr + n * step_stride, mask=m_ok, other=0.0)[:, None]
     scale = tl.load(scale_ptr + o, mask=o_ok, other=0.0)[None, :]
-    y = (sums0 + tl.load(added_ptr + o, mask=o_ok, other=0)[None, :]).to(tl.float32) * step * scale
+    sums0 += tl.load(added_ptr + o, mask=o_ok, other=0)[None, :]
+    y = sums0.to(tl.float32) * (step * scale)
     if PLANES > 1:
         scale = tl.load(scale_ptr + outputs + o, mask=o_ok, other=0.0)[None, :]
         sums1 += tl.load(added_ptr + outputs + o, mask=o_ok, other=0)[None, :]
-        y += sums1.to(tl.float32) * step * scale
+        y += sums1.to(tl.float32) * (step * scale)
     if PLANES > 2:
         scale = tl.load(scale_ptr + 2 * outputs + o, mask=o_ok, other=0.0)[None, :]
         sums2 += tl.load(added_ptr + 2 * outputs + o, mask=o_ok, other=0)[None, :]
-        y += sums2.to(tl.float32) * step * scale
+        y += sums2.to(tl.float32) * (step * scale)
     to = (n * outputs)[:, None] * area + o[None, :] * area + p[:, None]
     tl.store(y_ptr + to, y, mask=m_ok[:, None] & o_ok[None, :])
 
@@ -159,6 +163,8 @@ class PackedGemm(nn.Module):
                 f"engine: engine=triton takes weights of up to {MAX_WIDTH} bits, a layer has "
                 f"{self.width}. Use engine=integer."
             )
+        if weight.codes.numel() * self.width > LARGEST:
+            raise ConfigError("engine: a layer's weight is too large for engine=triton.")
         if low - self.shift < -128 or high - self.shift > 127:
             raise ConfigError(
                 f"engine: engine=triton takes inputs of up to 8 bits, a layer has {low} to {high}. "
@@ -183,17 +189,31 @@ class PackedGemm(nn.Module):
 
     def forward(self, x_int: Tensor, step: Tensor) -> Tensor:
         """[N, C_in, H, W] integers -> step * conv(x_int, w), float32 [N, C_out, H', W']."""
-        w = self.window
+        size = self.window.size(*x_int.shape[2:])
+        step = step.float().reshape(-1)
+        largest = max(x_int[0].numel(), self.outputs * size[0] * size[1])  # of one sample
+        count = max(1, LARGEST // largest)
+        if len(x_int) > count:  # offsets in the kernel have 32 bits
+            steps = step.split(count) if len(step) > 1 else [step] * -(-len(x_int) // count)
+            parts = zip(x_int.split(count), steps, strict=True)
+            return torch.cat([self(part, own.reshape(-1, 1, 1, 1)) for part, own in parts])
         x = (x_int - self.shift if self.shift else x_int).to(torch.int8).contiguous()
+        y = torch.empty(len(x), self.outputs, *size, device=x.device)
+        groups = self.window.groups
+        tiles = triton.cdiv(y[:, 0].numel(), TILE["BM"])
+        grid = (tiles, triton.cdiv(self.outputs // groups, TILE["BN"]), groups)
+        step = step.contiguous()
+        launch = _kernel(interpreted())[grid]
+        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():  # else Triton's is cuda:0
+            self._run(launch, x, y, step)
+        return y
+
+    def _run(self, launch: Callable[..., Any], x: Tensor, y: Tensor, step: Tensor) -> None:
+        w, buffers = self.window, cast(Any, self)
         n, channels, height, width = x.shape
-        size = w.size(height, width)
-        y = torch.empty(n, self.outputs, *size, device=x.device)
         own = self.outputs // w.groups
-        pixels = n * size[0] * size[1]
-        grid = (triton.cdiv(pixels, TILE["BM"]), triton.cdiv(own, TILE["BN"]), w.groups)
-        step = step.float().reshape(-1).contiguous()
-        buffers: Any = self
-        _kernel(interpreted())[grid](
+        _, rows, levels = buffers.table.shape
+        launch(
             x,
             buffers.packed,
             buffers.table,
@@ -201,15 +221,15 @@ class PackedGemm(nn.Module):
             buffers.added,
             step,
             y,
-            pixels,
+            n * y.shape[2] * y.shape[3],
             channels,
             self.outputs,
             height,
             width,
-            *size,
+            *y.shape[2:],
             int(len(step) > 1),
-            buffers.table.shape[2] if buffers.table.shape[1] > 1 else 0,
-            buffers.table.shape[1] * buffers.table.shape[2],
+            levels if rows > 1 else 0,
+            rows * levels,
             channels // w.groups,
             own,
             *w.kernel,
@@ -222,4 +242,3 @@ class PackedGemm(nn.Module):
             **TILE,
             **OPTIONS,
         )
-        return y

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -147,7 +148,8 @@ void backward(const T* grad, const T* x, T* grad_x, int64_t n, const float* bord
       const Floats f = (z - look_up(left, segment)) * inv;
       const Floats g = inside ? e * step * inv : zero;
       store(gp, g);
-      const Ints code = segment - ~(z <= look_up(middle, segment));
+      Ints code = segment - ~(z <= look_up(middle, segment));
+      code = code > M ? Ints{} + M : code;  // of a NaN
       codes += e * (__builtin_convertvector(code, Floats) + qmin);
       bins.add(segment, g, inside ? g * f : zero);
     };
@@ -173,8 +175,15 @@ void in_parallel(int64_t n, int threads, F work) {
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, chunks));
   const auto edge = [&](int64_t t) { return std::min(n, chunks * t / parts * CHUNK); };
   std::vector<std::thread> others;
-  for (int64_t t = 1; t < parts; ++t)
-    others.emplace_back([=] { work(t, edge(t), edge(t + 1)); });
+  others.reserve(parts);
+  for (int64_t t = 1; t < parts; ++t) {
+    const auto run = [=] { work(t, edge(t), edge(t + 1)); };
+    try {
+      others.emplace_back(run);
+    } catch (const std::system_error&) {  // no more threads
+      run();
+    }
+  }
   work(0, 0, edge(1));
   for (auto& other : others) other.join();
 }

@@ -20,6 +20,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -73,13 +74,14 @@ def gste_backward(
         dL/dx, as x; sums float64 [2 m + 1]: of g by segment, of g * f by segment, of e * code.
     """
     dense = _dense(x)
-    e = grad if grad.stride() == dense.stride() else torch.empty_like(dense).copy_(grad)
+    alike = grad.dtype == dense.dtype and grad.stride() == dense.stride()
+    e = grad if alike else torch.empty_like(dense).copy_(grad)
     grad_x = torch.empty_like(dense)
     table = borders.float().contiguous()
     segments = len(table) - 1
     sums = torch.empty(2 * segments + 1, dtype=torch.float64)
     _function("backward", x, segments)(
-        *_pointers(e.to(x.dtype), dense, grad_x),
+        *_pointers(e, dense, grad_x),
         x.numel(),
         *_pointers(table),
         step.item(),
@@ -131,31 +133,38 @@ def _function(direction: str, x: Tensor, segments: int) -> ctypes._NamedFuncPoin
 @cache
 def _library() -> ctypes.CDLL | None:
     """The library, built unless it is in the cache; None where that is not possible."""
-    compiler = _compiler()
-    if compiler is None or not SOURCE.is_file():
-        return None
-    name = f"gste-{_fingerprint(compiler)}.so"
-    with tempfile.TemporaryDirectory() as scratch:
-        for folder in (_cache_folder(), Path(scratch)):
-            try:
-                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-                path = folder / name
-                if not path.is_file():
-                    _build(compiler, path)
-                return ctypes.CDLL(str(path))
-            except (OSError, subprocess.SubprocessError):
-                continue  # a folder that cannot be written; or no compiler that takes the source
+    for compiler in _compilers():
+        try:
+            name = f"gste-{_fingerprint(compiler)}.so"
+            with tempfile.TemporaryDirectory() as scratch:
+                for folder in (_cache_folder, lambda: Path(scratch)):
+                    with suppress(OSError, RuntimeError):  # no home, or not to be written
+                        return _loaded(compiler, folder() / name)
+        except (OSError, subprocess.SubprocessError):
+            continue  # it does not take the source
     return None
 
 
-def _compiler() -> str | None:
+def _loaded(compiler: str, path: Path) -> ctypes.CDLL:
+    """The library at `path`, which is built if it is not there or cannot be loaded."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if path.is_file():
+        with suppress(OSError):
+            return ctypes.CDLL(str(path))
+    _build(compiler, path)
+    return ctypes.CDLL(str(path))
+
+
+def _compilers() -> list[str]:
     names = [os.environ.get("CXX", ""), "g++", "clang++", "c++"]
-    return next((found for name in names if name and (found := shutil.which(name))), None)
+    return [found for name in names if name and (found := shutil.which(name))]
 
 
 def _build(compiler: str, path: Path) -> None:
     """Compile to `path`, which appears whole or not at all."""
-    part = path.with_suffix(f".{os.getpid()}.part")
+    handle, name = tempfile.mkstemp(suffix=".part", dir=path.parent)
+    os.close(handle)
+    part = Path(name)
     try:
         for native in (["-march=native"], ["-mcpu=native"], []):
             command = [compiler, *FLAGS, *native, str(SOURCE), "-o", str(part)]

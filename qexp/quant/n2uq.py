@@ -105,7 +105,8 @@ class N2UQ(Quantizer):
     @property
     def fuses(self) -> bool:  # type: ignore[override]
         """Torch's sums by segment are slow in a compiled network; `gste_native`'s are not."""
-        return self.segments in gste_native.SEGMENTS and gste_native.available()
+        on_cpu = self.start.device.type == "cpu"
+        return on_cpu and self.segments in gste_native.SEGMENTS and gste_native.available()
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
