@@ -14,13 +14,12 @@ import torch.nn.functional as F
 from conftest import Qexp
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_engine import WEIGHTS, weight
+from test_engine import WEIGHTS, check_exact_sums, weight
 from test_export import images, network, packed_of, run_folder
 from torch import Tensor
 
 from qexp.engine import engine_device, integer_network
 from qexp.engine.reference import Reference
-from qexp.engine.weight import Weight
 from qexp.engine.window import Window
 from qexp.errors import ConfigError
 from qexp.export.bits import packed_size
@@ -80,17 +79,7 @@ def test_tiles_and_groups_cover_everything(name: str, groups: int) -> None:
 @settings(deadline=None, max_examples=15)
 @given(st.integers(1, 70), st.booleans(), st.booleans(), st.integers(0, 2**31))
 def test_sums_of_integers_are_exact(k: int, wide: bool, large: bool, seed: int) -> None:
-    dice = torch.Generator().manual_seed(seed)
-    stored, _ = weight("lsq", 8, (4, k))
-    codes = torch.randint(-128, 128, (4, k, 1, 1), generator=dice, dtype=torch.int32)
-    codes = torch.full_like(codes, -128) if large else codes
-    exactly = Weight(stored.how, codes, {"scale": torch.ones(1)})
-    high = 255 if wide else 127
-    x = torch.randint(0, high + 1, (2, k, 3, 3), generator=dice).float()
-    x = torch.full_like(x, high) if large else x
-    expected = torch.einsum("ok,nkp->nop", codes[:, :, 0, 0].long(), x.flatten(2).long())
-    y = PackedGemm(exactly, Window(), 0, high)(x, torch.tensor(1.0))
-    assert torch.equal(y.flatten(2).long(), expected)
+    check_exact_sums(PackedGemm, k, wide, large, seed)
 
 
 @pytest.mark.usefixtures("interpreter")

@@ -4,7 +4,7 @@ What torch.compile makes of N2UQ's backward (`n2uq`) is several passes, because 
 a scatter, which it writes as scalar code and cannot fuse. Here forward is one pass, backward
 another: a search of log2(segments) steps in registers, and the sums beside it. Measured for 2 M
 float32 elements at 4 bits, one thread of a busy machine: forward 0.6 ms, backward 3.2 ms; before,
-9.8 ms backward.
+9.8 ms backward (by hand, not kept; whole steps: results/bench_train/n2uq_kernels and n2uq_model).
 
 The operators are opaque to torch.compile: a graph keeps its one piece and goes around them. Without
 a compiler, on other devices, for other dtypes or more than 15 segments, `available` is false and
@@ -54,7 +54,12 @@ def gste_forward(x: Tensor, thresholds: Tensor, step: Tensor, qmin: int) -> Tens
     y = torch.empty_like(dense)
     table = thresholds.float().contiguous()
     _function("forward", x, len(table))(
-        *_pointers(dense, y), x.numel(), *_pointers(table), step.item(), qmin, _threads()
+        *_pointers(dense, y),
+        x.numel(),
+        *_pointers(table),
+        step.item(),
+        qmin,
+        torch.get_num_threads(),
     )
     return y if dense is x else torch.empty_like(x).copy_(y)
 
@@ -87,7 +92,7 @@ def gste_backward(
         step.item(),
         qmin,
         *_pointers(sums),
-        _threads(),
+        torch.get_num_threads(),
     )
     return grad_x if dense is x else torch.empty_like(x).copy_(grad_x), sums
 
@@ -104,10 +109,6 @@ def _dense(x: Tensor) -> Tensor:
 
 def _pointers(*tensors: Tensor) -> list[ctypes.c_void_p]:
     return [ctypes.c_void_p(t.data_ptr()) for t in tensors]
-
-
-def _threads() -> int:
-    return torch.get_num_threads()
 
 
 @cache
