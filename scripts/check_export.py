@@ -7,12 +7,15 @@
 A line for each run and form, and a row of the JSON file: largest difference of an image's logits
 (median and worst over images), images with another top-1, top-1, bytes. `itself` is the control:
 the fake-quantized network in channels-last memory, which only changes the order of sums. A value
-that lies on a border between two codes may fall to either side of it then.
+that lies on a border between two codes may fall to either side of it then. `float64` is the same
+network computed in float64; every form is held against it too, for the run's own float32 logits are
+no more exact than another form's.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -76,13 +79,23 @@ def check(run: Path, count: int | None, slow: int = SLOW) -> list[dict[str, Any]
     )
     with frozen_weights(model):
         ours = _logits(model, x)
+    exact_network = copy.deepcopy(model).double()
+    with frozen_weights(exact_network):
+        exact = _logits(lambda part: exact_network(part.double()), x)
     facts = {
         "run": f"{run.parent.name}/{run.name}",
         "dataset": dataset.name,
         "model": str(trained.model.name),
         "weights_equal": equal,
         "network_top1": _top1(ours, y),
+        "float64_top1": _top1(exact, y),
+        "network_other_top1_float64": _other_top1(ours, exact),
     }
+    print(
+        f"{facts['run']:<40} float64    top-1 {facts['float64_top1']:.2f} of {len(x)} "
+        f"(other top-1: {facts['network_other_top1_float64']})",
+        flush=True,
+    )
     rows = []
     for form, (network, size, images) in _forms(model, restored, packed, dataset, slow).items():
         n = len(x) if images is None else min(images, len(x))
@@ -94,10 +107,12 @@ def check(run: Path, count: int | None, slow: int = SLOW) -> list[dict[str, Any]
                 "form": form,
                 "images": n,
                 "top1": _top1(theirs, y[:n]),
-                "other_top1": int((theirs.argmax(1) != ours[:n].argmax(1)).sum()),
+                "other_top1": _other_top1(theirs, ours[:n]),
+                "other_top1_float64": _other_top1(theirs, exact[:n]),
                 "median": apart.median().item(),
                 "worst": apart.max().item(),
-                "beyond_rounding": int((apart > 1e-4 * ours.abs().max()).sum()),
+                "beyond_rounding": _beyond(theirs, ours[:n]),
+                "beyond_rounding_float64": _beyond(theirs, exact[:n]),
                 "scale": ours.abs().max().item(),
                 "bytes": size,
                 "of_float": size / fp32,
@@ -106,8 +121,10 @@ def check(run: Path, count: int | None, slow: int = SLOW) -> list[dict[str, Any]
         row = rows[-1]
         print(
             f"{facts['run']:<40} {form:<10} top-1 {row['top1']:.2f} of {n} (other top-1: "
-            f"{row['other_top1']}) | apart {row['median']:.1e}, worst {row['worst']:.1e}, beyond "
-            f"rounding {row['beyond_rounding']} | {size:,} bytes, {row['of_float']:.3f}",
+            f"{row['other_top1']}; float64: {row['other_top1_float64']}) | apart "
+            f"{row['median']:.1e}, worst {row['worst']:.1e}, beyond rounding "
+            f"{row['beyond_rounding']} (float64: {row['beyond_rounding_float64']}) | "
+            f"{size:,} bytes, {row['of_float']:.3f}",
             flush=True,
         )
     return rows
@@ -146,6 +163,15 @@ def _images(dataset: Any, count: int | None) -> tuple[Tensor, Tensor]:
 
 def _logits(network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch.cat([network(part) for part in x.split(BATCH)])
+
+
+def _other_top1(a: Tensor, b: Tensor) -> int:
+    return int((a.argmax(1) != b.argmax(1)).sum())
+
+
+def _beyond(a: Tensor, b: Tensor) -> int:
+    """Images with a logit further apart than rounding: a code has flipped somewhere."""
+    return int(((a - b).abs().amax(1) > 1e-4 * b.abs().max()).sum())
 
 
 def _top1(logits: Tensor, y: Tensor) -> float:

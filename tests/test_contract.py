@@ -304,6 +304,19 @@ def test_constant_tensors_stay_finite(case: Case, bits: int, value: float) -> No
 
 
 @each
+def test_in_float64_it_is_the_same_function(case: Case) -> None:
+    q, x = case.calibrated(4)
+    with torch.no_grad():
+        here, exact = q(x), copy.deepcopy(q).double()(x.double())
+    assert exact.dtype == torch.float64
+    levels = here.unique()
+    step = levels.diff().max() if len(levels) > 1 else torch.ones(())
+    apart = (exact - here).abs()
+    assert apart.max() <= 1.01 * step  # a value on a border may go to the next level
+    assert (apart > 1e-5).float().mean() < 0.01
+
+
+@each
 def test_bfloat16_in_gives_bfloat16_out_and_float32_state(case: Case) -> None:
     for bits in case.widths:
         q, x = case.calibrated(bits)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -139,3 +141,26 @@ def _packed(model: nn.Module, target: str, keywords: dict[str, Any]) -> Packed:
         input_shape=SHAPE,
         data={"name": "synthetic", "mean": [0.5] * 3, "std": [0.25] * 3},
     )
+
+
+def test_the_comparison_of_all_forms_runs_and_finds_them_equal(
+    tmp_path: Path, run_folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = Path(__file__).parents[1] / "scripts" / "check_export.py"
+    spec = importlib.util.spec_from_file_location("check_export", path)
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    file = tmp_path / "check.json"
+    assert script.main([str(file), str(run_folder), "--images", "8", "--slow", "2"]) == 0
+    rows = {row["form"]: row for row in json.loads(file.read_text())}
+    forms = ["itself", "packed", "integer", "table", "reference", "onnx", "onnx_int8"]
+    assert list(rows) == forms
+    assert [rows[form]["images"] for form in forms] == [8, 8, 8, 2, 2, 8, 8]
+    for form in forms[:-1]:
+        assert rows[form]["weights_equal"], form
+        assert rows[form]["other_top1"] == rows[form]["other_top1_float64"] == 0, form
+    assert len(capsys.readouterr().out.splitlines()) == 1 + len(forms)
+    assert script.main([str(file), str(tmp_path / "nowhere")]) == 2
+    assert capsys.readouterr().err.startswith("check_export: ")

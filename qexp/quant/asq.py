@@ -86,12 +86,17 @@ def _adapter(channels: int, reduction: int, bias: float) -> nn.Sequential:
     return net
 
 
+def _at_least_float32(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 class _ChannelMeans(torch.autograd.Function):
-    """Mean over `dims` in float32; the gradient goes back as a view, never as a full tensor."""
+    """Mean over `dims` in float32 (float64 of float64); the gradient goes back as a view, never as
+    a full tensor."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dims: list[int]) -> Tensor:
-        mean = x.mean(dim=dims, dtype=torch.float32)
+        mean = x.mean(dim=dims, dtype=_at_least_float32(x))
         ctx.shape, ctx.dims, ctx.dtype = x.shape, dims, x.dtype
         ctx.count = x.numel() // mean.numel()
         return mean
@@ -166,11 +171,11 @@ class ASQ(Quantizer):
         self.calibrated.fill_(True)
 
     def _means(self, x: Tensor) -> Tensor:
-        """What the adapter sees: [N, C, H, W] or [N, ..., C] -> [N, C] float32."""
+        """What the adapter sees: [N, C, H, W] or [N, ..., C] -> [N, C] float32 (float64)."""
         if len(self.shape) > 1:
             return _ChannelMeans.apply(x, [2, 3])  # type: ignore[return-value]
         if x.dim() == 2:
-            return x.float()
+            return x.to(_at_least_float32(x))
         return _ChannelMeans.apply(x, list(range(1, x.dim() - 1)))  # type: ignore[return-value]
 
     def _learned_factor(self, x: Tensor) -> Tensor:
@@ -186,7 +191,8 @@ class ASQ(Quantizer):
         if self.factor == "frozen":
             return torch.ones([1] * x.dim(), device=x.device)
         if self.factor == "statistics":
-            beta = x.detach().abs().flatten(1).mean(1, dtype=torch.float32) / self.mean_abs
+            means = x.detach().abs().flatten(1).mean(1, dtype=_at_least_float32(x))
+            beta = means / self.mean_abs
         else:
             beta = self._learned_factor(x)
         return beta.clamp_min(MIN_FACTOR).view(-1, *[1] * (x.dim() - 1))
@@ -210,7 +216,7 @@ class ASQ(Quantizer):
             beta = scale_grad(beta, g)
         scale = scale_grad(self.scale, g)
         if self.dequantize == "plain":
-            shrunk = x.float() / beta
+            shrunk = x.to(_at_least_float32(x)) / beta
             return fake_quantize(shrunk, scale, self.qmin, self.qmax).to(x.dtype)
         return fake_quantize(x, scale * beta, self.qmin, self.qmax)  # s_n = scale * beta_n
 
