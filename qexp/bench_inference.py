@@ -1,10 +1,11 @@
 """`qexp bench inference`: what a quantized forward pass costs, as a ratio to the float one.
 
-For each model and batch, these take turns in one process, on the CPU:
+For each model and batch, these take turns in one process, on one device:
 
     float        the float network in torch, eager, channels-first: what ratios are to
     again        the same a second time: how far its ratio is from 1 is the noise
-    float_onnx   the float network in onnxruntime
+    float_onnx   the float network in onnxruntime, on the CPU
+    float_bf16   the float network in torch, in bfloat16, channels-last
     and for each quantizer the engines of `bench_engines`
 
 Networks have random weights and see one batch of noise; the time of a pass does not depend on
@@ -27,20 +28,35 @@ from torch import Tensor, nn
 
 from qexp import bench_inference_table as table
 from qexp.bench import composed
-from qexp.bench_engines import AGAIN, ENGINES, FLOAT, FLOAT_ONNX, Engine, build, float_engine
+from qexp.bench_engines import (
+    AGAIN,
+    ENGINES,
+    FLOAT,
+    FLOAT_BF16,
+    FLOAT_ONNX,
+    Engine,
+    Place,
+    build,
+    check_engine,
+    engines_of,
+    float_engine,
+    pack,
+)
+from qexp.bench_floor import synchronize
 from qexp.bench_output import write_folder
 from qexp.bench_settings import fields_of
+from qexp.bench_table import device_name
 from qexp.errors import ConfigError, did_you_mean
 from qexp.export.compare import Difference, difference
 from qexp.models.build import build_model
 from qexp.quant.convert import calibrate_
 from qexp.recipes.build import make_network
-from qexp.runner.device import keep_memory, seed_everything
+from qexp.runner.device import keep_memory, pick_device, seed_everything
 from qexp.runner.device import set_threads as use_threads
-from qexp.runner.environment import cpu_model
 
 CLASSES = 10
 CALIBRATED = 32  # images of noise
+FLOATS = (FLOAT_ONNX, FLOAT_BF16)
 COMPARED = 16  # images on which logits are compared
 SLOW = 10  # times the float pass: from there on an engine runs in every fifth turn only
 SELDOM = 5
@@ -59,6 +75,7 @@ class InferenceSettings:
     overrides: list[str]
     repeats: int
     warmup: int
+    device: str
     threads: int | None
     seed: int
     out: str
@@ -71,7 +88,10 @@ class InferenceSettings:
             ConfigError: a value out of range or an unknown engine.
         """
         found = fields_of(cls, cfg)
-        known = [FLOAT_ONNX, *ENGINES]
+        device = pick_device(found["device"])
+        if found["engines"] == [None]:
+            found["engines"] = engines_of(device)
+        known = [*FLOATS, *ENGINES]
         problems = [
             f"config: engines={name} is not an option. Use {', '.join(known)}."
             + did_you_mean(str(name), known)
@@ -84,6 +104,8 @@ class InferenceSettings:
                     problems.append(f"config: {key} must be a positive integer, got {value!r}.")
         if problems:
             raise ConfigError("\n".join(problems))
+        for name in found["engines"]:
+            check_engine(name, device)
         return cls(**found)
 
 
@@ -111,29 +133,30 @@ class Contender:
 def bench_inference(cfg: DictConfig) -> list[dict[str, Any]]:
     """Run the bench; prints tables, writes and returns the rows of bench.json."""
     s = InferenceSettings.of(cfg)
-    threads = use_threads(s.threads)
+    at = Place(pick_device(s.device), use_threads(s.threads))
     keep_memory()
     for model in s.models:  # a wrong name is found before anything is timed
         for name in s.quantizers:
             composed(name, model, s.bits, s.overrides)
-    print(f"{cpu_model()}, {threads} CPU thread(s), W{s.bits}A{s.bits}", flush=True)
+    print(f"{device_name(at.device)}, {at.threads} CPU thread(s), W{s.bits}A{s.bits}", flush=True)
     rows: list[dict[str, Any]] = []
     for model in s.models:
         for batch in s.batch:
-            contenders, images = _group(s, model, batch, threads)
+            contenders, images = _group(s, model, batch, at)
             _take_turns(contenders, images, s)
-            facts = {"model": model, "batch": batch, "bits": s.bits, "threads": threads}
+            facts = {"model": model, "batch": batch, "bits": s.bits, "threads": at.threads}
+            facts |= {"device": device_name(at.device), "on": at.device.type}
             found = table.rows(contenders, {**facts, "image_size": images.shape[-1]})
             print(table.text(found), flush=True)
             rows += found
-    write_folder(Path(s.out), rows, table.draw, seed=s.seed, threads=threads)
+    write_folder(Path(s.out), rows, table.draw, seed=s.seed, threads=at.threads)
     return rows
 
 
 def _group(
-    s: InferenceSettings, model: str, batch: int, threads: int
+    s: InferenceSettings, model: str, batch: int, at: Place
 ) -> tuple[list[Contender], Tensor]:
-    """What takes turns on a batch, and the batch."""
+    """What takes turns on a batch, and the batch. Networks are built and packed on the CPU."""
     seed_everything(s.seed)
     node: Any = OmegaConf.to_container(
         composed(s.quantizers[0], model, s.bits, s.overrides).model, resolve=True
@@ -143,20 +166,22 @@ def _group(
     net = build_model(node, CLASSES, 3)
     images = torch.randn(max(batch, CALIBRATED), *shape)
     _settle_norms(net, images[:CALIBRATED])
-    x = images[:batch]
+    x, compared = images[:batch].to(at.device), images[:COMPARED].to(at.device)
+    placed = copy.deepcopy(net).to(at.device)
     found = [
-        Contender(float_engine(name, net, node, shape, x, threads), "")
-        for name in (FLOAT, AGAIN, *([FLOAT_ONNX] if FLOAT_ONNX in s.engines else []))
+        Contender(float_engine(name, placed, node, shape, x, at), "")
+        for name in (FLOAT, AGAIN, *(name for name in s.engines if name in FLOATS))
     ]
     for name in s.quantizers:
         cfg = composed(name, model, s.bits, s.overrides)
         network = make_network(cfg, copy.deepcopy(net), shape).model
         calibrate_(network, images[:CALIBRATED])
         network.eval()
-        for engine in (e for e in s.engines if e != FLOAT_ONNX):
-            built = build(engine, network, node, shape, x, threads, images[:CALIBRATED])
-            apart = difference(network, built.run, images[:COMPARED])
-            found.append(Contender(built, name, apart))
+        packed = pack(network, node, shape)
+        network.to(at.device)
+        for engine in (e for e in s.engines if e not in FLOATS):
+            built = build(engine, packed, x, at, images[:CALIBRATED])
+            found.append(Contender(built, name, difference(network, built.run, compared)))
     return found, x
 
 
@@ -196,6 +221,8 @@ def _take_turns(contenders: Sequence[Contender], x: Tensor, s: InferenceSettings
 @torch.no_grad()
 def _timed(run: Callable[[Tensor], Tensor], x: Tensor) -> tuple[float, float]:
     """Wall and CPU seconds of one pass."""
+    synchronize(x.device)
     wall, cpu = time.perf_counter(), time.process_time()
     run(x)
+    synchronize(x.device)
     return time.perf_counter() - wall, time.process_time() - cpu

@@ -21,7 +21,8 @@ def rows(contenders: Sequence[Contender], facts: Mapping[str, Any]) -> list[Row]
     """One row a contender; the first, the float network, is what the ratios are to.
 
     Args:
-        facts: model, batch, bits, threads, image_size: the same for all.
+        facts: model, batch, bits, threads, device (its name), on (its kind), image_size: the
+            same for all.
     """
     floating = contenders[0]
     onnx = next((c for c in contenders if c.engine.name == FLOAT_ONNX), None)
@@ -92,7 +93,9 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def draw(path: Path, found: Sequence[Row]) -> None:
-    """Time against float, one panel for each model and batch; CPU time, logarithmic."""
+    """Time against float, one panel for each model and batch; on a CPU CPU time; logarithmic."""
+    on_cpu = found[0]["on"] == "cpu"
+    ratio_of = "cpu_ratio" if on_cpu else "ratio"
     groups: dict[tuple[str, int], list[Row]] = {}
     for row in found:
         if row["engine"] != FLOAT:
@@ -101,7 +104,7 @@ def draw(path: Path, found: Sequence[Row]) -> None:
     figure, axes = panels(len(groups), columns=2, width=4.6, height=0.6 + 0.17 * most)
     for axis, ((model, batch), members) in zip(axes, groups.items(), strict=True):
         places = range(len(members))
-        ratios = [row["cpu_ratio"] for row in members]
+        ratios = [row[ratio_of] for row in members]
         colors = [
             GREY if not row["quantizer"] else GREEN if row["engine"] == "onnx_int8" else BLUE
             for row in members
@@ -119,10 +122,8 @@ def draw(path: Path, found: Sequence[Row]) -> None:
         axis.set_yticks(places, names)
         axis.invert_yaxis()
         axis.set_title(f"{model} {members[0]['image_size']} px, batch {batch}", fontsize=SMALL)
-        axis.set_xlabel("CPU time of a pass / float torch")
+        axis.set_xlabel(f"{'CPU time' if on_cpu else 'time'} of a pass / float torch")
     first = found[0]
-    note = (
-        f"W{first['bits']}A{first['bits']}, {first['threads']} CPU thread(s); grey: float; "
-        "green: not exact"
-    )
+    where = f"{first['threads']} CPU thread(s)" if on_cpu else first["device"]
+    note = f"W{first['bits']}A{first['bits']}, {where}; grey: float; green: not exact"
     save(figure, path, "Cost of a forward pass against float torch", note)

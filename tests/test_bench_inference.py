@@ -7,9 +7,19 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import Qexp
 
-from qexp.bench_engines import AGAIN, ENGINES, FLOAT, FLOAT_ONNX
+from qexp.bench_engines import (
+    AGAIN,
+    ENGINES,
+    FLOAT,
+    FLOAT_BF16,
+    FLOAT_ONNX,
+    check_engine,
+    engines_of,
+)
+from qexp.errors import ConfigError
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -17,8 +27,15 @@ pytest.importorskip("onnxruntime")
 SMALL = ("model=resnet8", "model.width=0.25", "image_size=8", "repeats=2", "warmup=1", "threads=1")
 
 
-def test_all_engines_take_turns_and_compute_the_same(qexp: Qexp, tmp_path: Path) -> None:
-    engines = ",".join([FLOAT_ONNX, *ENGINES])
+FLOATS = (FLOAT_ONNX, FLOAT_BF16)
+
+
+def test_all_engines_take_turns_and_compute_the_same(
+    qexp: Qexp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    engines = ",".join([*FLOATS, *ENGINES])
     said = qexp(
         "bench", "inference", *SMALL, "quantizer=post", "batch=1,3", f"engines={engines}",
         "out=bench",
@@ -26,13 +43,16 @@ def test_all_engines_take_turns_and_compute_the_same(qexp: Qexp, tmp_path: Path)
     assert said.code == 0, said.err
     rows = json.loads((tmp_path / "bench" / "bench.json").read_text())
     named = {(row["quantizer"], row["engine"], row["batch"]) for row in rows}
-    floats = {("", name, batch) for name in (FLOAT, AGAIN, FLOAT_ONNX) for batch in (1, 3)}
+    floats = {("", name, batch) for name in (FLOAT, AGAIN, *FLOATS) for batch in (1, 3)}
     ours = {("post", name, batch) for name in ENGINES for batch in (1, 3)}
     assert named == floats | ours
     for row in rows:
         assert row["latency_ms"] > 0
         assert row["images_per_s"] == pytest.approx(1e3 * row["batch"] / row["latency_ms"])
         assert row["passes"] in (1, 2)
+        assert row["on"] == "cpu"
+        if row["engine"] == FLOAT_BF16:
+            assert row["file_ratio"] == 0.5
         if row["engine"] == FLOAT:
             assert row["ratio"] == row["cpu_ratio"] == row["file_ratio"] == 1
         if row["quantizer"] and row["engine"] != "onnx_int8":
@@ -50,6 +70,8 @@ def test_all_engines_take_turns_and_compute_the_same(qexp: Qexp, tmp_path: Path)
     [
         ("engines=intger", "config: engines=intger is not an option."),
         ("engines=intger", "Did you mean 'integer'?"),
+        ("engines=triton", "engine=triton needs a CUDA device, not cpu"),
+        ("device=gpu", "config: device 'gpu' is none of auto, cpu, cuda"),
         ("batch=0", "config: batch must be a positive integer, got 0."),
         ("quantizer=lsqq", "Did you mean 'lsq'?"),
     ],
@@ -58,6 +80,31 @@ def test_wrong_settings_are_named(qexp: Qexp, word: str, message: str) -> None:
     said = qexp("bench", "inference", *SMALL, word)
     assert said.code == 2
     assert message in said.err
+
+
+def test_engines_suit_the_device() -> None:
+    cpu, gpu, metal = map(torch.device, ("cpu", "cuda:0", "mps"))
+    assert engines_of(cpu) == [FLOAT_ONNX, "packed", "integer", "table", "onnx", "onnx_int8"]
+    assert engines_of(gpu) == [FLOAT_BF16, "packed", "triton"]
+    assert engines_of(metal) == [FLOAT_BF16, "packed"]
+    for device in (cpu, gpu, metal):
+        for name in engines_of(device):
+            if name != "triton":  # asks torch for the GPU
+                check_engine(name, device)
+    for name in ("integer", "onnx", FLOAT_ONNX):
+        with pytest.raises(ConfigError, match=f"engines={name} runs on the CPU only"):
+            check_engine(name, gpu)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_runs_what_suits_it(qexp: Qexp, tmp_path: Path) -> None:
+    said = qexp(
+        "bench", "inference", *SMALL, "quantizer=lsq", "batch=4", "device=cuda", "out=bench"
+    )
+    assert said.code == 0, said.err
+    rows = json.loads((tmp_path / "bench" / "bench.json").read_text())
+    assert [row["engine"] for row in rows] == [FLOAT, AGAIN, FLOAT_BF16, "packed", "triton"]
+    assert all(row["on"] == "cuda" and row["peak_bytes"] > 0 for row in rows)
 
 
 def test_help_names_the_engines(qexp: Qexp) -> None:
