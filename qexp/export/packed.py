@@ -12,7 +12,7 @@ and in its metadata the JSON header (`qexp`) and the sha256 of header and tensor
 
 A batch norm in eval mode is y = gain * x + bias with gain = weight / sqrt(var + eps) and
 bias' = bias - mean * gain. It is stored so, two vectors instead of four: the convolution's codes
-stay what was trained, and the values are those that torch's own kernel computes. The accounting
+stay what was trained, and the vectors are those that torch's own kernel computes. The accounting
 counts four (`qexp.quant.accounting`), so a file of data is 8 bytes a norm's channel smaller.
 
 No code is in the file and none is run from it: see `network.py` for what a header may name.
@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -174,10 +175,13 @@ def affine(norm: nn.Module, name: str) -> Tensor:
             f"export: batch norm '{name}' has no running statistics. Train with them to export."
         )
     mean, var = norm.running_mean.cpu().float(), norm.running_var.cpu().float()
-    gain = 1 / (var + norm.eps).sqrt()
-    gain = gain if norm.weight is None else gain * norm.weight.detach().cpu()
-    bias = -mean * gain if norm.bias is None else norm.bias.detach().cpu() - mean * gain
-    return torch.stack((gain, bias)).float()
+    weight, bias = (p if p is None else p.detach().cpu().float() for p in (norm.weight, norm.bias))
+    zeros = torch.zeros_like(mean)
+    # Asked of the kernel itself, at 1 and at 0: in which order and with which fused operations it
+    # rounds is its own affair, and both vectors are then the ones that it multiplies and adds.
+    gain = F.batch_norm(zeros[None] + 1, zeros, var, weight, None, eps=norm.eps)
+    shift = F.batch_norm(zeros[None], mean, var, weight, bias, eps=norm.eps)
+    return torch.cat((gain, shift))
 
 
 def _floats(model: nn.Module, packed: list[LayerEntry], norms: list[str]) -> dict[str, Tensor]:
