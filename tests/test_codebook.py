@@ -32,18 +32,22 @@ def lloyd(w: np.ndarray, levels: np.ndarray) -> np.ndarray:
     """One Lloyd sweep with zero pinned."""
     cells, out = nearest(w, levels), levels.copy()
     for k in range(len(levels)):
-        if (cells == k).any() and k != len(levels) // 2:
+        if (cells == k).any() and levels[k] != 0:
             out[k] = w[cells == k].mean()
     return out
 
 
+@pytest.mark.parametrize("levels", ["symmetric", "full"])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_start_is_the_quantiles_of_each_sign_and_zero(bits: int) -> None:
+def test_start_is_the_quantiles_of_each_sign_and_zero(bits: int, levels: str) -> None:
     w = weights()
     v, m = w.double().numpy().ravel(), 2 ** (bits - 1) - 1
-    at = (np.arange(1, m + 1) - 0.5) / m
-    expected = np.concatenate([np.quantile(v[v < 0], at), [0], np.quantile(v[v > 0], at)])
-    np.testing.assert_allclose(made(w, bits).levels()[0].numpy(), expected, rtol=1e-5)
+    below = m + 1 if levels == "full" else m  # negative levels
+    at, at_low = (np.arange(1, m + 1) - 0.5) / m, (np.arange(1, below + 1) - 0.5) / below
+    expected = np.concatenate([np.quantile(v[v < 0], at_low), [0], np.quantile(v[v > 0], at)])
+    found = made(w, bits, levels=levels).levels()[0].numpy()
+    assert len(found) == (2**bits if levels == "full" else 2**bits - 1)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_forward_is_the_nearest_level_and_passes_the_gradient_whole() -> None:
@@ -57,11 +61,14 @@ def test_forward_is_the_nearest_level_and_passes_the_gradient_whole() -> None:
     assert torch.equal(w.grad, e)  # type: ignore[arg-type]  # no clip mask
 
 
+@pytest.mark.parametrize("levels", ["symmetric", "full"])
 @pytest.mark.parametrize("form", ["simple", "count"])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_moving_average_without_memory_is_one_lloyd_sweep(form: str, bits: int) -> None:
+def test_moving_average_without_memory_is_one_lloyd_sweep(
+    form: str, bits: int, levels: str
+) -> None:
     w = weights()
-    q = made(w, bits, gamma=0.0, form=form, init="uniform")
+    q = made(w, bits, gamma=0.0, form=form, init="uniform", levels=levels)
     expected = lloyd(w.double().numpy().ravel(), q.levels()[0].double().numpy())
     q.train()(w)
     np.testing.assert_allclose(q.levels()[0].numpy(), expected, rtol=1e-5, atol=1e-8)
@@ -117,7 +124,7 @@ def test_levels_stay_sorted_around_a_pinned_zero(seed: int, gamma: float, form: 
         q(w + 0.05 * weights(seed + i + 1) + 0.02 * i)  # drifting, so that levels die
         levels = q.levels()[0]
         assert (levels.diff() >= 0).all()
-        assert levels[q.m] == 0
+        assert levels[q.zero_at] == 0
         assert levels.isfinite().all()
 
 
@@ -153,9 +160,9 @@ def test_learned_levels_get_the_sum_of_their_members_gradients_and_zero_none() -
     w, e = weights(), weights(1)
     q = made(w, 3, adaptation="gradient")
     q.train()(w).backward(e)
-    cells = q.codes(w).flatten().long() + q.m
+    cells = q.codes(w).flatten().long() + q.zero_at
     expected = torch.zeros(7).index_add_(0, cells, e.flatten())
-    expected[q.m] = 0
+    expected[q.zero_at] = 0
     assert q.codebook.grad is not None
     torch.testing.assert_close(q.codebook.grad[0], expected, rtol=1e-5, atol=1e-6)
 

@@ -118,6 +118,7 @@ CASES = [
     # The scale is that of the weights: quantized ones have another.
     Case("n2uq-weight", N2UQWeight, "weight", idempotent=False),
     Case("codebook", Codebook, "weight", refines=True),
+    Case("codebook-full", partial(Codebook, levels="full"), "weight", refines=True),
     Case("codebook-kmeans-channel", partial(Codebook, init="kmeans", per_channel=True), "weight"),
     Case("codebook-uniform-count", partial(Codebook, init="uniform", form="count"), "weight"),
     Case("codebook-gradient", partial(Codebook, adaptation="gradient"), "weight"),

@@ -53,6 +53,7 @@ METHODS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "apot": (partial(APoT, normalize=True), LSQ),
     "adq": (Codebook, N2UQ),
     "adq_per_channel": (partial(Codebook, per_channel=True), N2UQ),
+    "adq_full": (partial(Codebook, levels="full"), LSQ),
     "n2uq": (N2UQWeight, N2UQ),
     "dorefa": (DoReFaWeight, DoReFaActivation),
     "pact": (DoReFaWeight, PACT),

@@ -8,6 +8,7 @@ towards the mean of the weights each level stands for. The activations are `N2UQ
 
 Codebook of b bits, m = 2^(b-1) - 1, 2 m + 1 = 2^b - 1 levels c_-m < ... < c_0 = 0 < ... < c_m:
     c_k = quantile({w > 0}, (k - 1/2) / m),   c_-k from {w < 0} likewise,   k = 1..m
+    `levels: full` has all 2^b: one more negative level, as LSQ's grid, m + 1 of them instead of m.
 Forward:   w_hat = c_k(w),   k(w) = argmin_k |w - c_k|, by search among the midpoints
 Gradients: dL/dw = dL/dw_hat, no clip mask (straight-through); the codebook has none.
 Adaptation, at each forward in training, from the master weights, S_k = {w: k(w) = k}:
@@ -55,26 +56,31 @@ KMEANS_SWEEPS = 50
 MIN_COUNT = 1e-5  # VQ-VAE's guard of t_k / n_k
 
 
-def quantile_levels(w: Tensor, m: int) -> Tensor:
-    """Codebook [2m + 1] of the weights `w` [M]: m negative levels, 0, m positive ones.
+def quantile_levels(w: Tensor, up: int, down: int) -> Tensor:
+    """Codebook [down + 1 + up] of the weights `w` [M]: `down` negative levels, 0, `up` positive.
 
     A side without weights mirrors the other; without any, levels are MIN_SCALE apart.
     """
-    at = (torch.arange(m, device=w.device, dtype=w.dtype) + 0.5) / m
-    sides = [side.quantile(at) if side.numel() else None for side in (w[w > 0], -w[w < 0])]
-    tiny = torch.arange(1, m + 1, device=w.device, dtype=w.dtype) * MIN_SCALE
-    up = sides[0] if sides[0] is not None else sides[1]
-    down = sides[1] if sides[1] is not None else sides[0]
-    up, down = (tiny if side is None else side for side in (up, down))
+    high, low = w[w > 0], -w[w < 0]
+    positive = _side(high if high.numel() else low, up)
+    negative = _side(low if low.numel() else high, down)
+    return torch.cat([-negative.flip(0), w.new_zeros(1), positive])
+
+
+def _side(w: Tensor, m: int) -> Tensor:
+    """m quantiles of positive weights `w` [M], ascending and distinct."""
+    steps = torch.arange(m, device=w.device, dtype=w.dtype)
+    tiny = (steps + 1) * MIN_SCALE
+    found = w.quantile((steps + 0.5) / m) if w.numel() else tiny
     # Equal weights give equal quantiles: levels are kept distinct by a last bit each.
-    up, down = (torch.maximum(side, tiny) * (1 + tiny) for side in (up, down))
-    return torch.cat([-down.flip(0), w.new_zeros(1), up])
+    return torch.maximum(found, tiny) * (1 + tiny)
 
 
 class Codebook(Quantizer):
-    """Weights on a codebook of 2^b - 1 levels with zero, adapted to the weights in training.
+    """Weights on a codebook with zero, adapted to the weights in training.
 
     Args:
+        levels: `symmetric`, 2^b - 1 of them, or `full`, 2^b.
         init: `quantile` (paper), `kmeans`, or `uniform`.
         adaptation: `ema` (paper), `none`, or `gradient`.
         form: of the moving average, `simple` or `count`.
@@ -84,7 +90,7 @@ class Codebook(Quantizer):
         per_channel: one codebook per output channel instead of per layer.
     """
 
-    codebook: Tensor  # [R, K] sorted; R = 1 or C_out, K = 2m + 1
+    codebook: Tensor  # [R, K] sorted; R = 1 or C_out, K = qmax - qmin + 1
     count: Tensor  # n_k of the `count` form, [R, K]
     idle: Tensor  # forwards since the level last had a member, [R, K]
 
@@ -94,6 +100,7 @@ class Codebook(Quantizer):
         *,
         signed: bool = True,
         shape: Sequence[int] = (),
+        levels: Literal["symmetric", "full"] = "symmetric",
         init: Literal["quantile", "kmeans", "uniform"] = "quantile",
         adaptation: Literal["ema", "none", "gradient"] = "ema",
         form: Literal["simple", "count"] = "simple",
@@ -110,15 +117,16 @@ class Codebook(Quantizer):
         self.init, self.adaptation, self.form = init, adaptation, form
         self.gamma, self.adapt_until, self.dead_after = gamma, adapt_until, dead_after
         self.adapting = adaptation == "ema"
-        self.m = 2 ** (bits - 1) - 1
-        self.qmin, self.qmax = -self.m, self.m
-        levels = torch.arange(-self.m, self.m + 1.0).repeat(shape[0] if per_channel else 1, 1)
+        self.qmax = 2 ** (bits - 1) - 1
+        self.qmin = -self.qmax - (levels == "full")
+        self.zero_at = -self.qmin  # index of the level zero
+        grid = torch.arange(self.qmin, self.qmax + 1.0).repeat(shape[0] if per_channel else 1, 1)
         if adaptation == "gradient":
-            self.codebook = nn.Parameter(levels)
+            self.codebook = nn.Parameter(grid)
         else:
-            self.register_buffer("codebook", levels)
-        self.register_buffer("count", torch.zeros_like(levels))
-        self.register_buffer("idle", torch.zeros_like(levels, dtype=torch.int32))
+            self.register_buffer("codebook", grid)
+        self.register_buffer("count", torch.zeros_like(grid))
+        self.register_buffer("idle", torch.zeros_like(grid, dtype=torch.int32))
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
@@ -129,7 +137,7 @@ class Codebook(Quantizer):
             grid = torch.arange(self.qmin, self.qmax + 1, device=x.device)
             levels = torch.stack([grid * step for step in steps])
         else:
-            levels = torch.stack([quantile_levels(row, self.m) for row in rows])
+            levels = torch.stack([quantile_levels(row, self.qmax, -self.qmin) for row in rows])
         self.codebook.copy_(levels)
         for _ in range(KMEANS_SWEEPS if self.init == "kmeans" else 0):
             n, t = self._members(rows, self._cells(rows)).sum(2).unbind(-1)
@@ -157,7 +165,7 @@ class Codebook(Quantizer):
         if self.adaptation != "gradient":
             return self.codebook
         # Learned levels may cross: the grid is the sorted one, zero pinned without gradient.
-        low, high = self.codebook[:, : self.m], self.codebook[:, self.m + 1 :]
+        low, high = self.codebook[:, : self.zero_at], self.codebook[:, self.zero_at + 1 :]
         zero = torch.zeros_like(self.codebook[:, :1])
         parts = [low.sort(1).values.clamp_max(0), zero, high.sort(1).values.clamp_min(0)]
         return torch.cat(parts, 1)
@@ -171,10 +179,10 @@ class Codebook(Quantizer):
         return w_hat + (x - x.detach())  # straight-through, exactly w_hat
 
     def codes(self, x: Tensor) -> Tensor:
-        return from_rows(self._cells(self._rows(x)), x).to(torch.int32) - self.m
+        return from_rows(self._cells(self._rows(x)), x).to(torch.int32) + self.qmin
 
     def decode(self, codes: Tensor, context: Tensor | None = None) -> Tensor:
-        cells = as_rows(codes.long() + self.m, self.codebook.shape[0])
+        cells = as_rows(codes.long() - self.qmin, self.codebook.shape[0])
         return from_rows(self._sorted().gather(1, cells), codes)
 
     # -----------------------------------------------------------------------------------------
@@ -191,7 +199,8 @@ class Codebook(Quantizer):
     def _pinned(self, levels: Tensor) -> Tensor:
         """Zero in the middle, each side on its side and sorted."""
         zero = torch.zeros_like(levels[:, :1])
-        low, high = levels[:, : self.m].clamp_max(0), levels[:, self.m + 1 :].clamp_min(0)
+        low = levels[:, : self.zero_at].clamp_max(0)
+        high = levels[:, self.zero_at + 1 :].clamp_min(0)
         return torch.cat([low.sort(1).values, zero, high.sort(1).values], 1).float()
 
     @torch.no_grad()
@@ -211,7 +220,7 @@ class Codebook(Quantizer):
                 levels = torch.where(count > MIN_COUNT, total / count, levels)
             if self.dead_after is not None:
                 dead = idle >= self.dead_after
-                dead[:, self.m] = False  # zero is pinned, not dead
+                dead[:, self.zero_at] = False  # zero is pinned, not dead
                 place, size = _facing_half(halves, levels)
                 levels = torch.where(dead, place, levels)
                 count = torch.where(dead, size, count)
@@ -233,7 +242,8 @@ class Codebook(Quantizer):
 
     def health(self) -> dict[str, Tensor]:
         """Levels without a member at the last forward in training, zero left out."""
-        idle = torch.cat([self.idle[:, : self.m], self.idle[:, self.m + 1 :]], 1)
+        at = self.zero_at
+        idle = torch.cat([self.idle[:, :at], self.idle[:, at + 1 :]], 1)
         return {"dead_levels": (idle > 0).sum()}
 
 
