@@ -27,7 +27,8 @@ from qexp.export.command import require
 from qexp.export.network import restore
 from qexp.export.packed import Packed, pack_network, to_bytes
 
-FLOAT, AGAIN, FLOAT_ONNX, FLOAT_BF16 = "float", "float again", "float_onnx", "float_bf16"
+FLOAT, AGAIN, FLOAT_ONNX = "float", "float again", "float_onnx"
+FLOAT_TF32, FLOAT_BF16 = "float_tf32", "float_bf16"
 
 Run = Callable[[Tensor], Tensor]
 
@@ -58,24 +59,27 @@ def engines_of(device: torch.device) -> list[str]:
     """What runs on a device, `reference` left out: it takes minutes a batch."""
     if device.type == "cpu":
         return [FLOAT_ONNX, "packed", *(n for n in ON_CPU if n != "reference"), "onnx", "onnx_int8"]
-    return [FLOAT_BF16, "packed", *(["triton"] if device.type == "cuda" else [])]
+    if device.type == "cuda":
+        return [FLOAT_TF32, FLOAT_BF16, "packed", "triton"]
+    return [FLOAT_BF16, "packed"]
 
 
 def check_engine(name: str, device: torch.device) -> None:
     """Raise a ConfigError unless an engine runs on a device."""
     if name == "triton":
         engine_device(name, str(device))
-    elif device.type != "cpu" and name not in engines_of(device):
+        return
+    known = [*engines_of(device), *(["reference", FLOAT_BF16] if device.type == "cpu" else [])]
+    if name not in known:
         raise ConfigError(
-            f"config: engines={name} runs on the CPU only. With device={device} use "
-            f"{', '.join(engines_of(device))}."
+            f"config: engines={name} does not run on {device}. Use {', '.join(known)}."
         )
 
 
 def float_engine(
     name: str, net: nn.Module, node: Mapping[str, Any], shape: tuple[int, ...], x: Tensor, at: Place
 ) -> Engine:
-    """The float network: in torch, in torch as bfloat16 (FLOAT_BF16), or in onnxruntime.
+    """The float network: in torch in float32, TF32 or bfloat16, or in onnxruntime.
 
     Args:
         net: on the device; node: its config.
@@ -84,17 +88,30 @@ def float_engine(
     if name == FLOAT_ONNX:
         return build("onnx", pack(net, node, shape), x, at, x)._replace(name=name)
     size = 4 * sum(t.numel() for t in net.state_dict().values() if t.is_floating_point())
-    run, peak = _weighed(lambda: _in_torch(net, bfloat16=name == FLOAT_BF16), x)
+    run, peak = _weighed(lambda: _in_torch(net, name), x)
     return Engine(name, run, size // 2 if name == FLOAT_BF16 else size, peak)
 
 
-def _in_torch(net: nn.Module, *, bfloat16: bool) -> Run:
-    own = copy.deepcopy(net).eval()
-    if not bfloat16:
+def _in_torch(net: nn.Module, name: str) -> Run:
+    own: Any = copy.deepcopy(net).eval()
+    if name == FLOAT_TF32:
+        return lambda x: _tf32(own, x)
+    if name != FLOAT_BF16:
         return own
     order = torch.channels_last
     own = own.to(torch.bfloat16, memory_format=order)  # type: ignore[call-overload]
     return lambda x: own(x.to(torch.bfloat16, memory_format=order)).float()
+
+
+def _tf32(net: nn.Module, x: Tensor) -> Tensor:
+    cudnn: Any = torch.backends.cudnn
+    matmul: Any = torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.allow_tf32 = matmul.allow_tf32 = True
+    try:
+        return net(x)
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before
 
 
 def build(name: str, packed: Packed, x: Tensor, at: Place, images: Tensor) -> Engine:

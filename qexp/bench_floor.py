@@ -16,15 +16,18 @@ with the network it can be fused into its neighbours, which costs no traffic: fl
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from qexp.quant.trace import Layer
 
+T = TypeVar("T")
 COPY_BYTES = 1 << 26  # of the copied tensor: beyond every cache
 MATRIX = {"cpu": 1024, "cuda": 8192}  # rows of the square matrices
 TRIES = 10
@@ -106,7 +109,14 @@ def _best(operation: Callable[[], Tensor], device: torch.device) -> float:
     return min(times)
 
 
+def in_turn(items: Sequence[T], turn: int) -> list[T]:
+    """Another order each turn, the same in every process: nobody keeps a neighbour."""
+    return random.Random(turn).sample(items, len(items))
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for the device, if it runs by itself."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

@@ -5,6 +5,7 @@ For each model and batch, these take turns in one process, on one device:
     float        the float network in torch, eager, channels-first: what ratios are to
     again        the same a second time: how far its ratio is from 1 is the noise
     float_onnx   the float network in onnxruntime, on the CPU
+    float_tf32   the float network in torch, 10 bits of the mantissa, on CUDA
     float_bf16   the float network in torch, in bfloat16, channels-last
     and for each quantizer the engines of `bench_engines`
 
@@ -34,6 +35,7 @@ from qexp.bench_engines import (
     FLOAT,
     FLOAT_BF16,
     FLOAT_ONNX,
+    FLOAT_TF32,
     Engine,
     Place,
     build,
@@ -42,7 +44,7 @@ from qexp.bench_engines import (
     float_engine,
     pack,
 )
-from qexp.bench_floor import synchronize
+from qexp.bench_floor import in_turn, synchronize
 from qexp.bench_output import write_folder
 from qexp.bench_settings import fields_of
 from qexp.bench_table import device_name
@@ -51,12 +53,12 @@ from qexp.export.compare import Difference, difference
 from qexp.models.build import build_model
 from qexp.quant.convert import calibrate_
 from qexp.recipes.build import make_network
-from qexp.runner.device import keep_memory, pick_device, seed_everything
+from qexp.runner.device import keep_memory, pick_device, seed_everything, whole_float32
 from qexp.runner.device import set_threads as use_threads
 
 CLASSES = 10
 CALIBRATED = 32  # images of noise
-FLOATS = (FLOAT_ONNX, FLOAT_BF16)
+FLOATS = (FLOAT_ONNX, FLOAT_TF32, FLOAT_BF16)
 COMPARED = 16  # images on which logits are compared
 SLOW = 10  # times the float pass: from there on an engine runs in every fifth turn only
 SELDOM = 5
@@ -142,8 +144,9 @@ def bench_inference(cfg: DictConfig) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for model in s.models:
         for batch in s.batch:
-            contenders, images = _group(s, model, batch, at)
-            _take_turns(contenders, images, s)
+            with whole_float32():
+                contenders, images = _group(s, model, batch, at)
+                _take_turns(contenders, images, s)
             facts = {"model": model, "batch": batch, "bits": s.bits, "threads": at.threads}
             facts |= {"device": device_name(at.device), "on": at.device.type}
             found = table.rows(contenders, {**facts, "image_size": images.shape[-1]})
@@ -207,8 +210,7 @@ def _take_turns(contenders: Sequence[Contender], x: Tensor, s: InferenceSettings
     gc.disable()  # a collection would be charged to whoever is running
     try:
         for turn in range(s.repeats):
-            first = turn % len(contenders)
-            for c in (*contenders[first:], *contenders[:first]):
+            for c in in_turn(contenders, turn):
                 if turn % SELDOM and untimed[id(c)][0] > SLOW * base:
                     continue
                 wall, cpu = _timed(c.engine.run, x)

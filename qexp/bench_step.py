@@ -2,7 +2,7 @@
 
 A `Contender` is a network with its own optimizer and one way to run it. `take_turns` runs one
 step of each, again and again, in one process: whatever else the machine does hits all of them
-alike. The order rotates, so that none always follows the same neighbour.
+alike. The order is another each turn, so that none always follows the same neighbour.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qexp.bench_floor import synchronize
+from qexp.bench_floor import in_turn, synchronize
 from qexp.quant.functional import compile_kernels
 from qexp.quant.trace import Layer
 from qexp.recipes.compilation import compiled
@@ -103,8 +103,7 @@ def take_turns(
     gc.disable()  # a collection would be charged to whoever is running
     try:
         for turn in range(repeats):
-            first = turn % len(contenders)
-            for contender in (*contenders[first:], *contenders[:first]):
+            for contender in in_turn(contenders, turn):
                 _timed(contender, device)
     finally:
         gc.enable()

@@ -12,6 +12,7 @@ float network trained from scratch, where the others are not, is named a start a
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -177,13 +178,20 @@ def _row(runs: Sequence[RunRecord]) -> Row:
     newest: dict[Any, RunRecord] = {}
     for run in runs:
         if run.done:
-            newest[run.seed] = max(newest.get(run.seed, run), run, key=lambda r: r.folder.name)
+            newest[run.seed] = max(newest.get(run.seed, run), run, key=_age)
     counted = sorted(newest.values(), key=lambda r: str(r.seed))
     return Row(
         counted,
         repeats=[r for r in runs if r.done and newest[r.seed] is not r],
         unfinished=[r for r in runs if not r.done],
     )
+
+
+def _age(run: RunRecord) -> tuple[str, list[tuple[int, str]]]:
+    """When it ended; of runs from before that was written, the name, its numbers as numbers."""
+    words = re.findall(r"\d+|\D+", run.folder.name)
+    parts = [(int(w), "") if w.isdigit() else (-1, w) for w in words]
+    return str(run.result.get("finished") or ""), parts
 
 
 def _group(row: Row, name: str) -> str:

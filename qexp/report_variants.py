@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 from qexp.report_runs import RunRecord
@@ -14,10 +16,11 @@ LISTED = 8  # keys that one protocol lacks, by name
 
 
 def drop_new_options_(runs: Sequence[RunRecord]) -> None:
-    """Forget options that are off where other runs of the method did not have them yet.
+    """Forget options at their default where other runs of the method did not have them yet.
 
-    Code that adds an option leaves it off; a run from before is the same experiment, another seed
-    of it included. An option that is on stays, and tells the rows apart.
+    Code that adds an option leaves what was there as it was; a run from before is the same
+    experiment, another seed of it included. The default is that of the option's class; where it
+    has none, off. Another value stays, and tells the rows apart.
     """
     methods: dict[str, list[RunRecord]] = {}
     for run in runs:
@@ -26,8 +29,22 @@ def drop_new_options_(runs: Sequence[RunRecord]) -> None:
     for group in methods.values():
         everywhere = set.intersection(*(set(run.variant) for run in group))
         for run in group:
-            for key in [k for k, v in run.variant.items() if k not in everywhere and not v]:
+            new = [k for k in run.variant if k not in everywhere]
+            for key in [k for k in new if _is_default(run.variant, k)]:
                 del run.variant[key]
+
+
+def _is_default(variant: Mapping[str, Any], key: str) -> bool:
+    part, _, option = key.rpartition(".")
+    module, _, name = str(variant.get(f"{part}.{TARGET}", "")).rpartition(".")
+    if not module.startswith("qexp."):  # nothing else is imported for a report
+        return not variant[key]
+    try:
+        parameters = inspect.signature(getattr(import_module(module), name)).parameters
+    except (ImportError, AttributeError, TypeError, ValueError):
+        return not variant[key]
+    default = parameters[option].default if option in parameters else inspect.Parameter.empty
+    return not variant[key] if default is inspect.Parameter.empty else variant[key] == default
 
 
 def name_variants(variants: Sequence[Mapping[str, Any]]) -> list[str]:

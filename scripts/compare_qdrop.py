@@ -47,6 +47,7 @@ from omegaconf import DictConfig
 from qdrop_adapter import Program, closed_clamp, load_peer, peer_program, unit_names
 from torch import Tensor, nn
 
+from qexp.bench_floor import in_turn
 from qexp.bench_step import Contender, peak_bytes
 from qexp.config import configs_dir
 from qexp.models.load import load_weights
@@ -168,7 +169,7 @@ def run_block(programs: dict[str, Program], data: Data, given: argparse.Namespac
     found: dict[str, dict[str, Any]] = {}
     names = list(programs)
     for k in range(given.repeats):
-        for name in names[k % len(names) :] + names[: k % len(names)]:
+        for name in in_turn(names, k):
             program = programs[name]
             model = copy.deepcopy(program.model)
             program.alone(model, given.block)

@@ -16,6 +16,7 @@ from qexp.bench_engines import (
     FLOAT,
     FLOAT_BF16,
     FLOAT_ONNX,
+    FLOAT_TF32,
     check_engine,
     engines_of,
 )
@@ -85,14 +86,16 @@ def test_wrong_settings_are_named(qexp: Qexp, word: str, message: str) -> None:
 def test_engines_suit_the_device() -> None:
     cpu, gpu, metal = map(torch.device, ("cpu", "cuda:0", "mps"))
     assert engines_of(cpu) == [FLOAT_ONNX, "packed", "integer", "table", "onnx", "onnx_int8"]
-    assert engines_of(gpu) == [FLOAT_BF16, "packed", "triton"]
+    assert engines_of(gpu) == [FLOAT_TF32, FLOAT_BF16, "packed", "triton"]
     assert engines_of(metal) == [FLOAT_BF16, "packed"]
     for device in (cpu, gpu, metal):
         for name in engines_of(device):
             if name != "triton":  # asks torch for the GPU
                 check_engine(name, device)
+    with pytest.raises(ConfigError, match=f"engines={FLOAT_TF32} does not run on cpu"):
+        check_engine(FLOAT_TF32, cpu)
     for name in ("integer", "onnx", FLOAT_ONNX):
-        with pytest.raises(ConfigError, match=f"engines={name} runs on the CPU only"):
+        with pytest.raises(ConfigError, match=f"engines={name} does not run on cuda:0"):
             check_engine(name, gpu)
 
 
@@ -103,7 +106,7 @@ def test_a_gpu_runs_what_suits_it(qexp: Qexp, tmp_path: Path) -> None:
     )
     assert said.code == 0, said.err
     rows = json.loads((tmp_path / "bench" / "bench.json").read_text())
-    assert [row["engine"] for row in rows] == [FLOAT, AGAIN, FLOAT_BF16, "packed", "triton"]
+    assert [row["engine"] for row in rows] == [FLOAT, AGAIN, *engines_of(torch.device("cuda"))]
     assert all(row["on"] == "cuda" and row["peak_bytes"] > 0 for row in rows)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -310,3 +311,15 @@ def test_engines_need_a_packed_file(qexp: Qexp, run_folder: Path) -> None:
     said = qexp("eval", f"run={run_folder}", "engine=fast")
     assert said.code == 2
     assert "engine must be" in said.err
+
+
+def test_sums_beyond_32_bits_are_not_wrapped() -> None:
+    k = 70_000  # 127 * 255 * 70,000 > 2**31
+    stored, w_hat = weight("lsq", 8, (1, k, 1, 1))
+    stored = dataclasses.replace(stored, codes=torch.full_like(stored.codes, 127))
+    x = torch.full((1, k, 1, 1), 255.0)
+    y = Gemm(stored, Window(), 0, 255)(x, torch.ones(1, 1, 1, 1))
+    exact = Reference(stored, Window(), 0, 255)(x, torch.ones(1, 1, 1, 1))
+    assert w_hat.shape == (1, k, 1, 1)
+    assert y.item() > 0
+    torch.testing.assert_close(y, exact)

@@ -276,6 +276,9 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "nested": {"keywords": {"depth": {"_target_": "os.system"}}},
     "unknown keyword": {"keywords": {"depth": 8, "dept": 8}},
     "weights": {"keywords": {"depth": 8, "weights": "DEFAULT"}},
+    "pretrained": {"target": "torchvision.models.resnet18", "keywords": {"pretrained": True}},
+    "number": {"keywords": {"depth": 8, "width": 1001}},
+    "list": {"keywords": {"depth": [8]}},
     "layers": {"layers": [{"name": "../../x", "shape": [4, 4], "weight": None, "input": None}]},
     "shape": {"layers": [{"name": "linear", "shape": [65536] * 4, "weight": 0, "input": 0}]},
     "index": {"layers": [{"name": "linear", "shape": [10, 32], "weight": 99, "input": 0}]},
@@ -314,6 +317,30 @@ def test_tensors_that_do_not_fit_are_refused(change: str) -> None:
         tensors["conv1.w.scale"] = torch.ones(3)
     with pytest.raises(FormatError):
         restore(Packed(packed.header, tensors))
+
+
+@pytest.mark.parametrize("zero", [torch.tensor(0.5), torch.tensor(100, dtype=torch.int8)])
+def test_a_zero_point_that_is_none_is_refused(zero: Tensor) -> None:
+    torch.manual_seed(0)
+    model = ResNet(num_classes=10, **MODEL).eval()  # type: ignore[arg-type]
+    layers = trace(model, SHAPE)
+    chosen = {layer.name: Bits(4, 4) for layer in layers}
+    quantize_(model, layers, chosen, LSQ, Nearest, LSQ, Nearest)
+    calibrate_(model, images())
+    packed = packed_of(model)
+    name = next(n for n in packed.tensors if n.endswith(".a.zero"))
+    with pytest.raises(FormatError, match="zero point"):
+        restore(Packed(packed.header, {**packed.tensors, name: zero}))
+
+
+def test_a_users_model_may_have_lists_and_larger_numbers() -> None:
+    packed = packed_of(network("lsq"))
+    keywords = {"hidden": 2048, "layers": [2, 2], "name": "a"}
+    header = parse(changed(packed, target="mine.Net", keywords=keywords))
+    assert header.keywords == keywords
+    for wrong in ({"hidden": 10**9}, {"layers": [[2]]}):
+        with pytest.raises(FormatError, match="keywords"):
+            parse(changed(packed, target="mine.Net", keywords=wrong))
 
 
 def test_a_code_beyond_the_levels_is_refused() -> None:

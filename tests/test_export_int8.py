@@ -10,8 +10,9 @@ import pytest
 import torch
 from conftest import Qexp
 from test_engine import WEIGHTS, weight
-from test_export import images, network, packed_of, run_folder
-from torch import nn
+from test_export import SHAPE, images, network, packed_of, run_folder
+from test_export_onnx import run
+from torch import Tensor, nn
 
 from qexp.quant.convert import Bits, calibrate_, quantize_
 from qexp.quant.lsq import LSQ
@@ -61,11 +62,12 @@ def test_uniform_levels_and_powers_of_two_have_no_error() -> None:
 def test_a_gain_goes_into_weights_whatever_its_sign() -> None:
     whole = torch.tensor([[3], [-128], [5], [7]], dtype=torch.int8)[:, :, None, None]
     gain, bias = torch.tensor([2.0, -1.0, 0.0, 1e-30]), torch.tensor([1.0, 1.0, 1.0, 1e6])
-    folded, step = fold(whole, torch.full((4,), 0.1), gain, bias, torch.tensor(0.01))
+    folded, step, error = fold(whole, torch.full((4,), 0.1), gain, bias, torch.tensor(0.01))
     assert bool((step > 0).all())
     assert bool((bias / (step * 0.01) <= 2**30 * 1.001).all())
     w = folded[:, 0, 0, 0] * step
     torch.testing.assert_close(w, torch.tensor([0.6, 12.7, 0.0, 0.0]))
+    assert error == pytest.approx(1 / 128)  # 128 has no code
 
 
 @pytest.mark.parametrize("method", ["lsq", "asq+post", "adq", "n2uq", "nearest", "aquant"])
@@ -77,11 +79,11 @@ def test_every_convolution_runs_on_integers(method: str, tmp_path: Path) -> None
     assert kernels(blob, tmp_path)["QLinearConv"] == convolutions
     assert report.layers == report.quantized == convolutions + 1
     run = session(blob, 1)
-    for n in (1, 16):
-        with torch.no_grad():
-            ours, theirs = model(images(n)), run(images(n))
-        # An untrained network amplifies every rounding; a wrong step or bias would be far off.
-        assert (theirs - ours).abs().amax(1).median() < 0.15 * ours.abs().max()
+    assert run(images(1)).shape == (1, 10)
+    with torch.no_grad():
+        ours, theirs = model(images(16)), run(images(16))
+    # An untrained network amplifies every rounding; a wrong step or bias would be far off.
+    assert (theirs - ours).abs().amax(1).median() < 0.15 * ours.abs().max()
 
 
 class Line(nn.Sequential):
@@ -103,6 +105,48 @@ class Line(nn.Sequential):
             nn.Flatten(),
             nn.Linear(6, num_classes),
         )
+
+
+@pytest.mark.parametrize("method", ["lsq", "nearest"])
+def test_a_folded_batch_norm_breaks_no_chain(method: str, tmp_path: Path) -> None:
+    kept, folded = (
+        to_onnx_int8(packed_of(network(method, fold=f)), images()) for f in (False, True)
+    )
+    assert folded[1].rounded_results == kept[1].rounded_results == 6  # residual sums
+    model, x = network(method, fold=True), images(32)
+    with torch.no_grad():
+        ours, theirs = model(x), run(folded[0], x)
+    assert (ours.argmax(1) != theirs.argmax(1)).float().mean() < 0.2
+
+
+class NamedRelu(nn.Module):
+    """A module that is called relu and is none."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.relu = nn.Identity()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.flatten = nn.Flatten()
+        self.linear = nn.Linear(8, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.flatten(self.pool(self.relu(self.conv(x)))))
+
+
+def test_a_module_named_relu_is_what_its_class_says() -> None:
+    torch.manual_seed(0)
+    model = NamedRelu(10).eval()
+    layers = trace(model, SHAPE)
+    quantize_(model, layers, {layer.name: Bits(8, 8) for layer in layers}, LSQ, LSQ)
+    calibrate_(model, images())
+    packed = pack_network(
+        model, target=f"{__name__}.NamedRelu", keywords={}, num_classes=10, input_shape=SHAPE,
+        data={"name": "synthetic", "mean": [0.5] * 3, "std": [0.25] * 3},
+    )  # fmt: skip
+    with torch.no_grad():
+        ours, theirs = model(images()), run(to_onnx_int8(packed, images())[0], images())
+    assert (ours - theirs).abs().max() < 0.05 * ours.abs().max()
 
 
 def test_what_quantizers_read_is_not_rounded_again() -> None:

@@ -15,6 +15,7 @@ from conftest import Qexp
 from test_export import METHODS, SHAPE, images, network, packed_of, run_folder
 from torch import Tensor, nn
 
+from qexp.errors import ConfigError
 from qexp.export.packed import Packed, pack_network
 from qexp.models.resnet import ResNet
 from qexp.quant.adaround import AdaRound
@@ -55,6 +56,58 @@ def test_onnxruntime_computes_the_same_logits(method: str) -> None:
         # image differs by a step. Most must not differ at all.
         assert (theirs - ours).abs().amax(1).median() < 1e-4
         assert torch.equal(theirs.argmax(1), ours.argmax(1))
+
+
+@pytest.mark.parametrize("method", ["lsq", "asq+post", "nearest"])
+def test_biases_stay_float_whatever_onnxruntime_fuses(method: str) -> None:
+    model = network(method, fold=True)
+    with torch.no_grad():
+        ours, theirs = model(images(32)), run(to_onnx(packed_of(model)), images(32))
+    assert (theirs - ours).abs().amax(1).median() < 1e-5
+    assert torch.equal(theirs.argmax(1), ours.argmax(1))
+
+
+class InPlace(nn.Module):
+    """A network whose forward is `forward(self, conv(x))`."""
+
+    def __init__(self, num_classes: int, way: str) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.linear = nn.Linear(8, num_classes)
+        self.way = way
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        if self.way == "relu read again":
+            y = nn.functional.relu(y, inplace=True) + y
+        elif self.way == "alpha":
+            y = torch.add(y, y, alpha=2)
+        elif self.way == "alone":
+            y = nn.functional.relu(y, inplace=True)
+        return self.linear(y.mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("way", "message"),
+    [
+        ("relu read again", "'relu' changes in place what 'conv' gave"),
+        ("alpha", "format=onnx does not know .*alpha"),
+        ("alone", ""),
+    ],
+)
+def test_what_onnx_cannot_say_is_refused(way: str, message: str) -> None:
+    torch.manual_seed(0)
+    model = InPlace(10, way).eval()
+    layers = trace(model, SHAPE)
+    quantize_(model, layers, {layer.name: Bits(4, 8) for layer in layers}, LSQ, LSQ)
+    calibrate_(model, images())
+    packed = _packed(model, f"{__name__}.InPlace", {"way": way})
+    if message:
+        with pytest.raises(ConfigError, match=message):
+            to_onnx(packed)
+        return
+    with torch.no_grad():
+        torch.testing.assert_close(run(to_onnx(packed), images()), model(images()))
 
 
 MIXED = [Bits(4, 8), Bits(8, 4), Bits(8, 8), Bits(2, 2), Bits(3, 5), Bits(4, 32), Bits(32, 4)]
@@ -115,6 +168,7 @@ def test_an_exported_run_scores_the_same_in_onnxruntime(
     assert said.code == 0, said.err
     file = run_folder / "model.onnx"
     assert said.out.startswith(f"onnx: {file} | {file.stat().st_size:,} bytes")
+    assert "0 have another top-1" in said.out
     model, dataset, _ = load_run(run_folder, "last.pt", "cpu")
     x, _ = next(iter(dataset.eval_batches("test")))
     with torch.no_grad():

@@ -230,6 +230,34 @@ def test_an_option_that_is_off_is_no_other_method_than_before_the_option(tmp_pat
     }
 
 
+def test_an_option_at_its_default_is_no_other_method_and_off_is_where_the_default_is_on(
+    tmp_path, capsys
+) -> None:
+    weight = {"_target_": "qexp.quant.codebook.Codebook", "init": "quantile"}
+    act = {"_target_": "qexp.quant.power.APoT"}
+    make_run(tmp_path, "before", quantizer={"weight": weight, "act": act}, top1=90.0)
+    own = {"weight": weight | {"levels": "symmetric"}, "act": act | {"normalize": False}}
+    make_run(tmp_path, "default", quantizer=own, seed=1, top1=92.0)
+    own = {"weight": weight | {"levels": "full"}, "act": act | {"normalize": False}}
+    make_run(tmp_path, "full", quantizer=own, seed=2, top1=80.0)
+    found = {row["n"]: float(row["top1_mean"]) for row in rows(capsys, tmp_path)}
+    assert found == {"2": 91.0, "1": 80.0}
+    lsq = {"_target_": "qexp.quant.lsq.LSQ"}
+    signed = {"weight": lsq | {"signed": False}}  # its default is True: off is another method
+    make_run(tmp_path / "on", "before", quantizer={"weight": lsq}, top1=90.0)
+    make_run(tmp_path / "on", "off", quantizer=signed, seed=1, top1=80.0)
+    assert {row["n"] for row in rows(capsys, tmp_path / "on")} == {"1"}
+
+
+def test_the_newest_run_of_a_seed_counts_whatever_its_folder_is_called(tmp_path, capsys) -> None:
+    make_run(tmp_path, "lsq-w4a4-s0", top1=90.0, finished="2026-01-02T00:00:00Z")
+    make_run(tmp_path, "20261231-000000", top1=91.0, finished="2026-01-03T00:00:00Z")
+    assert [row["top1_mean"] for row in rows(capsys, tmp_path)] == ["91.0"]
+    for name, top1 in (("a-s0", 80.0), ("a-s0-2", 81.0), ("a-s0-10", 82.0)):
+        make_run(tmp_path / "old", name, top1=top1)
+    assert [row["top1_mean"] for row in rows(capsys, tmp_path / "old")] == ["82.0"]
+
+
 def test_a_grid_with_too_many_levels_and_uncommitted_code_are_flagged(tmp_path, capsys) -> None:
     over = {"weight_by_param": 2.32, "weight_by_layer": 2.32, "act_by_layer": 2.0}
     make_run(tmp_path, "a", method="post_released", bits=2, dirty=True)

@@ -40,6 +40,15 @@ def int8_products_are_exact() -> bool:
     return True
 
 
+def largest_sum(rows: int, low: int, high: int, shift: int) -> int:
+    """Bound of |sum w * x| and of what a shift adds, codes from `low` to `high`.
+
+    Args:
+        rows: largest sum of |w| of an output channel.
+    """
+    return rows * (max(abs(low - shift), abs(high - shift)) + shift)
+
+
 class Gemm:
     """A layer's multiplication. Arguments and call as `Reference`."""
 
@@ -49,13 +58,16 @@ class Gemm:
         self.step, self.factors = w.step, w.factors
         self.shift = 128 if high > 127 else 0
         fits = low - self.shift >= -128 and high - self.shift <= 127
+        # The largest sum there can be, of codes that are shifted where a kernel takes int8.
+        rows = int(w.planes.long().abs().flatten(2).sum(2).max())
+        fits = fits and largest_sum(rows, low, high, self.shift) < 2**31
         if window.groups == 1 and fits and int8_products_are_exact():
             # [P, O, C, kh, kw] -> [kh * kw * C, P * O]
             self.matrix = w.planes.permute(3, 4, 2, 0, 1).flatten(0, 2).flatten(1).contiguous()
             self.added = self.shift * self.matrix.sum(0, dtype=torch.int32)
             self.multiply = self._int8
         else:
-            largest = max(abs(low), abs(high)) * int(w.planes.long().abs().flatten(2).sum(2).max())
+            largest = largest_sum(rows, low, high, 0)
             dtype = torch.float32 if largest < 2**24 else torch.float64
             self.kernels = w.planes.to(dtype)
             self.multiply = self._float

@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from qexp.engine.gemm import largest_sum
 from qexp.engine.weight import Planes, Weight, planes
 from qexp.engine.window import Window
 from qexp.errors import ConfigError
@@ -174,7 +175,14 @@ class PackedGemm(nn.Module):
         found = _levels(weight)
         table = found.planes  # [P, C_out, L]
         index = weight.index.flatten(1).expand(len(table), -1, -1)
-        sums = table.gather(2, index).sum(2, dtype=torch.int32)  # of the weights, [P, C_out]
+        weights = table.gather(2, index)
+        sums = weights.sum(2, dtype=torch.int32)  # of the weights, [P, C_out]
+        rows = int(weights.long().abs().sum(2).max())
+        if largest_sum(rows, low, high, self.shift) >= 2**31:
+            raise ConfigError(
+                "engine: a layer's sums need more than the 32 bits of engine=triton. Use "
+                "engine=integer."
+            )
         if bool((table == table[:, :1]).all()):
             table = table[:, :1]
         buffers = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,9 +59,7 @@ def export(cfg: DictConfig) -> dict[str, Any]:
 
 def require(package: str) -> None:
     """Raise one line unless an optional package is there."""
-    from importlib.util import find_spec
-
-    if find_spec(package) is None:
+    if importlib.util.find_spec(package) is None:
         raise ConfigError(
             f"export: this needs the package '{package}'. Try: pip install 'qexp[export]'"
         )
@@ -102,7 +101,16 @@ def _onnx(
     from qexp.export.onnx_network import to_onnx
 
     blob = to_onnx(pack_run(model, dataset, trained)).SerializeToString()
-    return _written(model, dataset, path, blob)
+    if importlib.util.find_spec("onnxruntime") is None:
+        print("onnx: not compared with the run, for lack of the package onnxruntime")
+        return _written(model, dataset, path, blob)
+    from qexp.export.runtime import session
+
+    images = dataset.calibration_images(min(COMPARED, dataset.train_size), 0)
+    found = difference(model, session(blob), images)
+    result = _written(model, dataset, path, blob)
+    print(f"onnx: {found}")
+    return {**result, **found._asdict()}
 
 
 def _onnx_int8(

@@ -20,6 +20,7 @@ FORMAT = "qexp-packed"
 VERSION = 1
 
 MAX_ITEMS = 10_000  # layers, norms, grids: far above any classifier, far below trouble
+BUILT_IN = ("qexp.models.", "torchvision.models.")  # built without the user's word for them
 MAX_SIZE = 65_536  # of a dimension, and of the number of classes
 FORMS = ("affine", "table", "codebook")
 WEIGHT_KINDS = {kind for kind, _, _ in CODERS.values()}
@@ -85,9 +86,10 @@ def parse(text: str) -> Header:
     if version != VERSION or isinstance(version, bool):
         raise FormatError(f"it is of version {str(version)[:20]}, this qexp reads {VERSION}")
     _keys(plain, set(Header.__dataclass_fields__), "header")
+    target = _text(plain["target"], "target")
     header = Header(
-        target=_text(plain["target"], "target"),
-        keywords=_keywords(plain["keywords"], "keywords"),
+        target=target,
+        keywords=_keywords(plain["keywords"], "keywords", own=not target.startswith(BUILT_IN)),
         num_classes=_whole(plain["num_classes"], "num_classes", 1, MAX_SIZE),
         input_shape=_sizes(plain["input_shape"], "input_shape", 3),
         data=_data(plain["data"]),
@@ -148,20 +150,33 @@ def _sizes(value: Any, where: str, *ranks: int) -> tuple[int, ...]:
     return tuple(_whole(v, where, 1, MAX_SIZE) for v in items)
 
 
-def _keywords(value: Any, where: str) -> dict[str, Any]:
-    """Scalars only: no object, no list, no number that would build a network of any size."""
+def _keywords(value: Any, where: str, *, own: bool = False) -> dict[str, Any]:
+    """Scalars, no number that would build a network of any size, no object.
+
+    Args:
+        own: of a user's model, which is built only where it is trusted: larger numbers and lists.
+    """
     if not isinstance(value, dict) or len(value) > 50:
         raise FormatError(f"{where} must be an object")
+    most = MAX_SIZE if own else 1000
     for key, item in value.items():
-        _text(key, where)
-        if isinstance(item, str):
-            _text(item, f"{where}.{key}")
-        elif isinstance(item, (int, float)):
-            if not abs(item) <= 1000:
-                raise FormatError(f"{where}.{key} must be from -1000 to 1000")
-        elif item is not None:
-            raise FormatError(f"{where}.{key} must be a number, a name, true, false or null")
+        name = f"{where}.{_text(key, where)}"
+        if isinstance(item, list) and own and len(item) <= 1000:
+            for part in item:
+                _scalar(part, name, most)
+        else:
+            _scalar(item, name, most)
     return dict(value)
+
+
+def _scalar(value: Any, where: str, most: int) -> None:
+    if isinstance(value, str):
+        _text(value, where)
+    elif isinstance(value, (int, float)):
+        if not abs(value) <= most:
+            raise FormatError(f"{where} must be from -{most} to {most}")
+    elif value is not None:
+        raise FormatError(f"{where} must be a number, a name, true, false or null")
 
 
 def _data(value: Any) -> dict[str, Any]:

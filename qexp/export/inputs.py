@@ -169,6 +169,13 @@ def state(entry: Input, quantizer: Quantizer, tensors: Mapping[str, Tensor]) -> 
     names = KINDS[entry.kind].stored(quantizer)
     if set(names) != set(tensors):
         raise ValueError(f"an input of kind {entry.kind} has {', '.join(names)}")
+    zero = tensors.get("zero")
+    if zero is not None:
+        low, high = quantizer.qmin, quantizer.qmax
+        if zero.dtype not in (torch.int8, torch.int16) or zero.numel() != 1:
+            raise ValueError("a zero point is one int8 or int16")
+        if not low <= int(zero) <= high:
+            raise ValueError(f"a zero point of {int(zero)} is outside {low} to {high}")
     stored = {n: t.float() if n == "zero" else t for n, t in tensors.items()}
     if ADAPTER in stored:
         assert isinstance(quantizer, ASQ)

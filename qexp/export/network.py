@@ -47,7 +47,7 @@ def allowed(target: str) -> bool:
 class _WithoutStorage(TorchFunctionMode):
     """Parameters are made on `meta`; small computations of a constructor stay on the CPU."""
 
-    makers = (torch.empty, torch.zeros, torch.ones)
+    makers = (torch.empty, torch.zeros, torch.ones, torch.full, torch.eye)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         keywords = dict(kwargs or {})

@@ -62,24 +62,39 @@ def eight_bits(weight: Weight) -> tuple[Tensor, Tensor, float]:
 
 def fold(
     whole: Tensor, w_step: Tensor, gain: Tensor, bias: Tensor, step: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Weights and steps with the gain in them: steps positive, and no bias beyond 30 bits."""
+) -> tuple[Tensor, Tensor, float]:
+    """Weights and steps with the gain in them: steps positive, and no bias beyond 30 bits.
+
+    The third is the largest error of a weight that has no code, -128 with its sign turned, as a
+    part of the largest of its channel. (What a bias beyond 30 bits costs is far below that bias.)
+    """
     rows = (-1, *[1] * (whole.dim() - 1))
     sign = torch.where(gain < 0, -1, 1).reshape(rows)
     folded = w_step * gain.abs()
     least = bias.abs() / (step * LARGEST_BIAS)
     positive = torch.maximum(folded, least).clamp_min(torch.finfo(torch.float32).tiny)
-    shrunk = (whole * sign * (folded / positive).reshape(rows)).round().clamp(-128, 127)
-    return shrunk.to(torch.int8), positive
+    exact = whole * sign * (folded / positive).reshape(rows)
+    shrunk = exact.round().clamp(-128, 127)
+    top = exact.abs().flatten(1).amax(1).clamp_min(torch.finfo(torch.float32).tiny)
+    error = ((shrunk - exact.round()).abs().flatten(1).amax(1) / top).max().item()
+    return shrunk.to(torch.int8), positive, error
 
 
 class Chain(NamedTuple):
-    """A layer and what can be done in its integers: batch norm and ReLU after it."""
+    """A layer and what can be done in its integers: batch norm and ReLU after it.
+
+    Attributes:
+        members: the layer first, then what follows it, nodes that do nothing included.
+    """
 
     norm: fx.Node | None
     relu: fx.Node | None
     six: bool  # ReLU6
-    end: fx.Node
+    members: tuple[fx.Node, ...]
+
+    @property
+    def end(self) -> fx.Node:
+        return self.members[-1]
 
 
 def norm_of(modules: dict[str, Any], chain: Chain) -> tuple[Tensor, Tensor]:

@@ -38,7 +38,9 @@ from qexp.quant.calibrate import mse_scale
 from qexp.quant.dorefa import PACT, DoReFaActivation
 from qexp.quant.lsq import LSQ
 from qexp.quant.modules import QUANT_LAYERS, QuantConv2d
+from qexp.quant.nearest import Nearest
 
+ROUND = (LSQ, PACT, DoReFaActivation)  # round(x / step), as QuantizeLinear
 SAMPLES = 1 << 16  # elements of a result that its step is found from
 RELU6 = 6.0
 
@@ -108,17 +110,19 @@ class _Writer(Writer):
         return known and quantizer.bits <= 8 and not hasattr(quantizer, "offset")
 
     def _chain(self, node: fx.Node) -> Chain:
-        end, norm, relu, six = node, None, None, False
+        norm, relu, members = None, None, [node]
         if not isinstance(self.modules[str(node.target)], QuantConv2d):
-            return Chain(None, None, False, node)
-        following = self._only_user(end)
-        if following is not None and self._is(following, nn.BatchNorm2d):
-            end = norm = following
-            following = self._only_user(end)
-        if following is not None and self._is_relu(following):
-            six = self._is(following, nn.ReLU6)
-            end = relu = following
-        return Chain(norm, relu, six, end)
+            return Chain(None, None, False, (node,))
+        while (following := self._only_user(members[-1])) is not None:
+            if self._is(following, nn.BatchNorm2d) and norm is None and relu is None:
+                norm = following
+            elif self._is_relu(following) and relu is None:
+                relu = following
+            elif not self._is(following, nn.Identity):  # one is left of a norm that was folded
+                break
+            members.append(following)
+        six = relu is not None and self._is(relu, nn.ReLU6)
+        return Chain(norm, relu, six, tuple(members))
 
     def _only_user(self, node: fx.Node) -> fx.Node | None:
         return next(iter(node.users)) if len(node.users) == 1 else None
@@ -127,8 +131,10 @@ class _Writer(Writer):
         return node.op == "call_module" and isinstance(self.modules[str(node.target)], kind)
 
     def _is_relu(self, node: fx.Node) -> bool:
-        functions = (F.relu, torch.relu, "relu")
-        return self._is(node, nn.ReLU) or self._is(node, nn.ReLU6) or node.target in functions
+        if self._is(node, nn.ReLU) or self._is(node, nn.ReLU6):
+            return True
+        called = node.op in ("call_function", "call_method")
+        return called and node.target in (F.relu, torch.relu, "relu")
 
     def _reader(self, chain: Chain) -> fx.Node | None:
         """The layer that alone reads a chain's end, if its quantizer's step is fixed."""
@@ -136,7 +142,7 @@ class _Writer(Writer):
         if user is None or user not in self.chains:
             return None
         quantizer = self.modules[str(user.target)].act_quantizer
-        if type(quantizer) not in (LSQ, PACT, DoReFaActivation):
+        if type(quantizer) not in (*ROUND, Nearest):  # Nearest rounds ties up: a tie is rare
             return None
         return user if quantizer.signed or chain.relu is not None else None
 
@@ -198,15 +204,15 @@ class _Writer(Writer):
         layer, entry = self.modules[name], self.entries[name]
         source: fx.Node = node.args[0]  # type: ignore[assignment]
         x, step, beta = self._input(source, layer, name)
-        whole, w_step, self.errors[name] = eight_bits(weight_of(self.packed, entry))
+        whole, w_step, level_error = eight_bits(weight_of(self.packed, entry))
         gain, bias = norm_of(self.modules, chain)
         bias = bias if layer.bias is None else bias + layer.bias * gain
         inside = bias if beta is None else torch.zeros(1)  # beta multiplies before the bias
-        whole, w_step = fold(whole, w_step, gain, inside, step)
+        whole, w_step, fold_error = fold(whole, w_step, gain, inside, step)
+        self.errors[name] = level_error + fold_error
         y = self._product(layer, x, whole, w_step, inside, step)
-        for part in (chain.norm, chain.relu):
-            if part is not None:
-                self.values[part] = ""  # nobody but the chain reads it
+        for part in chain.members:
+            self.values[part] = ""  # nobody but the chain reads it
         y = self._result(node, y, beta, bias)
         self.values[chain.end] = y
         return y
@@ -224,7 +230,7 @@ class _Writer(Writer):
             beta = factor(graph, q, x)
             x = x if beta is None else graph.op("Div", x, beta)
             beta = None if q.dequantize == "plain" else beta
-        elif type(q) not in (LSQ, PACT, DoReFaActivation):
+        elif type(q) not in ROUND:
             x = quantized_input(graph, q, x, name)  # x_hat, of which QuantizeLinear takes the code
         return self._dequantized(self._quantized(x, grid), grid), grid.step, beta
 

@@ -117,14 +117,19 @@ class Writer:
             w = weight(graph, self.packed, entry)
         else:
             w = graph.constant(module.weight, f"{name}.weight")
-        bias = [] if module.bias is None else [graph.constant(module.bias, f"{name}.bias")]
         if isinstance(module, nn.Linear):
-            return graph.op("Gemm", x, w, *bias, transB=1)
-        if by_row:
+            y = graph.op("Gemm", x, w, transB=1)
+        elif by_row:
             shape = [module.out_channels, -1, 1, 1]
             w = graph.op("Reshape", w, graph.constant(shape))
-            return graph.op("Conv", x, w, *bias, kernel_shape=[1, 1], group=module.groups)
-        return graph.op("Conv", x, w, *bias, **window_of(module), group=module.groups)
+            y = graph.op("Conv", x, w, kernel_shape=[1, 1], group=module.groups)
+        else:
+            y = graph.op("Conv", x, w, **window_of(module), group=module.groups)
+        if module.bias is None:
+            return y
+        # Apart, not as an operand: between quantized operands onnxruntime rounds that to integers.
+        bias = module.bias if isinstance(module, nn.Linear) else module.bias.reshape(-1, 1, 1)
+        return graph.op("Add", y, graph.constant(bias, f"{name}.bias"))
 
     # -----------------------------------------------------------------------------------------
     # Functions and methods
@@ -134,11 +139,32 @@ class Writer:
         if emit is None:
             raise _unknown(str(getattr(node.target, "__name__", node.target)))
         inputs = [self.values.get(a, a) if isinstance(a, fx.Node) else a for a in node.args]
-        return emit(self.graph, *inputs, **node.kwargs)
+        _check_in_place(node)
+        try:
+            return emit(self.graph, *inputs, **node.kwargs)
+        except TypeError as error:  # an argument that the operation is written without
+            raise _unknown(f"{node.format_node()}") from error
 
 
 def _unknown(what: str) -> ConfigError:
     return ConfigError(f"export: format=onnx does not know {what}. Use format=packed.")
+
+
+def _check_in_place(node: fx.Node) -> None:
+    """Refuse a function that writes over a value which is read again: ONNX has no such thing.
+
+    `x += y` cannot be told from `x + y` here; the command compares the file with the network.
+    """
+    written = node.args[0] if node.args else None
+    in_place = node.kwargs.get("inplace") or (len(node.args) > 1 and node.args[1] is True)
+    if not in_place or not isinstance(written, fx.Node):
+        return
+    order = {other: i for i, other in enumerate(node.graph.nodes)}
+    if any(order[user] > order[node] for user in written.users):
+        raise ConfigError(
+            f"export: '{node.name}' changes in place what '{written.name}' gave, which is read "
+            "again. Write it without in-place operations, or use format=packed."
+        )
 
 
 def _pair(value: Any) -> list[int]:

@@ -157,7 +157,10 @@ def pack_network(
         layers=tuple(layers),
         norms=tuple(norms),
     )
-    parse(header.to_json())  # what is written can be read
+    try:
+        parse(header.to_json())  # what is written can be read
+    except FormatError as error:
+        raise ConfigError(f"export: the model cannot be described in a file: {error}.") from error
     return Packed(header, tensors)
 
 

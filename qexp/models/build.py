@@ -16,6 +16,7 @@ from torch import nn
 
 from qexp.errors import ConfigError, did_you_mean
 
+FOREIGN_WEIGHTS = {"weights", "weights_backbone", "pretrained", "pretrained_backbone"}
 RESERVED = {"_target_", "name", "checkpoint"}
 
 
@@ -59,11 +60,12 @@ def build_model(model: Mapping[str, Any], num_classes: int, in_channels: int) ->
     name = model.get("name", model["_target_"])
     target = resolve(model["_target_"])
     keywords = {k: v for k, v in model.items() if k not in RESERVED}
-    if keywords.get("weights") is not None:
-        raise ConfigError(
-            f"config: model.weights={keywords['weights']} would load weights that no run records. "
-            f"Use model.checkpoint={keywords['weights']}."
-        )
+    for key in FOREIGN_WEIGHTS & set(keywords):
+        if keywords[key] not in (None, False):
+            raise ConfigError(
+                f"config: model.{key}={keywords[key]} would load weights that no run records. "
+                "Use model.checkpoint=."
+            )
     keywords["num_classes"] = num_classes
     parameters = inspect.signature(target).parameters
     if "in_channels" in parameters:

@@ -13,8 +13,9 @@ Forward.  u = x / scale,  t = u / (qmax - qmin),  v = a0 + a1 t + a2 t^2,  B = c
 
 Who shares a border (`per`).  row: one function for each (input channel, kernel position), the same
     for all output channels and positions; the same pixel may round differently in each window, so
-    inputs are quantized after im2col. channel: one for each input channel, one quantized tensor as
-    usual. tensor: one for all.
+    inputs are quantized after im2col. (And dropped there in a reconstruction: each window has its
+    own mask, where QDrop's pixel has one.) channel: one for each input channel, one quantized
+    tensor as usual. tensor: one for all.
 
 `border`.  constant (a0), linear (a0, a1), quadratic (a0, a1, a2).
 
@@ -124,7 +125,7 @@ class AQuant(Quantizer):
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
-        """Set the step from a batch of inputs; columns or images, their distribution is one."""
+        """Set the step from a batch of inputs [N, ...], before im2col: as Nearest, and so QDrop."""
         scale, zero = estimate_grid(
             activation_sample(x),
             self.qmin,

@@ -25,11 +25,21 @@ def _shape_of(x: Tensor, per_row: bool) -> tuple[int, ...]:
     return (x.shape[0], *[1] * (x.dim() - 1)) if per_row else ()
 
 
+def sample(x: Tensor, most: int) -> Tensor:
+    """At most `most` elements of x, float32 [M], whatever its order in memory.
+
+    Drawn at random, the same places for the same number of elements: an even stride would meet
+    the same columns or channels of every image, as sizes are powers of two.
+    """
+    flat = x.detach().reshape(-1)
+    if flat.numel() > most:
+        generator = torch.Generator().manual_seed(0)
+        flat = flat[torch.randint(flat.numel(), (most,), generator=generator).to(x.device)]
+    return flat.float()
+
+
 def _subsample(rows: Tensor) -> Tensor:
-    """At most MAX_SAMPLES elements of a one-row tensor, evenly spaced: deterministic."""
-    if rows.shape[0] == 1 and rows.shape[1] > MAX_SAMPLES:
-        return rows[:, :: -(-rows.shape[1] // MAX_SAMPLES)]
-    return rows
+    return sample(rows, MAX_SAMPLES)[None] if rows.shape[0] == 1 else rows
 
 
 def absmax_scale(x: Tensor, qmin: int, qmax: int, *, per_row: bool = False) -> Tensor:

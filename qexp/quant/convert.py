@@ -14,7 +14,6 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from qexp.quant.columns import columns
 from qexp.quant.modules import QUANT_LAYERS, QuantConv2d, QuantLayer, QuantLinear
 from qexp.quant.quantizer import Identity, Quantizer
 from qexp.quant.trace import Layer
@@ -161,9 +160,6 @@ def calibrate_(model: nn.Module, images: Tensor, *, fresh_only: bool = False) ->
         quantizer, x = module.act_quantizer, inputs[0]
         if fresh_only and bool(quantizer.calibrated):
             return
-        if isinstance(module, QuantConv2d) and quantizer.on_columns:
-            window = (module.kernel_size, module.dilation, module.padding, module.stride)
-            x = columns(x, *window)  # type: ignore[arg-type]
         quantizer.calibrate(x)
 
     for module in quant_layers(model).values():

@@ -42,6 +42,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from qexp.quant.calibrate import sample
 from qexp.quant.functional import MIN_SCALE, as_rows, from_rows, kernel
 from qexp.quant.quantizer import Quantizer
 
@@ -126,9 +127,8 @@ def estimate_grid(
 
 
 def activation_sample(x: Tensor) -> Tensor:
-    """At most ACT_SAMPLES elements of x, evenly spaced in its memory order, [1, M]."""
-    flat = as_rows(x.detach(), 1)
-    return flat[:, :: max(1, -(-flat.shape[1] // ACT_SAMPLES))].float()
+    """At most ACT_SAMPLES elements of x, drawn at random, float32 [1, M]."""
+    return sample(x, ACT_SAMPLES)[None]
 
 
 # ---------------------------------------------------------------------------------------------

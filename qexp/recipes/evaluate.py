@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qexp.errors import CheckpointError, ConfigError
 from qexp.quant.convert import frozen_weights
+from qexp.runner.device import whole_float32
 from qexp.runner.distributed import share_, total
 
 
@@ -27,7 +28,7 @@ class Score(NamedTuple):
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Score:
-    """Score `model`, in eval mode and float32. Weights are quantized once; one host sync.
+    """Score `model`, in eval mode and float32 (no TF32). Weights are quantized once; one host sync.
 
     A network trained under bfloat16 autocast is scored as what it is after it: its export, the
     packed file and every other run are compared in one precision. Where several processes train
@@ -38,7 +39,7 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Scor
     share_(model, buffers_only=True)
     correct = loss = None
     images, start = 0, time.perf_counter()
-    with frozen_weights(model):
+    with frozen_weights(model), whole_float32():
         for x, y in batches:
             logits = model(x)
             hit, nats = (logits.argmax(1) == y).sum(), F.cross_entropy(logits, y, reduction="sum")

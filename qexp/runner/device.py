@@ -10,6 +10,8 @@ import re
 import shutil
 import sys
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +56,17 @@ def pick_device(name: str) -> torch.device:
             f"config: device={name}, but there are {count} GPUs, cuda:0 to cuda:{count - 1}."
         )
     return torch.device("cuda", index)
+
+
+@contextmanager
+def whole_float32() -> Iterator[None]:
+    """No TF32 inside: cuDNN's convolutions take 10 bits of a float32's mantissa by default."""
+    cudnn = torch.backends.cudnn
+    before, cudnn.allow_tf32 = cudnn.allow_tf32, False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32 = before
 
 
 def seed_everything(seed: int) -> None:

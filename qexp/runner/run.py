@@ -118,11 +118,12 @@ class Run:
     def finish(self, result: Mapping[str, Any]) -> None:
         """Write result.json and mark the run done.
 
-        `wall_s` (all parts of a resumed run together), `commit`, `dirty` and `overrides` are added
-        where `result` lacks them.
+        `wall_s` (all parts of a resumed run together), `finished` (UTC), `commit`, `dirty` and
+        `overrides` are added where `result` lacks them.
         """
         known = {
             "wall_s": round(self.wall_s(), 3),
+            "finished": _now(),
             "seed": self._environment["seed"],
             "commit": self._environment["commit"],
             "dirty": self._environment["dirty"],
