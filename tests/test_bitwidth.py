@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch import nn
 
+from qexp.quant.asq import ASQ
 from qexp.quant.bitwidth import Pattern, Progressive, Uniform, format_bits, parse_bits
 from qexp.quant.convert import Bits, calibrate_, check_calibrated, quant_layers, quantize_
 from qexp.quant.lsq import LSQ
@@ -259,6 +260,20 @@ def test_carried_state_survives_and_the_step_does_not(layers: list[Layer]) -> No
     assert after is not before
     assert torch.equal(after.adapter.weight, before.adapter.weight)  # type: ignore[union-attr]
     assert after.scale > before.scale  # type: ignore[operator]
+
+
+def test_the_adapters_of_asq_survive(layers: list[Layer]) -> None:
+    model, layers, images = quantized(Uniform(8, 8).assign(layers), act=ASQ)
+    before = model.get_submodule("2.act_quantizer")
+    with torch.no_grad():
+        for parameter in before.adapter.parameters():  # type: ignore[union-attr]
+            parameter.add_(0.25)
+    rebits_(model, layers, Uniform(4, 4).assign(layers), LSQ, ASQ, images=images)
+    after = model.get_submodule("2.act_quantizer")
+    assert after is not before
+    kept, carried = before.adapter.state_dict(), after.adapter.state_dict()  # type: ignore[union-attr]
+    assert kept.keys() == carried.keys()
+    assert all(torch.equal(carried[name], value) for name, value in kept.items())
 
 
 def test_float_layer_gets_quantizers_when_its_bits_fall(layers: list[Layer]) -> None:

@@ -354,6 +354,40 @@ def test_channels_last_changes_no_value_and_no_gradient(case: Case) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+CUTS = {
+    "half of the channels": lambda x: x.chunk(2, 1)[1],
+    "every second pixel": lambda x: x[:, :, ::2, ::2],
+    "transposed": lambda x: x.transpose(2, 3),
+}
+
+
+@each
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS.keys())
+def test_a_part_of_a_tensor_gets_its_own_gradient(case: Case, cut: Callable) -> None:
+    if case.role == "weight":
+        return
+    q, x = case.calibrated(case.widths[1])
+    wide = torch.cat([x, x], 1).repeat(1, 1, 2, 2)
+    part = cut(wide)
+    if part.shape[1] != x.shape[1]:
+        part, wide = part[:, : x.shape[1]], wide[:, : x.shape[1]]
+    e = torch.randn(part.shape, generator=torch.Generator().manual_seed(3))
+    results = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        v = wide.clone(memory_format=memory_format).requires_grad_()
+        y = q(cut(v) if cut(v).shape == part.shape else cut(v)[:, : x.shape[1]])
+        (y * e).sum().backward()
+        results.append((y.detach(), v.grad))
+    own = part.clone(memory_format=torch.contiguous_format).requires_grad_()
+    (q(own) * e).sum().backward()
+    assert own.grad is not None
+    for y, grad in results:
+        torch.testing.assert_close(y, q(own).detach(), rtol=1e-5, atol=1e-6)
+        assert grad is not None
+        found = cut(grad)[:, : x.shape[1]]
+        torch.testing.assert_close(found, own.grad, rtol=1e-4, atol=1e-6)
+
+
 @each
 def test_a_training_step_never_waits_for_the_device(case: Case) -> None:
     with FakeTensorMode():  # a fake tensor has no value: .item() and bool() raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ import torch
 from compose import tiny
 from omegaconf import DictConfig
 
-from qexp.errors import RunError
+from qexp.errors import ConfigError, RunError
+from qexp.quant.codebook import Codebook
+from qexp.recipes import outcome
 from qexp.recipes import qat as qat_module
 from qexp.recipes.evaluate import evaluate_run
 from qexp.recipes.optimize import WeightAverage, lr_factor, make_optimizer, reestimate_bn_
@@ -63,8 +66,12 @@ def test_qat_writes_the_documented_result(tmp_path: Path, float_run: Path) -> No
     assert any(n.startswith("events.out.tfevents") for n in names)
 
 
-def test_eval_of_a_run_gives_its_last_epoch_again(tmp_path: Path, float_run: Path) -> None:
-    result, folder = train(tiny(tmp_path, f"model.checkpoint={float_run}", "recipe.epochs=2"))
+@pytest.mark.parametrize("extra", [[], ["recipe.ema=0.99", "recipe.lr=0.2"]])
+def test_eval_of_a_run_gives_its_last_epoch_again(
+    tmp_path: Path, float_run: Path, extra: list[str]
+) -> None:
+    options = [f"model.checkpoint={float_run}", "recipe.epochs=2", *extra]
+    result, folder = train(tiny(tmp_path, *options))
     node = {"run": str(folder), "checkpoint": "last.pt", "split": "test", "device": "cpu"}
     assert evaluate_run(DictConfig(node))["top1"] == result["top1"]
 
@@ -121,6 +128,32 @@ def test_auto_trains_one_float_network_and_shares_it(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("**/fp32/*/result.json"))) == 1
 
 
+def test_a_start_from_a_run_with_an_average_takes_the_average(
+    tmp_path: Path, float_run: Path
+) -> None:
+    options = ["quantizer=fp32", "recipe=float", "recipe.ema=0.99", "recipe.epochs=2"]
+    averaged, folder = train(tiny(tmp_path / "float", *options))
+    start = [f"model.checkpoint={folder / 'last.pt'}", "recipe.epochs=1"]
+    result, _ = train(tiny(tmp_path / "qat", *start))
+    assert result["fp32_top1"] == averaged["top1"]
+
+
+def test_an_average_of_quantizers_that_are_replaced_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"recipe\.ema=0\.9 would average quantizers"):
+        train(tiny(tmp_path, "bitwidth=progressive", "recipe.ema=0.9", "model.checkpoint=none"))
+
+
+def test_a_run_does_not_depend_on_who_trained_its_float_network(tmp_path: Path) -> None:
+    options = ["quantizer=asq", "recipe.epochs=1"]
+    first, _ = train(tiny(tmp_path, *options))  # trains the float network first
+    kept = checkpoint.load(tmp_path / "run" / "last.pt")["model"]
+    cfg = tiny(tmp_path, *options)
+    cfg.folder = str(tmp_path / "again")
+    second, folder = train(cfg)
+    assert same(kept, checkpoint.load(folder / "last.pt")["model"])
+    assert first["top1"] == second["top1"]
+
+
 def test_auto_takes_a_float_run_the_user_made(tmp_path: Path) -> None:
     options = ["quantizer=fp32", "recipe.batch_size=16", "recipe.epochs=2", "recipe.plots=false"]
     cfg = tiny(tmp_path, *options)
@@ -148,6 +181,48 @@ def test_nan_loss_stops_the_run_naming_step_and_layer(tmp_path: Path, float_run:
     status = json.loads((Path(cfg.folder) / "status.json").read_text())
     assert status["state"] == "failed"
     assert "recipe.grad_clip" in status["error"]
+
+
+def test_a_checkpoint_within_an_epoch_is_never_of_a_broken_network(
+    tmp_path: Path, float_run: Path
+) -> None:
+    options = [f"model.checkpoint={float_run}", "recipe.lr=1e30", "recipe.save_every=1"]
+    with pytest.raises(RunError, match="no checkpoint yet"):
+        train(tiny(tmp_path, *options))
+    last = tmp_path / "run" / "last.pt"
+    if last.exists():
+        state = checkpoint.load(last)["model"]
+        assert all(v.isfinite().all() for v in state.values() if v.is_floating_point())
+
+
+def test_the_last_tenth_of_the_steps_has_fixed_codebooks(tmp_path: Path, float_run: Path) -> None:
+    options = ["quantizer=adq", f"model.checkpoint={float_run}", "recipe.epochs=1"]
+    seen: list[bool] = []
+    with pytest.MonkeyPatch.context() as patch:
+        observe = Codebook._observe
+        patch.setattr(Codebook, "_observe", lambda q, *a: (seen.append(q.adapting), observe(q, *a)))
+        train(tiny(tmp_path, *options, "dataset.train_images=160"))  # ten steps
+    per_step = len(seen) // 10
+    assert [all(seen[i * per_step : (i + 1) * per_step]) for i in range(10)] == [True] * 9 + [False]
+
+
+def test_several_processes_and_synced_norms_are_another_protocol(
+    tmp_path: Path, float_run: Path
+) -> None:
+    cfg = tiny(tmp_path, f"model.checkpoint={float_run}", "recipe.epochs=1")
+    result, folder = train(cfg)
+    dataset = SimpleNamespace(protocol=dict)
+    recipe = {"epochs": 1, "distill": {"weight": 0.5, "teacher": str(folder / "last.pt")}}
+    start = {"sha256": "x"}
+    alone = outcome.protocol(cfg, recipe, dataset, start)
+    assert len(alone["distill"]["teacher"]) == 64  # the file's hash
+    assert "processes" not in alone
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(outcome, "world", lambda: SimpleNamespace(size=8))
+        cfg.sync_bn = True
+        together = outcome.protocol(cfg, recipe, dataset, start)
+    assert together == {**alone, "processes": 8, "sync_bn": True}
+    assert all("per_channel=" in text for text in result["granularity"]["weight"])
 
 
 def test_max_steps_ends_the_schedule_there(tmp_path: Path, float_run: Path) -> None:

@@ -76,6 +76,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
             f"checkpoint: {path} is truncated or not a PyTorch state dict ({first_line(error)}). "
             "Write it with torch.save(model.state_dict(), path)."
         ) from error
+    content = averaged(content) or content
     for wrapper in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
@@ -88,6 +89,13 @@ def read_state(path: Path) -> dict[str, Tensor]:
         content = {name.removeprefix("module."): value for name, value in content.items()}
     # A plain dict: without torch's version mark, batch norms of old files may lack their counter.
     return dict(content)
+
+
+def averaged(content: Any) -> Mapping[str, Tensor] | None:
+    """The weight average in a checkpoint of the runner (`recipe.ema`), if it has one."""
+    average = content.get("average") if isinstance(content, Mapping) else None
+    state = average.get("state") if isinstance(average, Mapping) else None
+    return state if isinstance(state, Mapping) and state else None
 
 
 def all_tensors(content: Mapping[Any, Any]) -> bool:

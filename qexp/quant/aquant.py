@@ -163,6 +163,8 @@ class AQuant(Quantizer):
         """[A, R, M]: R rows of borders in the middle, in x's memory order."""
         if self.per == "tensor":
             return as_rows(x, 1)[None]
+        if len(self.shape) == 1:  # linear: channels come last
+            return x.reshape(-1, x.shape[-1], 1)
         if x.dim() == 4 and not x.is_contiguous():
             return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1], 1)  # [N*H*W, C, 1]
         return x.reshape(*x.shape[:2], -1)

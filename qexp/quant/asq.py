@@ -121,6 +121,8 @@ class ASQ(Quantizer):
         init: `lsq` (released) or `mse`, for the step.
     """
 
+    carried = ("adapter", "mean_abs")  # of the input, whatever the width
+
     dead_samples: Tensor
     dead_layer: Tensor
     mean_abs: Tensor
@@ -255,6 +257,3 @@ class ASQ(Quantizer):
             "dead_samples": self.dead_samples,
             "dead_layers": self.dead_layer.long(),
         }
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, factor={self.factor}"

@@ -16,12 +16,13 @@ from qexp.quant.convert import frozen_weights, quant_layers
 
 
 def channel_mean(y: Tensor) -> Tensor:
-    """Mean over all but axis 1. Shape: [N, C, ...] -> [C]."""
-    return y.float().transpose(0, 1).reshape(y.shape[1], -1).mean(1)
+    """Mean of each channel: images [N, C, H, W], or tokens [N, ..., C] -> [C]."""
+    channels = y.movedim(1, -1) if y.dim() == 4 else y
+    return channels.float().reshape(-1, channels.shape[-1]).mean(0)
 
 
 def _shaped(v: Tensor, y: Tensor) -> Tensor:
-    return v.reshape(1, -1, *[1] * (y.dim() - 2)).to(y.dtype)
+    return (v[:, None, None] if y.dim() == 4 else v).to(y.dtype)
 
 
 @torch.no_grad()

@@ -44,7 +44,7 @@ def search(x: Tensor, table: Tensor) -> tuple[Tensor, list[Tensor]]:
     Shape: x any; table [2^k - 1], sorted ascending; result as x.
     """
     if not torch.compiler.is_compiling():
-        return torch.bucketize(x, table, out_int32=True), []
+        return torch.bucketize(x.contiguous(), table, out_int32=True), []
     index = torch.zeros_like(x, dtype=torch.int32)
     masks: list[Tensor] = []
     for bit in reversed(range(table.shape[0].bit_length())):

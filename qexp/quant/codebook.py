@@ -16,7 +16,7 @@ Adaptation, at each forward in training, from the master weights, S_k = {w: k(w)
     An online Lloyd-Max: gamma = 0 is one Lloyd sweep. c_k and mean(S_k) lie in the same cell, so
     the levels stay sorted. `form: count` keeps moving counts and sums instead (VQ-VAE):
     n_k <- gamma n_k + (1 - gamma) |S_k|,  t_k <- gamma t_k + (1 - gamma) sum(S_k),  c_k = t_k / n_k
-    It stops at the fraction `adapt_until` of the training: the last epochs have a fixed grid.
+    It stops at the fraction `adapt_until` of the training's steps: the last ones have a fixed grid.
 Dead levels: a level without members for `dead_after` forwards moves into the neighbouring cell that
     has more members, to the centroid of the half of it that faces the dead level.
 
@@ -24,8 +24,8 @@ The abstract and a cut review are all of the paper we had. Stated there: quantil
 positive and negative apart, zero added; adaptation by a moving average; a sensitivity-informed
 bit-width per layer (`bitwidth=sensitivity`); distillation. Unknown, and what we chose:
  1. 2^b - 1 levels; quantile positions (k - 1/2) / m; gamma 0.99; the end of adaptation at 0.9.
- 2. The form of the average, dead levels, and that each forward counts as one iteration (with
-    gradient accumulation: one a micro-batch).
+ 2. The form of the average, dead levels, and that each step counts as one iteration (with
+    gradient accumulation too: its micro-batches share one quantization of the weights).
  3. One codebook a layer; `per_channel: true` is one an output channel, with its bytes counted.
  4. `init: kmeans` (quantiles, then Lloyd sweeps), `init: uniform` (step of least squared error);
     `adaptation: none`, and `adaptation: gradient` (levels learned: dL/dc_k = sum of e over S_k).

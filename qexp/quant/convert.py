@@ -161,6 +161,9 @@ def calibrate_(model: nn.Module, images: Tensor, *, fresh_only: bool = False) ->
         if fresh_only and bool(quantizer.calibrated):
             return
         quantizer.calibrate(x)
+        see_weights = getattr(quantizer, "see_weights", None)
+        if see_weights is not None:  # a start from the weights; reconstruction does it anew
+            see_weights(module.weight, module.weight_quantizer(module.weight))
 
     for module in quant_layers(model).values():
         if not (fresh_only and bool(module.weight_quantizer.calibrated)):

@@ -54,6 +54,7 @@ from qexp.quant.functional import (
     dequantize,
     fake_quantize,
     from_rows,
+    in_order_of,
     kernel,
     midpoints,
     quantize,
@@ -222,9 +223,7 @@ class _PACT(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, alpha = ctx.saved_tensors
-        grad = grads[0]
-        if grad.stride() != x.stride():  # bring it into x's memory order
-            grad = torch.empty_like(x, dtype=grad.dtype).copy_(grad)
+        grad = in_order_of(grads[0], x)
         grad_x, grad_alpha = _pact_backward(
             as_rows(grad, 1), as_rows(x, 1), alpha.view(1, 1), ctx.signed
         )

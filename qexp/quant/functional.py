@@ -142,10 +142,12 @@ def operands(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def in_order_of(grad: Tensor, x: Tensor) -> Tensor:
-    """`grad` in the memory order of `x`: a gradient may arrive in another one."""
+    """`grad` in the order in which `as_rows` takes `x`: a gradient may arrive in another one."""
     if torch.compiler.is_compiling() or grad.stride() == x.stride():
         return grad  # the compiler sees to it
-    return torch.empty_like(x, dtype=grad.dtype).copy_(grad)
+    if _is_channels_last(x):
+        return grad.contiguous(memory_format=torch.channels_last)
+    return grad.contiguous()  # also where x is a part of a channels-last tensor: as_rows copies it
 
 
 def sum_to(t: Tensor, scale: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ class QuantConv2d(QuantizedOperands, nn.Conv2d):
         taken = self.act_quantizer(columns(x, *window))  # type: ignore[arg-type]
         n, k, length = taken.shape
         grouped = taken.view(n, self.groups, k // self.groups, length)
-        rows = weight.view(self.groups, self.out_channels // self.groups, -1).to(taken.dtype)
+        rows = weight.reshape(self.groups, self.out_channels // self.groups, -1).to(taken.dtype)
         # A batched product, not einsum, whose gradient of the rows is many times slower on a CPU.
         out = torch.matmul(rows, grouped).reshape(n, self.out_channels, length)
         if self.bias is not None:

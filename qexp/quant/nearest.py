@@ -43,7 +43,7 @@ import torch
 from torch import Tensor, nn
 
 from qexp.quant.calibrate import sample
-from qexp.quant.functional import MIN_SCALE, as_rows, from_rows, kernel
+from qexp.quant.functional import MIN_SCALE, as_rows, from_rows, in_order_of, kernel
 from qexp.quant.quantizer import Quantizer
 
 WIDTHS = 80  # candidate ranges, from 1/80 of the data's to all of it
@@ -173,9 +173,7 @@ class _Nearest(torch.autograd.Function):
         x, scale, zero = ctx.saved_tensors
         rows = scale.numel()
         step = scale.reshape(rows, 1).clamp_min(MIN_SCALE)
-        grad = grads[0]
-        if grad.stride() != x.stride():  # bring the gradient into x's memory order
-            grad = torch.empty_like(x, dtype=grad.dtype).copy_(grad)
+        grad = in_order_of(grads[0], x)
         grad_x, grad_scale = _nearest_backward(
             as_rows(grad, rows), as_rows(x, rows), step, zero.reshape(rows, 1), ctx.qmin, ctx.qmax
         )

@@ -21,6 +21,7 @@ Invariants, each held by a test:
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 
@@ -115,7 +116,11 @@ class Quantizer(nn.Module):
         return {}
 
     def extra_repr(self) -> str:
-        return f"bits={self.bits}, {'signed' if self.signed else 'unsigned'}"
+        """Bits, sign, and the options of the class that are plain values."""
+        own = inspect.signature(type(self).__init__).parameters
+        values = {k: getattr(self, k, None) for k in own if k not in ("self", "bits", "signed")}
+        kept = (f"{k}={v}" for k, v in values.items() if isinstance(v, (str, bool, int, float)))
+        return ", ".join([f"bits={self.bits}", "signed" if self.signed else "unsigned", *kept])
 
 
 class Identity(Quantizer):

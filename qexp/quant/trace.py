@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from qexp.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -61,8 +63,13 @@ def trace(model: nn.Module, input_shape: Sequence[int], batch: int = 2) -> list[
 
     def hook(name: str) -> object:
         def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if name not in seen:
-                seen[name] = (module, inputs[0], output)
+            if name in seen:
+                raise ConfigError(
+                    f"model: layer '{name}' runs more than once in a forward pass. One step for "
+                    "both inputs, and the counts of operations, would be wrong. Give each call its "
+                    "own layer."
+                )
+            seen[name] = (module, inputs[0], output)
 
         return record
 

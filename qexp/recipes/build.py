@@ -7,7 +7,7 @@ sees a config object.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from qexp.errors import CheckpointError
+from qexp.errors import CheckpointError, ConfigError
 from qexp.models.build import build_model
+from qexp.models.load import averaged
 from qexp.quant.convert import Bits, Swap, quantize_
 from qexp.quant.trace import Layer, trace
 from qexp.runner import checkpoint
@@ -34,6 +35,7 @@ class Network:
     policy: Any  # the bit-width policy, None for a float run
     bits: dict[str, Bits]
     swaps: list[Swap]
+    sensitivity: dict[str, float] = field(default_factory=dict)  # by layer, if the policy has it
 
 
 def make_dataset(cfg: DictConfig, device: torch.device) -> Any:
@@ -92,9 +94,15 @@ def make_network(
     if is_float(cfg):
         return Network(model, layers, None, {}, [])
     policy = instantiate(cfg.bitwidth, _convert_="all")
+    if cfg.recipe.get("ema") and hasattr(policy, "bits_at"):
+        raise ConfigError(
+            f"config: recipe.ema={cfg.recipe.ema} would average quantizers of different widths. "
+            f"With bitwidth={cfg.bitwidth.get('name')} set recipe.ema=0."
+        )
     chosen = dict(bits) if bits is not None else dict(policy.assign(layers, **(context or {})))
     swaps = quantize_(model, layers, chosen, **factories(cfg))
-    return Network(model, layers, policy, chosen, swaps)
+    omega = dict(getattr(policy, "sensitivity_by_layer", {}))
+    return Network(model, layers, policy, chosen, swaps, omega)
 
 
 def needs_data(cfg: DictConfig) -> bool:
@@ -133,7 +141,10 @@ def load_run(folder: Path, name: str, device: str) -> tuple[nn.Module, Any, Dict
 def restore(
     cfg: DictConfig, state: Mapping[str, Any], dataset: Any, device: torch.device
 ) -> nn.Module:
-    """Rebuild the network that `state` (a checkpoint of the runner) holds."""
+    """Rebuild the network that `state` (a checkpoint of the runner) holds: what was scored.
+
+    With `recipe.ema` that is the average; only a resumed training needs the weights beside it.
+    """
     model = make_model(cfg, dataset, device)
     if state.get("folded"):
         from qexp.quant.fold import fold_bn_
@@ -142,7 +153,7 @@ def restore(
     bits = {k: Bits(*v) for k, v in state["bits"].items()}
     network = make_network(cfg, model, dataset.input_shape, bits=bits)
     try:
-        network.model.load_state_dict(state["model"])
+        network.model.load_state_dict(averaged(state) or state["model"])
     except RuntimeError as error:
         raise CheckpointError(
             f"checkpoint: its tensors do not fit the network of its own config ({error}). "

@@ -14,14 +14,17 @@ from omegaconf import DictConfig
 from torch import nn
 
 from qexp import plot
+from qexp.models.load import sha256
 from qexp.quant.accounting import account
 from qexp.quant.convert import quantizers
 from qexp.recipes import picture
 from qexp.recipes.build import Network, is_float
 from qexp.recipes.evaluate import Score
 from qexp.recipes.watch import Movement, health
+from qexp.report_runs import UNIFORM
 from qexp.runner import checkpoint
 from qexp.runner.atomic import write_bytes
+from qexp.runner.distributed import world
 from qexp.runner.run import Run
 
 # The protocol is what two rows must share to be compared; the method is what they may differ in.
@@ -122,12 +125,20 @@ def weights_only(path: Path) -> dict[str, Any]:
 def protocol(
     cfg: DictConfig, recipe: Mapping[str, Any], dataset: Any, start: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What a comparison must hold fixed."""
+    """What a comparison must hold fixed. `batch_size` is a process's; several are counted."""
+    known = {k: v for k, v in recipe.items() if k not in NOT_PROTOCOL}
+    teacher = (known.get("distill") or {}).get("teacher", "float")
+    if teacher != "float" and Path(teacher).is_file():  # the file, not the place it lies at
+        known["distill"] = {**known["distill"], "teacher": sha256(Path(teacher))}
+    if (size := world().size) > 1:
+        known["processes"] = size
+    if cfg.get("sync_bn"):
+        known["sync_bn"] = True
     return {
         "dataset": cfg.dataset.name,
         "model": cfg.model.name,
         **dataset.protocol(),
-        **{k: v for k, v in recipe.items() if k not in NOT_PROTOCOL},
+        **known,
         "first_last": "float" if is_float(cfg) else str(cfg.bitwidth.get("first_last")),
         "float_sha256": start["sha256"],
         "max_steps": cfg.max_steps,
@@ -150,7 +161,7 @@ def result(
     **more: Any,
 ) -> dict[str, Any]:
     """The fields of result.json that every recipe shares, and layers.csv beside it."""
-    omega = getattr(network.policy, "sensitivity_by_layer", None)
+    omega = network.sensitivity
     cost = account(network.model, network.layers, omega)
     write_bytes(run.dir / "layers.csv", ("\n".join(cost.csv_lines()) + "\n").encode())
     if omega and cfg.recipe.get("plots", True):
@@ -177,10 +188,12 @@ def result(
     }
 
 
-def _nominal(cfg: DictConfig, operand: str) -> int:
-    """The width a policy is asked for; `bits` where it decides by itself."""
+def _nominal(cfg: DictConfig, operand: str) -> int | None:
+    """The width a policy is asked for; None where it gives each layer its own."""
     asked = cfg.bitwidth.get(operand)
-    return asked if isinstance(asked, int) else cfg.bits
+    if isinstance(asked, int):
+        return asked
+    return cfg.bits if cfg.bitwidth.get("name") in UNIFORM else None
 
 
 def granularity(model: nn.Module) -> dict[str, list[str]]:

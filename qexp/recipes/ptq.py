@@ -88,6 +88,7 @@ def ptq(cfg: DictConfig, run: Run) -> dict[str, Any]:
         check_calibrated(model)
     else:
         model.load_state_dict(saved["model"])
+        network.sensitivity = saved.get("sensitivity", {})
 
     # Unit by unit.
     done: list[dict[str, Any]] = [] if saved is None else saved["units"]
@@ -96,6 +97,7 @@ def ptq(cfg: DictConfig, run: Run) -> dict[str, Any]:
         state = {
             "model": model.state_dict(),
             "bits": {k: list(v) for k, v in network.bits.items()},
+            "sensitivity": network.sensitivity,
             "folded": True,
             "kinds": {n: type(q).__name__ for n, q in quantizers(model).items()},
             "start": start.record(),

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from qexp.quant.convert import Bits, calibrate_, check_calibrated, quantizers, shared_weights
+from qexp.quant.quantizer import Quantizer
 from qexp.quant.rebits import rebits_
 from qexp.recipes import build, outcome, picture
 from qexp.recipes.compilation import compile_for
@@ -101,6 +102,7 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
             average.load_state_dict(saved["average"])
         for key, value in state.items():
             state[key] = saved[key].to(device) if isinstance(value, Tensor) else saved[key]
+        network.sensitivity = saved.get("sensitivity", {})
         checkpoint.set_rng_state(saved["rng"])
         run.info(f"resumed after epoch {state['epoch']}, step {state['step']}")
     distributed.own_random_numbers(cfg.seed, state["epoch"] * dataset.steps_per_epoch)
@@ -118,6 +120,7 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
                 "optimizer": optimizer.state_dict(),
                 "average": average.state_dict() if average else None,
                 "bits": {k: list(v) for k, v in network.bits.items()},
+                "sensitivity": network.sensitivity,
                 "start": start.record(),
                 "folded": start.folded,
                 "rng": checkpoint.rng_state(),
@@ -130,8 +133,6 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
         if _change_bits(cfg, s, network, images, epoch, run):
             distributed.share_(model)
             optimizer = carry_momentum(optimizer, _optimizer(model, s))
-        for quantizer in quantizers(model).values():
-            quantizer.progress(epoch / s.epochs)
         movement = Movement(model)
         _train_epoch(forward, model, dataset, optimizer, average, start, s, state, steps, save)
         if s.bn_reestimate and (epoch + 1) * dataset.steps_per_epoch >= steps:
@@ -205,12 +206,15 @@ def _train_epoch(
         state["seen"] = 0
     seen, began = state["seen"], time.perf_counter()
     world = distributed.world()
+    timed = [q for q in quantizers(model).values() if type(q).progress is not Quantizer.progress]
     off = None if world.leads else True  # None: shown on a terminal
     bar = tqdm(total=until, initial=first, desc=f"epoch {epoch + 1}", leave=False, disable=off)
     for i, (x, y) in zip(range(first, until), dataset.train_batches(epoch, first), strict=False):
         step = epoch * per_epoch + i
         factor = lr_factor(step, steps, schedule=s.schedule, warmup=warmup, milestones=s.milestones)
         set_lr(optimizer, factor)
+        for quantizer in timed:
+            quantizer.progress(step / (s.epochs * per_epoch))
         optimizer.zero_grad(set_to_none=True)
         right = torch.zeros((), device=x.device)
         with shared_weights(model) if s.accumulate > 1 else nullcontext():
@@ -233,6 +237,7 @@ def _train_epoch(
         if (i + 1) % CHECK_EVERY == 0 or i + 1 == until:
             check_finite(model, state["losses"][: i + 1], epoch)
         if s.save_every and (i + 1) % s.save_every == 0 and i + 1 < until:
+            check_finite(model, state["losses"][: i + 1], epoch)
             state["step"] = i + 1
             save()
     bar.close()

@@ -19,6 +19,7 @@ from qexp.recipes.build import is_float, make_model
 from qexp.recipes.evaluate import evaluate
 from qexp.recipes.handover import checkpoint_file, load_folded, read_ptq
 from qexp.recipes.settings import Settings
+from qexp.runner.checkpoint import rng_state, set_rng_state
 from qexp.runner.distributed import led
 from qexp.runner.run import Run
 
@@ -67,7 +68,9 @@ def float_start(
     spec = None if s.from_scratch or spec == "none" else spec
     start = FloatStart(model, None, None, spec, None)
     if spec == "auto":
+        before = rng_state()
         start.source = led(lambda: str(float_checkpoint(cfg, run)))
+        set_rng_state(before)  # whether the baseline had to be trained changes nothing that follows
     start.source = checkpoint_file(start.source) if start.source else None
     if saved is not None:
         start.top1, start.sha256 = saved["start"]["top1"], saved["start"]["sha256"]
