@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qexp.errors import ConfigError
 from qexp.quant.accounting import COLUMNS, account, packed_bytes
 from qexp.quant.bitwidth import Uniform
 from qexp.quant.convert import Bits, calibrate_, quantize_
@@ -163,3 +164,17 @@ def test_packed_bytes_rounds_a_layer_up_to_whole_bytes(
     count: int, levels: int, expected: int
 ) -> None:
     assert packed_bytes(count, levels) == expected
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.conv(x).relu())
+
+
+def test_a_layer_that_runs_twice_is_refused() -> None:
+    with pytest.raises(ConfigError, match="layer 'conv' runs more than once"):
+        trace(Twice(), (3, 8, 8))

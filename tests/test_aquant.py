@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 from qexp.quant.aquant import AQuant
 from qexp.quant.border import border_round
+from qexp.quant.convert import Bits, calibrate_, quant_layers, quantize_
+from qexp.quant.lsq import LSQ
 from qexp.quant.modules import QuantConv2d
 from qexp.quant.nearest import Nearest
 from qexp.quant.quantizer import Identity
+from qexp.quant.trace import trace
 
 FIELD = (4, 3, 3)
 ROWS = 36
@@ -255,3 +258,28 @@ def test_padding_zeros_stay_zero_under_ordinary_borders() -> None:
     q = made(spread=0.05)
     x = F.unfold(torch.zeros(1, 4, 5, 5), 3, padding=1)
     assert float(q(x).detach().abs().max()) == 0.0
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 6])
+def test_tokens_are_quantized_one_by_one(tokens: int) -> None:
+    q = AQuant(3, signed=False, shape=(6,))
+    x = torch.rand(4, tokens, 6, generator=torch.Generator().manual_seed(0))
+    q.calibrate(x)
+    with torch.no_grad():
+        q.border.copy_(
+            0.2 * torch.randn(q.border.shape, generator=torch.Generator().manual_seed(1))
+        )
+        one_by_one = torch.stack([q(x[:, t]) for t in range(tokens)], 1)
+        assert torch.equal(q(x), one_by_one)
+        assert torch.equal(q.decode(q.codes(x)), one_by_one)
+
+
+def test_the_closed_form_needs_no_reconstruction() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
+    layers = trace(model, (3, 8, 8))
+    quantize_(model, layers, {x.name: Bits(2, 4) for x in layers}, LSQ, AQuant)
+    calibrate_(model, torch.randn(4, 3, 8, 8))
+    for layer in quant_layers(model).values():
+        assert isinstance(layer.act_quantizer, AQuant)
+        assert layer.act_quantizer.border[1].abs().max() > 0

@@ -280,3 +280,10 @@ def test_bias_correction_gives_every_layer_the_mean_of_the_float_one() -> None:
             handle.remove()
     for ours, theirs in means.values():
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_the_mean_of_a_channel_is_over_positions_of_images_and_tokens() -> None:
+    images, tokens = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 3)  # as many tokens as channels
+    torch.testing.assert_close(channel_mean(images), images.mean((0, 2, 3)))
+    torch.testing.assert_close(channel_mean(tokens), tokens.mean((0, 1)))
+    torch.testing.assert_close(channel_mean(tokens[:, 0]), tokens[:, 0].mean(0))

@@ -65,6 +65,7 @@ from qexp.quant.lsq import Count, grad_scale
 from qexp.quant.quantizer import Quantizer
 
 MIN_SEGMENT = 1e-3  # the paper's lower bound of a_i
+MAX_BITS = 10  # beyond, the uniform start has shorter segments
 
 
 def _at_least(x: Tensor, bound: float) -> Tensor:
@@ -93,6 +94,11 @@ class N2UQ(Quantizer):
         init: Literal["mse", "paper"] = "mse",
     ) -> None:
         super().__init__(bits, signed=signed, shape=shape)
+        if bits > MAX_BITS:
+            raise ValueError(
+                f"thresholds closer than {MIN_SEGMENT:g} are not learned: at most "
+                f"{MAX_BITS} bits, got {bits}"
+            )
         self.count: Count | None = count
         self.init = init
         self.segments = 2**bits - 1  # m

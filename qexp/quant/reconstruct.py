@@ -93,7 +93,8 @@ def output_error(y_hat: Tensor, y: Tensor, p: float, weight: Tensor | None = Non
     error = (y_hat - y).square() if p == 2.0 else (y_hat - y).abs().pow(p)
     if weight is not None:
         error = error * weight
-    return error.sum() * (y.shape[1] / y.numel())
+    channels = y.shape[-1] if y.dim() == 3 else y.shape[1]  # tokens [N, T, C], else [N, C, ...]
+    return error.sum() * (channels / y.numel())
 
 
 @torch.no_grad()

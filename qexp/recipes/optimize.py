@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qexp.quant.convert import quantizer_parameters
+from qexp.recipes.settings import Settings
 
 
 def make_optimizer(
@@ -112,6 +113,19 @@ def reestimate_bn_(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], i
     model(torch.cat(found))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
+
+
+def optimizer_of(model: nn.Module, s: Settings) -> torch.optim.Optimizer:
+    """The optimizer that a recipe's settings ask for."""
+    return make_optimizer(
+        model,
+        optimizer=s.optimizer,
+        lr=s.lr,
+        momentum=s.momentum,
+        weight_decay=s.weight_decay,
+        quantizer_lr=s.quantizer_lr,
+        quantizer_weight_decay=s.quantizer_weight_decay,
+    )
 
 
 class WeightAverage:

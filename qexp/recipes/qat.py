@@ -40,7 +40,7 @@ from qexp.recipes.optimize import (
     WeightAverage,
     carry_momentum,
     lr_factor,
-    make_optimizer,
+    optimizer_of,
     reestimate_bn_,
     set_lr,
 )
@@ -92,7 +92,7 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
     # What trains it.
     steps = s.epochs * dataset.steps_per_epoch
     steps = steps if cfg.max_steps is None else min(steps, cfg.max_steps)
-    optimizer = _optimizer(model, s)
+    optimizer = optimizer_of(model, s)
     average = WeightAverage(model, s.ema) if s.ema else None
     state = _first_state(model, dataset, s, device)
     if saved is not None:
@@ -132,7 +132,7 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
         epoch = state["epoch"]
         if _change_bits(cfg, s, network, images, epoch, run):
             distributed.share_(model)
-            optimizer = carry_momentum(optimizer, _optimizer(model, s))
+            optimizer = carry_momentum(optimizer, optimizer_of(model, s))
         movement = Movement(model)
         _train_epoch(forward, model, dataset, optimizer, average, start, s, state, steps, save)
         if s.bn_reestimate and (epoch + 1) * dataset.steps_per_epoch >= steps:
@@ -268,18 +268,6 @@ def _loss(
         )
         loss = (1 - s.distill.weight) * loss + s.distill.weight * t * t * kl
     return loss, (logits.detach().argmax(1) == y).sum()
-
-
-def _optimizer(model: nn.Module, s: Settings) -> torch.optim.Optimizer:
-    return make_optimizer(
-        model,
-        optimizer=s.optimizer,
-        lr=s.lr,
-        momentum=s.momentum,
-        weight_decay=s.weight_decay,
-        quantizer_lr=s.quantizer_lr,
-        quantizer_weight_decay=s.quantizer_weight_decay,
-    )
 
 
 def _change_bits(
