@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qexp.errors import ConfigError, did_you_mean
-from qexp.signature import Signature, against
+from qexp.signature import Signature, against, missing_keys
 
 PACKAGE = Path(__file__).parent
 
@@ -98,14 +98,14 @@ def run_name(*, _root_: DictConfig) -> str:
     quantizer, policy = _root_.quantizer, _root_.bitwidth
     if quantizer.get("weight") is None and quantizer.get("act") is None:
         return str(quantizer.name)
-    name = _mixed_name() or str(quantizer.name)
+    name = mixed_name() or str(quantizer.name)
     if policy.get("name") not in (None, "uniform"):
         budget = policy.get("budget")
         return f"{name}-{policy.name}" + (f"{budget:g}" if budget is not None else "")
     return f"{name}-w{policy.weight}a{policy.act}"
 
 
-def _mixed_name() -> str | None:
+def mixed_name() -> str | None:
     """`weight+act` when the command line replaced a part of the chosen method."""
     from hydra.core.hydra_config import HydraConfig
 
@@ -252,7 +252,12 @@ def _source(cfg: DictConfig, path: str) -> str:
 
 
 def _unresolvable(cfg: DictConfig) -> Iterator[str]:
-    """A line when an interpolation leads nowhere or a mandatory value is missing."""
+    """A line for each mandatory value that is missing, or when an interpolation leads nowhere."""
+    missing = sorted(missing_keys(OmegaConf.to_container(cfg, resolve=False)))
+    for key in missing:
+        yield f"config: {key} has no value. Set {key}=..."
+    if missing:
+        return
     try:
         OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:

@@ -9,6 +9,7 @@ on.
 from __future__ import annotations
 
 import importlib
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from omegaconf import DictConfig
 
 from qexp import config, sweep
 from qexp.errors import ConfigError, origin
+from qexp.runner.folder import read_status
 
 
 class Job:
@@ -86,7 +88,8 @@ def _run(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
     began = time.perf_counter()
     with distributed.together(cfg.device) as world:
         resume = resume or (world.leads and _take_up(cfg))
-        with open_run(Path(cfg.folder), cfg, resume=resume) as run:
+        label = config.mixed_name()
+        with open_run(Path(cfg.folder), cfg, resume=resume, label=label) as run:
             set_threads(cfg.threads)  # put back when the run ends
             run.info(f"run: {run.dir}")
             if world.size > 1:
@@ -121,6 +124,9 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         f"loss {score['loss']:.4f} | {score['images_per_s']:.0f} img/s | "
         f"{score['run']}/{score['checkpoint']}"
     )
+    state = read_status(Path(score["run"])).get("state", "done") if score["run"] else "done"
+    if state != "done":
+        print(f"warning: that run is {state}, not done", file=sys.stderr)
     return {"status": "done", "top1": score["top1"], "folder": score["run"]}
 
 

@@ -149,3 +149,11 @@ def _sequence(value: Any, arguments: tuple[Any, ...]) -> str | None:
         if problem:
             return f"a list, each {problem.removeprefix('a ').removeprefix('an ')}"
     return None
+
+
+def missing_keys(node: Any, path: str = "") -> Iterator[str]:
+    """Dotted keys whose value is `???`."""
+    for key, value in node.items() if isinstance(node, Mapping) else ():
+        if value == "???":
+            yield f"{path}{key}"
+        yield from missing_keys(value, f"{path}{key}.")

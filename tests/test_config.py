@@ -32,7 +32,19 @@ def composed(*overrides: str) -> DictConfig:
 
 @pytest.mark.parametrize("choice", [*CHOICES, *PARTS])
 def test_a_choice_composes_and_fits_its_target(choice: str) -> None:
-    check(composed(choice), Train)
+    own = ["model._target_=qexp.models.resnet.ResNet", "model.name=mine", "+model.depth=8"]
+    check(composed(choice, *(own if choice == "model=custom" else ())), Train)
+
+
+def test_what_a_custom_model_lacks_is_named_and_its_keywords_are_checked() -> None:
+    found = problems(composed("model=custom"), Train)
+    assert found == [
+        "config: model._target_ has no value. Set model._target_=...",
+        "config: model.name has no value. Set model.name=...",
+    ]
+    own = ["model._target_=qexp.models.resnet.ResNet", "model.name=mine", "+model.dept=8"]
+    lines = problems(composed("model=custom", *own), Train)
+    assert any("model.dept'" in line and "depth" in line for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -264,3 +264,9 @@ def test_imagenet_networks_run_through_on_the_cpu(tmp_path: Path, model: str, me
     assert len(units) >= 8
     assert any(u["spilled_bytes"] > 0 for u in units)
     assert result["reconstruction"]["peak_bytes"] < 6e9
+
+
+def test_widths_that_change_while_training_are_refused(tmp_path: Path) -> None:
+    cfg = tiny(tmp_path, "quantizer=qdrop", "bitwidth=progressive", "model.checkpoint=none")
+    with pytest.raises(ConfigError, match="bitwidth=progressive changes widths while training"):
+        quantized(cfg)

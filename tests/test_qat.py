@@ -164,6 +164,44 @@ def test_auto_takes_a_float_run_the_user_made(tmp_path: Path) -> None:
     assert [p.name for p in mine.parent.iterdir() if p.is_dir()] == ["mine"]
 
 
+def test_an_interrupted_float_network_is_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["recipe.epochs=1", "float.epochs=3"]
+    logged = outcome.log_epoch
+
+    def stop(*given: Any, **more: Any) -> bool:
+        if given[2]["epoch"] == 2:
+            raise KeyboardInterrupt
+        return logged(*given, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(outcome, "log_epoch", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny(tmp_path, *options))
+    (folder,) = tmp_path.glob("**/fp32/auto-*")
+    assert json.loads((folder / "status.json").read_text())["state"] == "interrupted"
+    cfg = tiny(tmp_path, *options)
+    cfg.folder = str(tmp_path / "again")
+    train(cfg)
+    assert "resumed after epoch 1" in (folder / "train.log").read_text()
+    assert [f for f in tmp_path.glob("**/fp32/*") if f.is_dir()] == [folder]
+
+
+def test_a_checkpoint_that_a_float_recipe_does_not_use_is_said(
+    tmp_path: Path, float_run: Path, capsys: pytest.CaptureFixture
+) -> None:
+    options = ["quantizer=fp32", "recipe=float", "recipe.epochs=2"]
+    train(tiny(tmp_path, *options, f"model.checkpoint={float_run}"))
+    assert f"warning: model.checkpoint={float_run} is not used" in capsys.readouterr().err
+
+
+def test_stages_that_were_not_reached_are_not_recorded(tmp_path: Path, float_run: Path) -> None:
+    options = [f"model.checkpoint={float_run}", "recipe.epochs=4", "max_steps=1"]
+    result, _ = train(tiny(tmp_path, *options, "bitwidth=progressive", "bits=2"))
+    assert result["w_bits"] == result["bits"]["weight_by_param"] > 2
+
+
 def test_fair_control_trains_the_float_network_on(tmp_path: Path, float_run: Path) -> None:
     options = ["quantizer=fp32", "recipe=qat", f"model.checkpoint={float_run}", "recipe.epochs=1"]
     options += ["recipe.batch_size=16", "recipe.plots=false", "recipe.calibration_images=16"]

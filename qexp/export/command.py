@@ -18,6 +18,7 @@ from qexp.export.compare import difference
 from qexp.quant.accounting import account
 from qexp.quant.convert import check_calibrated
 from qexp.quant.trace import trace
+from qexp.runner.folder import read_status
 
 
 @dataclass
@@ -47,6 +48,10 @@ def export(cfg: DictConfig) -> dict[str, Any]:
     folder = Path(cfg.run)
     if not (folder / "config.yaml").is_file():
         raise CheckpointError(f"export: '{folder}' is not a run folder. List runs with: qexp ls")
+    if (state := read_status(folder).get("state", "done")) != "done":
+        raise CheckpointError(
+            f"export: {folder} is {state}, not done. Finish it with: qexp resume {folder}"
+        )
     model, dataset, trained = load_run(folder, cfg.checkpoint, "cpu")
     check_calibrated(model)
     writer, suffix = FORMATS[cfg.format]

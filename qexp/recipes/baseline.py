@@ -11,13 +11,14 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from qexp.runner.folder import read_status
 from qexp.runner.run import Run, open_run
 
 FLOAT_SEED = 0
@@ -47,12 +48,12 @@ def fingerprint(cfg: DictConfig) -> str:
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def find(folder: Path, wanted: str) -> Path | None:
-    """A finished float run under `folder` with this fingerprint."""
+def find(folder: Path, wanted: str, states: Sequence[str] = ("done",)) -> Path | None:
+    """A float run under `folder` with this fingerprint and a checkpoint, in one of `states`."""
     for status in sorted(folder.glob("**/status.json")):
         run = status.parent
         try:
-            if json.loads(status.read_text())["state"] != "done" or not (run / "last.pt").exists():
+            if read_status(run).get("state") not in states or not (run / "last.pt").exists():
                 continue
             config = OmegaConf.load(run / "config.yaml")
         except (OSError, ValueError, KeyError):
@@ -74,10 +75,15 @@ def float_checkpoint(cfg: DictConfig, run: Run) -> Path:
     with _lock(folder / f".{wanted}.lock"):
         found = find(folder, wanted)
         if found is None:
+            begun = find(folder, wanted, ("dead", "interrupted"))
+            known = f"{cfg.dataset.name}-{cfg.model.name}"
             run.info(
-                f"float baseline: none yet for {cfg.dataset.name}-{cfg.model.name}, training it"
+                f"float baseline: none yet for {known}, training it"
+                if begun is None
+                else f"float baseline: {begun} was interrupted, going on with it"
             )
-            with open_run(folder / f"auto-{wanted}", sub) as child:
+            place = begun or folder / f"auto-{wanted}"
+            with open_run(place, sub, resume=begun is not None) as child:
                 child.finish(qat(sub, child))
             found = child.dir
         else:

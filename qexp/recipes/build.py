@@ -94,7 +94,13 @@ def make_network(
     if is_float(cfg):
         return Network(model, layers, None, {}, [])
     policy = instantiate(cfg.bitwidth, _convert_="all")
-    if cfg.recipe.get("ema") and hasattr(policy, "bits_at"):
+    staged = hasattr(policy, "bits_at")
+    if staged and cfg.recipe.get("epochs") is None:
+        raise ConfigError(
+            f"config: bitwidth={cfg.bitwidth.get('name')} changes widths while training, which "
+            f"recipe={cfg.recipe.get('name')} does not. Use bitwidth=uniform, or recipe=qat."
+        )
+    if cfg.recipe.get("ema") and staged:
         raise ConfigError(
             f"config: recipe.ema={cfg.recipe.ema} would average quantizers of different widths. "
             f"With bitwidth={cfg.bitwidth.get('name')} set recipe.ema=0."

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -123,9 +124,17 @@ def weights_only(path: Path) -> dict[str, Any]:
 
 
 def protocol(
-    cfg: DictConfig, recipe: Mapping[str, Any], dataset: Any, start: Mapping[str, Any]
+    cfg: DictConfig,
+    recipe: Mapping[str, Any],
+    dataset: Any,
+    start: Mapping[str, Any],
+    segments: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """What a comparison must hold fixed. `batch_size` is a process's; several are counted."""
+    """What a comparison must hold fixed. `batch_size` is a process's; several are counted.
+
+    Args:
+        segments: of a run that was resumed with other settings.
+    """
     known = {k: v for k, v in recipe.items() if k not in NOT_PROTOCOL}
     teacher = (known.get("distill") or {}).get("teacher", "float")
     if teacher != "float" and Path(teacher).is_file():  # the file, not the place it lies at
@@ -134,6 +143,8 @@ def protocol(
         known["processes"] = size
     if cfg.get("sync_bn"):
         known["sync_bn"] = True
+    if segments:
+        known["segments"] = [dict(segment) for segment in segments]
     return {
         "dataset": cfg.dataset.name,
         "model": cfg.model.name,
@@ -168,13 +179,13 @@ def result(
         rows = [asdict(layer) for layer in cost.layers]
         plot.sensitivity(rows, run.dir / "sensitivity.png", cfg.bitwidth.name)
     return {
-        "method": cfg.get("method") or cfg.quantizer.name,
+        "method": (None if is_float(cfg) else run.label) or cfg.get("method") or cfg.quantizer.name,
         "dataset": cfg.dataset.name,
         "model": cfg.model.name,
         "recipe": cfg.recipe.name,
         "policy": "float" if is_float(cfg) else cfg.bitwidth.get("name"),
-        "w_bits": 32 if is_float(cfg) else _nominal(cfg, "weight"),
-        "a_bits": 32 if is_float(cfg) else _nominal(cfg, "act"),
+        "w_bits": 32 if is_float(cfg) else _nominal(cfg, "weight", network),
+        "a_bits": 32 if is_float(cfg) else _nominal(cfg, "act", network),
         "top1": top1,
         "fp32_top1": fp32_top1,
         "drop": None if fp32_top1 is None else fp32_top1 - top1,
@@ -188,8 +199,11 @@ def result(
     }
 
 
-def _nominal(cfg: DictConfig, operand: str) -> int | None:
+def _nominal(cfg: DictConfig, operand: str, network: Network) -> int | None:
     """The width a policy is asked for; None where it gives each layer its own."""
+    if _staged(network):  # the stage that was reached
+        found = Counter(getattr(bits, operand) for bits in network.bits.values())
+        return found.most_common(1)[0][0]
     asked = cfg.bitwidth.get(operand)
     if isinstance(asked, int):
         return asked

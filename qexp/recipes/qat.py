@@ -155,7 +155,7 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
         return {}
     if average is not None:
         model.load_state_dict(average.state)
-    fields = outcome.protocol(cfg, asdict(s), dataset, start.record())
+    fields = outcome.protocol(cfg, asdict(s), dataset, start.record(), run.segments)
     measured = outcome.measured(state, dataset, s.epochs)
     fp32_top1 = measured["top1"] if build.is_float(cfg) and s.from_scratch else start.top1
     if s.plots:

@@ -85,6 +85,9 @@ def float_start(
         start.teacher = _teacher(cfg, s, model, start.folded, dataset, device)
     if is_float(cfg) and start.source is None:
         run.info("float network: from random weights")
+        given = cfg.model.get("checkpoint")
+        if given not in (None, "auto", "none"):
+            run.warn(f"model.checkpoint={given} is not used. To train it on: recipe=qat")
     return start
 
 

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,15 @@ NOT_IDENTITY = (
 )  # fmt: skip
 
 
-def identity(cfg: DictConfig) -> str:
-    """A hash of what the config computes: every resolved key except those in `NOT_IDENTITY`."""
+def identity(cfg: DictConfig, segments: Sequence[Any] = ()) -> str:
+    """A hash of what the config computes: every resolved key except those in `NOT_IDENTITY`.
+
+    Args:
+        segments: changes on the way (`resuming.py`), which make it another run.
+    """
     what = {key: _plain(cfg, key) for key in cfg if key not in NOT_IDENTITY}
+    if segments:
+        what["segments"] = list(segments)
     text = json.dumps(what, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -41,6 +41,7 @@ from qexp.runner.folder import (
     read_status,
 )
 from qexp.runner.guards import global_state, os_errors, sigterm
+from qexp.runner.resuming import EARLIER, changed, next_segments, put_back
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -52,6 +53,8 @@ class Run:
     Attributes:
         dir: the run's folder.
         resumed: whether the folder held an earlier part of this run.
+        segments: what changed when it was resumed (`resuming.py`).
+        label: `weight+act` where the command line replaced a part of the method, or None.
     """
 
     def __init__(self, folder: Path, cfg: DictConfig, resumed: bool) -> None:
@@ -59,7 +62,10 @@ class Run:
         self.resumed = resumed
         self.finished = False
         self._started = time.time()
-        self._earlier_s = float(read_json(folder / STATUS).get("wall_s", 0.0))
+        status = read_json(folder / STATUS)
+        self.segments: list[dict[str, Any]] = status.get("segments", [])
+        self.label: str | None = status.get("label")
+        self._earlier_s = float(status.get("wall_s", 0.0))
         self._metrics: IO[str] = open(folder / "metrics.jsonl", "a")  # noqa: SIM115
         self._log: IO[str] = open(folder / "train.log", "a")  # noqa: SIM115
         self._writer: SummaryWriter | None = None
@@ -130,6 +136,7 @@ class Run:
             "overrides": self._overrides,
         }
         self.write_json(RESULT, {**known, **result})
+        (self.dir / EARLIER).unlink(missing_ok=True)
         self.status("done", top1=result.get("top1"))
         self.finished = True
 
@@ -166,6 +173,8 @@ class Follower(Run):
         self.dir = folder
         self.resumed = resumed
         self.finished = False
+        self.segments = []
+        self.label = None
 
     def event(self, kind: str, **fields: Any) -> None: ...
     def scalar(self, tag: str, value: float, step: int) -> None: ...
@@ -178,12 +187,15 @@ class Follower(Run):
 
 
 @contextmanager
-def open_run(folder: Path, cfg: DictConfig, *, resume: bool = False) -> Iterator[Run]:
+def open_run(
+    folder: Path, cfg: DictConfig, *, resume: bool = False, label: str | None = None
+) -> Iterator[Run]:
     """Claim a folder for a run of `cfg`, and leave it with a status that says how it ended.
 
     Args:
         folder: where; when it is taken, `folder-2`, ... is used (see `Run.dir`).
         resume: continue the run in `folder` instead.
+        label: see `Run`.
 
     Raises:
         RunError: no permission, no space, or `folder` still runs elsewhere. Every other exception
@@ -197,7 +209,8 @@ def open_run(folder: Path, cfg: DictConfig, *, resume: bool = False) -> Iterator
             yield Follower(Path(place), resumed)
         return
     with os_errors(folder):
-        folder = _take(folder, cfg) if resume else claim(folder, _first_status(cfg))
+        folder = _take(folder, cfg) if resume else claim(folder, _first_status(cfg, label))
+        before = changed(folder)
         run = Run(folder, cfg, resume)
     distributed.told((str(folder), resume))
     with os_errors(folder), sigterm(), global_state():
@@ -209,13 +222,16 @@ def open_run(folder: Path, cfg: DictConfig, *, resume: bool = False) -> Iterator
                 raise RunError(f"run: {folder} ended without a result. Call run.finish(result).")
         except BaseException as error:
             _record(run, error)
+            if resume:
+                put_back(folder, before)
             raise
         finally:
             run.close()
 
 
-def _first_status(cfg: DictConfig) -> dict[str, Any]:
-    return {"state": "running", "identity": identity(cfg), "started": _now(), **owner()}
+def _first_status(cfg: DictConfig, label: str | None) -> dict[str, Any]:
+    known = {"state": "running", "identity": identity(cfg), "started": _now(), **owner()}
+    return known | ({"label": label} if label else {})
 
 
 def _take(folder: Path, cfg: DictConfig) -> Path:
@@ -227,9 +243,13 @@ def _take(folder: Path, cfg: DictConfig) -> Path:
                 f"resume: {folder} is still running (pid {status.get('pid')} on "
                 f"{status.get('host')}). Wait for it, or stop it first."
             )
-        (folder / RESULT).unlink(missing_ok=True)  # a done run that is trained on has none yet
+        segments = next_segments(folder, cfg, status.get("segments", []))
+        if (folder / RESULT).is_file():  # a done run that is trained on has none yet
+            (folder / RESULT).replace(folder / EARLIER)
         status.pop("error", None)
-        status.update(state="running", identity=identity(cfg), **owner())
+        status.update(state="running", identity=identity(cfg, segments), **owner())
+        if segments:
+            status["segments"] = segments
         write_json(folder / STATUS, status)
     return folder
 

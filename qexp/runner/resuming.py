@@ -1,0 +1,85 @@
+"""What a resumed run may change, and how the change stays visible.
+
+A run that has a checkpoint goes on with the network, the optimizer and the data order it has: most
+keys of its config are settled. The few in `TOLD` may change, because a user has reason to (train
+longer, a smaller rate after a NaN); each change becomes a segment in status.json, is part of the
+protocol and of the run's identity, and so is never taken for an uninterrupted run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from qexp.errors import ConfigError
+from qexp.runner.atomic import write_json
+from qexp.runner.folder import NOT_IDENTITY, RESULT, STATUS, read_json
+
+CHECKPOINT = "last.pt"
+EARLIER = ".result.before.json"  # result.json of a done run that is being trained on
+# Where and how, not what; `float.*` is behind a run that has begun.
+FREE = (*NOT_IDENTITY, "float", "recipe.plots", "recipe.save_every", "recipe.cache_gb",
+        "dataset.root", "dataset.download", "dataset.workers")  # fmt: skip
+TOLD = ("recipe.epochs", "recipe.lr", "recipe.quantizer_lr", "recipe.grad_clip")
+
+Segment = dict[str, Any]  # {"from": {key: value}, "to": {key: value}}
+
+
+def next_segments(folder: Path, cfg: DictConfig, earlier: Sequence[Segment]) -> list[Segment]:
+    """The segments of the run in `folder` when it goes on with `cfg`.
+
+    Raises:
+        ConfigError: a key that cannot change any more.
+    """
+    path = folder / "config.yaml"
+    if not (folder / CHECKPOINT).is_file() or not path.is_file():
+        return [*earlier]  # nothing was learned yet
+    before, now = (dict(_leaves(_plain(c))) for c in (OmegaConf.load(path), cfg))
+    keys = [k for k in dict.fromkeys([*before, *now]) if before.get(k) != now.get(k)]
+    keys = [k for k in keys if not any(k == free or k.startswith(f"{free}.") for free in FREE)]
+    settled = [k for k in keys if k not in TOLD]
+    if settled:
+        key = settled[0]
+        raise ConfigError(
+            f"resume: {key} cannot change from {before.get(key)} to {now.get(key)} in a run that "
+            f"has begun. Start a new run. (What may change: {', '.join(TOLD)}.)"
+        )
+    if not keys:
+        return [*earlier]
+    old, new = ({k: values.get(k) for k in keys} for values in (before, now))
+    return [*earlier, {"from": old, "to": new}]
+
+
+def changed(folder: Path) -> int | None:
+    """When the checkpoint was last written, in nanoseconds; None without one."""
+    path = folder / CHECKPOINT
+    return path.stat().st_mtime_ns if path.is_file() else None
+
+
+def put_back(folder: Path, before: int | None) -> None:
+    """Undo the resume of a done run that failed before it trained: its result still holds.
+
+    Args:
+        before: what `changed` said then.
+    """
+    earlier = folder / EARLIER
+    if earlier.is_file() and changed(folder) == before:
+        with suppress(OSError):
+            earlier.replace(folder / RESULT)
+            write_json(folder / STATUS, {**read_json(folder / STATUS), "state": "done"})
+
+
+def _plain(cfg: Any) -> Any:
+    return OmegaConf.to_container(cfg, resolve=True)
+
+
+def _leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
