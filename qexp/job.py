@@ -76,6 +76,7 @@ TOGETHER = ("qexp.recipes.qat.qat",)
 def _run(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
     from hydra.utils import get_method
 
+    from qexp.recipes import build
     from qexp.runner import distributed
     from qexp.runner.device import set_threads
     from qexp.runner.run import open_run
@@ -85,6 +86,7 @@ def _run(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
         raise ConfigError(
             f"qexp: recipe {cfg.recipe.name} runs in one process. Start it without torchrun."
         )
+    build.precheck(cfg)
     began = time.perf_counter()
     with distributed.together(cfg.device) as world:
         resume = resume or (world.leads and _take_up(cfg))

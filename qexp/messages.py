@@ -36,7 +36,9 @@ def explain(error: Exception, source: Source) -> str:
     if match:
         return _key(match[1], source)
     if isinstance(error, OverrideParseException):
-        return f"config: cannot read the override '{error.override}'. Write key=value."
+        key, equals, value = str(error.override).partition("=")
+        hint = f"Quote the value: \"{key}='{value}'\"" if equals and value else "Write key=value."
+        return f"config: cannot read the override '{error.override}'. {hint}"
     cause = error.__cause__
     detail = str(cause).splitlines()[0] if isinstance(cause, OmegaConfBaseException) else ""
     line = "; ".join(part.strip() for part in text.splitlines() if part.strip())

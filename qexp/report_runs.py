@@ -117,14 +117,14 @@ class RunRecord:
         path = self.folder / "layers.csv"
         if not path.is_file():
             return []
-        with path.open(newline="") as file:
+        with path.open(newline="", errors="replace") as file:
             return list(csv.DictReader(file))
 
     def epochs(self) -> list[dict[str, Any]]:
         """The epochs of metrics.jsonl, each once (a resumed run repeats none), in order."""
         found: dict[int, dict[str, Any]] = {}
         path = self.folder / "metrics.jsonl"
-        for line in path.read_text().splitlines() if path.is_file() else ():
+        for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
             try:
                 event = json.loads(line)
             except ValueError:

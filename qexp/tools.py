@@ -82,9 +82,10 @@ def _resume_run(folder: Path, overrides: Sequence[str]) -> int:
     if status.get("state") == "done" and not overrides:
         top1 = status.get("top1")
         score = f" (top-1 {top1:.2f})" if isinstance(top1, float) else ""
-        raise ConfigError(
-            f"resume: {folder} is already done{score}. Add recipe.epochs=... to train longer."
-        )
+        path, longer = folder / "config.yaml", " Add recipe.epochs=... to train longer."
+        if path.is_file() and OmegaConf.select(OmegaConf.load(path), "recipe.epochs") is None:
+            longer = ""  # post-training
+        raise ConfigError(f"resume: {folder} is already done{score}.{longer}")
     if status.get("state") == "running":
         raise RunError(
             f"resume: {folder} is still running (pid {status.get('pid')} on {status.get('host')}). "
@@ -165,7 +166,7 @@ def ls(argv: Sequence[str]) -> int:
 def last_epoch(run: Path) -> str:
     """The last epoch that metrics.jsonl tells of, `-` if none."""
     try:
-        lines = (run / "metrics.jsonl").read_text().splitlines()
+        lines = (run / "metrics.jsonl").read_text(errors="replace").splitlines()
     except OSError:
         return "-"
     for line in reversed(lines):

@@ -299,3 +299,35 @@ def test_a_missing_part_of_qexp_is_one_line(qexp: Qexp, monkeypatch: pytest.Monk
     said = qexp("eval", "run=x")
     assert said.code == 2
     assert "\n" not in said.err.rstrip("\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["bitwidth=pattern", "bitwidth.file=/nonexist"], "No such file or directory: /nonexist"),
+        (
+            ["bitwidth=progressive", "bitwidth.stages=[{until: 0.5, bits: 8}]"],
+            "config: bitwidth=progressive: ",
+        ),
+        (["recipe.distill.teacher=/nonexist"], "recipe.distill.teacher=/nonexist is no file"),
+    ],
+)
+def test_what_a_policy_refuses_is_said_before_a_folder_is_made(
+    qexp: Qexp, tmp_path: Path, words: list[str], message: str
+) -> None:
+    said = qexp("train", "dataset=synthetic", *words)
+    assert said.code == 2
+    assert message in said.err
+    assert len(said.err.splitlines()) == 1
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_value_that_needs_quotes_gets_them(qexp: Qexp) -> None:
+    said = qexp("train", "out=/tmp/x=y")
+    assert "Quote the value: \"out='/tmp/x=y'\"" in said.err
+
+
+def test_a_trained_quantized_run_is_no_start(qexp: Qexp, tmp_path: Path) -> None:
+    torch.save({"conv1.weight": torch.ones(1), "conv1.act_quantizer.scale": torch.ones(1)}, "x.pt")
+    said = qexp("train", "dataset=synthetic", "model=resnet8", "model.checkpoint=x.pt")
+    assert "it is of a trained quantized run" in said.err

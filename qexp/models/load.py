@@ -137,6 +137,11 @@ def describe_difference(model: nn.Module, state: Mapping[str, Tensor]) -> str:
             f"checkpoint has {len(state[weight])} classes, dataset has {len(ours[weight])}. "
             "Use the data set it was trained on, or model.checkpoint=auto."
         )
+    if any("_quantizer." in key for key in unexpected):
+        return (
+            "it is of a trained quantized run. Only float networks and post-training runs can be "
+            "a start."
+        )
     shapes = [f"{k} {list(state[k].shape)} not {list(ours[k].shape)}" for k in wrong]
     parts = [
         f"{len(keys)} {label} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"

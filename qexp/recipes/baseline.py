@@ -42,6 +42,7 @@ def fingerprint(cfg: DictConfig) -> str:
     plain["model"].pop("checkpoint", None)
     for place in ("root", "download"):
         plain["dataset"].pop(place, None)
+    plain["dataset"].pop("workers", None)
     for idle in ("plots", "save_every", "calibration_images"):  # no effect on a float network
         plain["recipe"].pop(idle, None)
     key = {k: plain.get(k) for k in ("dataset", "model", "recipe", "seed", "max_steps")}

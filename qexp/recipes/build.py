@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -76,6 +77,33 @@ def is_float(cfg: DictConfig) -> bool:
     return cfg.quantizer.get("weight") is None and cfg.quantizer.get("act") is None
 
 
+def make_policy(cfg: DictConfig) -> Any:
+    """The bit-width policy.
+
+    Raises:
+        ConfigError: a value that it refuses, or a file that is not there.
+    """
+    try:
+        return instantiate(cfg.bitwidth, _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        detail = f"{cause.strerror}: {cause.filename}" if isinstance(cause, OSError) else cause
+        raise ConfigError(f"config: bitwidth={cfg.bitwidth.get('name')}: {detail}.") from error
+
+
+def precheck(cfg: DictConfig) -> None:
+    """What can be found wrong before a folder is claimed and a float network trained.
+
+    Raises:
+        ConfigError: a policy or a file that cannot be had.
+    """
+    if not is_float(cfg):
+        make_policy(cfg)
+    teacher = (cfg.recipe.get("distill") or {}).get("teacher", "float")
+    if teacher != "float" and not Path(teacher).is_file():
+        raise ConfigError(f"config: recipe.distill.teacher={teacher} is no file, nor 'float'.")
+
+
 def make_network(
     cfg: DictConfig,
     model: nn.Module,
@@ -93,7 +121,7 @@ def make_network(
     layers = trace(model, input_shape)
     if is_float(cfg):
         return Network(model, layers, None, {}, [])
-    policy = instantiate(cfg.bitwidth, _convert_="all")
+    policy = make_policy(cfg)
     staged = hasattr(policy, "bits_at")
     if staged and cfg.recipe.get("epochs") is None:
         raise ConfigError(
@@ -113,7 +141,7 @@ def make_network(
 
 def needs_data(cfg: DictConfig) -> bool:
     """Whether the bit-width policy looks at training images."""
-    return bool(instantiate(cfg.bitwidth, _convert_="all").needs_data)
+    return bool(make_policy(cfg).needs_data)
 
 
 def policy_context(cfg: DictConfig, model: nn.Module, dataset: Any, epochs: int) -> dict[str, Any]:
@@ -151,6 +179,10 @@ def restore(
 
     With `recipe.ema` that is the average; only a resumed training needs the weights beside it.
     """
+    if not {"model", "bits"} <= set(state):
+        raise CheckpointError(
+            "checkpoint: it is none of a run (no widths in it). Give last.pt or best.pt of one."
+        )
     model = make_model(cfg, dataset, device)
     if state.get("folded"):
         from qexp.quant.fold import fold_bn_

@@ -67,11 +67,14 @@ def float_start(
     spec = cfg.model.get("checkpoint")
     spec = None if s.from_scratch or spec == "none" else spec
     start = FloatStart(model, None, None, spec, None)
-    if spec == "auto":
+    if spec == "auto" and saved is not None and s.distill.weight == 0:
+        start.source = saved["start"]["source"]  # for the record: nothing is loaded from it
+    elif spec == "auto":
         before = rng_state()
         start.source = led(lambda: str(float_checkpoint(cfg, run)))
         set_rng_state(before)  # whether the baseline had to be trained changes nothing that follows
-    start.source = checkpoint_file(start.source) if start.source else None
+    if saved is None or s.distill.weight > 0:
+        start.source = checkpoint_file(start.source) if start.source else None
     if saved is not None:
         start.top1, start.sha256 = saved["start"]["top1"], saved["start"]["sha256"]
         start.folded = bool(saved.get("folded"))

@@ -22,6 +22,7 @@ ADVICE = {
     errno.EPERM: "no permission to write. Set out=... to a folder of yours",
     errno.EROFS: "the file system is read-only. Set out=...",
     errno.ENOTDIR: "a part of the path is a file. Set out=...",
+    errno.ENOENT: "nothing can be written there. Set out=... to a folder of yours",
     errno.EEXIST: "a file is in the way. Set out=...",
 }
 
