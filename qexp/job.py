@@ -92,6 +92,7 @@ def _run(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
         resume = resume or (world.leads and _take_up(cfg))
         label = config.mixed_name()
         with open_run(Path(cfg.folder), cfg, resume=resume, label=label) as run:
+            sweep.began(run.dir)
             set_threads(cfg.threads)  # put back when the run ends
             run.info(f"run: {run.dir}")
             if world.size > 1:

@@ -2,8 +2,8 @@
 
 The jobs of a sweep live where single runs live, so that `ls` and `report` read one tree. The
 sweep's own folder (`hydra.sweep.dir`) holds `multirun.yaml` (the command) and `jobs.jsonl`, one
-line per job: overrides, status, top1, seconds, folder, error. Each job appends its line itself, so
-it is there whatever launcher ran the job.
+line when a job begins and one when it ends: overrides, status, top1, seconds, folder, error. Each
+job appends its lines itself, so they are there whatever launcher ran it.
 
 A job is skipped when a finished run of the identical config exists under `out`: identity is a hash
 of the resolved config without the keys that say where and how it is computed (runner/folder.py).
@@ -18,7 +18,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +100,27 @@ def _say_failed(text: str) -> None:
 
 
 def read_jobs(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a sweep's jobs.jsonl; empty when it has none."""
+    """What a sweep's jobs.jsonl says of each job last; empty when it has none.
+
+    A line that a kill cut short is left out.
+    """
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
     try:
-        return [json.loads(line) for line in (folder / JOBS).read_text().splitlines()]
+        lines = (folder / JOBS).read_text(errors="replace").splitlines()
     except OSError:
         return []
+    for line in lines:
+        with suppress(ValueError, KeyError, TypeError):
+            job = json.loads(line)
+            found[tuple(job["overrides"])] = job
+    return list(found.values())
+
+
+def began(folder: Path) -> None:
+    """Note the folder of the job that begins: should it be killed, the sweep still knows it."""
+    if is_sweep():
+        line = {"overrides": list(HydraConfig.get().overrides.task), "status": "began"}
+        _append(Path(HydraConfig.get().runtime.output_dir) / JOBS, {**line, "folder": folder})
 
 
 def forget() -> None:

@@ -193,7 +193,8 @@ def test_ctrl_c_ends_the_sweep(tiny: Qexp) -> None:
     assert said.code == 130
     assert len(runs("interrupted")) == 1
     (jobs,) = Path("outputs/sweeps").glob("*/jobs.jsonl")
-    assert [json.loads(line)["status"] for line in jobs.read_text().splitlines()] == ["interrupted"]
+    states = [json.loads(line)["status"] for line in jobs.read_text().splitlines()]
+    assert states == ["began", "interrupted"]
 
 
 def test_options_may_stand_anywhere(tiny: Qexp) -> None:
@@ -254,6 +255,17 @@ def test_resume_refuses_what_is_done_or_still_running(tiny: Qexp, qexp: Qexp) ->
     said = qexp("resume", str(run))
     assert said.code == 1
     assert said.err.startswith(f"resume: {run} is still running (pid {os.getpid()} on ")
+
+
+def test_a_sweep_knows_a_job_that_was_killed(tiny: Qexp, qexp: Qexp) -> None:
+    tiny("-m", "bits=2,3", "recipe.then='bits=3'")
+    (sweep,) = Path("outputs/sweeps").iterdir()
+    path = sweep / "jobs.jsonl"
+    lines = path.read_text().splitlines()
+    assert [json.loads(line)["status"] for line in lines] == ["began", "done", "began", "failed"]
+    path.write_text("\n".join([*lines[:3], lines[3][:20]]))  # killed: its last line is cut short
+    assert qexp("resume", str(sweep), "recipe.then=done").code == 0
+    assert len(runs("done")) == 2
 
 
 def test_a_sweep_folder_resumes_its_unfinished_runs(tiny: Qexp, qexp: Qexp) -> None:
