@@ -32,8 +32,9 @@ bit-width per layer (`bitwidth=sensitivity`); distillation. Unknown, and what we
  5. No commitment loss: a quantizer here returns no loss.
 
 Measured (results/cifar10_qat_rungs: CIFAR-10, W2A2, three epochs, one seed): 82.42 with N2UQ's
-thresholds (82.20 with `adaptation: none`), 84.13 with LSQ's step under the same weights. N2UQ stays
-the default, because it is what ADQ is. At 2 bits the codebook is ternary.
+thresholds (82.20 with `adaptation: none`, 84.44 with `levels: full`), 84.13 with LSQ's step under
+the same weights. N2UQ stays the default, because it is what ADQ is. At 2 bits the default codebook
+is ternary; `full` stays an option until it is measured at more widths and over a longer training.
 
 Quantiles alone are far from the least squared error, and worse than a uniform grid: start and
 adaptation only make sense together.
