@@ -37,7 +37,14 @@ def write_folder(
     seed: int,
     threads: int,
 ) -> None:
-    """Write bench.json, bench.csv (all fields of all rows), env.json and bench.png."""
+    """Write bench.json, bench.csv (all fields of all rows), env.json and bench.png.
+
+    Where `folder` holds an earlier bench, `folder-2`, ... is written instead.
+    """
+    wanted, number = folder, 1
+    while (folder / "bench.json").exists():
+        number += 1
+        folder = wanted.with_name(f"{wanted.name}-{number}")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "bench.json", list(rows))
     write_json(folder / "env.json", describe(seed, threads))

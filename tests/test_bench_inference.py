@@ -20,6 +20,7 @@ from qexp.bench_engines import (
     check_engine,
     engines_of,
 )
+from qexp.bench_output import write_folder
 from qexp.errors import ConfigError
 
 pytest.importorskip("onnx")
@@ -64,6 +65,16 @@ def test_all_engines_take_turns_and_compute_the_same(
     assert (tmp_path / "bench" / "bench.png").stat().st_size > 10_000
     assert "resnet8 8x8, batch 3, ratios to float torch" in said.out
     assert "noise: float against itself differs by" in said.out
+
+
+def test_an_earlier_bench_is_not_written_over(tmp_path: Path) -> None:
+    def draw(path: Path, rows: object) -> None:
+        path.write_bytes(b"")
+
+    for number in (1, 2, 3):
+        write_folder(tmp_path / "b", [{"x": number}], draw, seed=0, threads=1)
+    found = {p.parent.name: json.loads(p.read_text()) for p in tmp_path.glob("*/bench.json")}
+    assert found == {"b": [{"x": 1}], "b-2": [{"x": 2}], "b-3": [{"x": 3}]}
 
 
 @pytest.mark.parametrize(
