@@ -61,10 +61,12 @@ def build_model(model: Mapping[str, Any], num_classes: int, in_channels: int) ->
     target = resolve(model["_target_"])
     keywords = {k: v for k, v in model.items() if k not in RESERVED}
     for key in FOREIGN_WEIGHTS & set(keywords):
-        if keywords[key] not in (None, False):
+        value = keywords[key]
+        if value not in (None, False):
+            instead = value if isinstance(value, str) else "IMAGENET1K_V1"
             raise ConfigError(
-                f"config: model.{key}={keywords[key]} would load weights that no run records. "
-                "Use model.checkpoint=."
+                f"config: model.{key}={value} would load weights that no run records. Use "
+                f"model.checkpoint={instead}."
             )
     keywords["num_classes"] = num_classes
     parameters = inspect.signature(target).parameters
