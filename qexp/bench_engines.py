@@ -26,6 +26,7 @@ from qexp.errors import ConfigError
 from qexp.export.command import require
 from qexp.export.network import restore
 from qexp.export.packed import Packed, pack_network, to_bytes
+from qexp.runner.device import tf32
 
 FLOAT, AGAIN, FLOAT_ONNX = "float", "float again", "float_onnx"
 FLOAT_TF32, FLOAT_BF16 = "float_tf32", "float_bf16"
@@ -104,14 +105,8 @@ def _in_torch(net: nn.Module, name: str) -> Run:
 
 
 def _tf32(net: nn.Module, x: Tensor) -> Tensor:
-    cudnn: Any = torch.backends.cudnn
-    matmul: Any = torch.backends.cuda.matmul
-    before = cudnn.allow_tf32, matmul.allow_tf32
-    cudnn.allow_tf32 = matmul.allow_tf32 = True
-    try:
+    with tf32(True):
         return net(x)
-    finally:
-        cudnn.allow_tf32, matmul.allow_tf32 = before
 
 
 def build(name: str, packed: Packed, x: Tensor, at: Place, images: Tensor) -> Engine:

@@ -53,7 +53,7 @@ from qexp.export.compare import Difference, difference
 from qexp.models.build import build_model
 from qexp.quant.convert import calibrate_
 from qexp.recipes.build import make_network
-from qexp.runner.device import keep_memory, pick_device, seed_everything, whole_float32
+from qexp.runner.device import keep_memory, pick_device, seed_everything, tf32
 from qexp.runner.device import set_threads as use_threads
 
 CLASSES = 10
@@ -144,7 +144,7 @@ def bench_inference(cfg: DictConfig) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for model in s.models:
         for batch in s.batch:
-            with whole_float32():
+            with tf32(False):
                 contenders, images = _group(s, model, batch, at)
                 _take_turns(contenders, images, s)
             facts = {"model": model, "batch": batch, "bits": s.bits, "threads": at.threads}

@@ -323,8 +323,8 @@ def test_what_a_policy_refuses_is_said_before_a_folder_is_made(
 
 
 def test_a_value_that_needs_quotes_gets_them(qexp: Qexp) -> None:
-    said = qexp("train", "out=/tmp/x=y")
-    assert "Quote the value: \"out='/tmp/x=y'\"" in said.err
+    said = qexp("train", "out=runs/x=y")
+    assert "Quote the value: \"out='runs/x=y'\"" in said.err
 
 
 def test_a_trained_quantized_run_is_no_start(qexp: Qexp, tmp_path: Path) -> None:

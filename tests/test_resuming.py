@@ -70,13 +70,16 @@ def test_a_resume_that_fails_before_it_trains_leaves_the_result(
     def broken(*given: Any) -> Any:
         raise OSError("no data")
 
+    folder = tmp_path / "run"
+    config = (folder / "config.yaml").read_bytes()
     cfg = tiny(tmp_path, *START[:1], "recipe.epochs=2")
     with monkeypatch.context() as patch:
         patch.setattr("qexp.recipes.build.make_dataset", broken)
         with pytest.raises(OSError, match="no data"):
             train(cfg, resume=True)
-    folder = tmp_path / "run"
     assert json.loads((folder / "result.json").read_text()) == first
     assert read_json(folder / "status.json")["state"] == "done"
-    assert train(cfg, resume=True)["epochs"] == 2
-    assert not list(folder.glob(".result*"))
+    assert (folder / "config.yaml").read_bytes() == config
+    resumed = train(cfg, resume=True)
+    assert resumed["epochs"] == 2
+    assert len(resumed["protocol"]["segments"]) == 1

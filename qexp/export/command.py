@@ -92,8 +92,7 @@ def _packed(
         print(f"packed: {packed.header.target} is your own model: qexp eval needs trust=true")
     written = {"file": str(path), "bytes": size, "data_bytes": data, "fp32_bytes": fp32}
     if cfg.adapters != "float32" and any(n.endswith(f".a.{ADAPTER}") for n in packed.tensors):
-        images = dataset.calibration_images(min(COMPARED, dataset.train_size), 0)
-        found = difference(model, restore(packed, trust=True), images)
+        found = difference(model, restore(packed, trust=True), _compared(dataset))
         print(f"packed: adapters in {cfg.adapters}: {found}")
         written |= {"adapters": cfg.adapters, **found._asdict()}
     return written
@@ -111,11 +110,14 @@ def _onnx(
         return _written(model, dataset, path, blob)
     from qexp.export.runtime import session
 
-    images = dataset.calibration_images(min(COMPARED, dataset.train_size), 0)
-    found = difference(model, session(blob), images)
+    found = difference(model, session(blob), _compared(dataset))
     result = _written(model, dataset, path, blob)
     print(f"onnx: {found}")
     return {**result, **found._asdict()}
+
+
+def _compared(dataset: Any) -> Any:
+    return dataset.calibration_images(min(COMPARED, dataset.train_size), 0)
 
 
 def _onnx_int8(
@@ -126,7 +128,7 @@ def _onnx_int8(
     from qexp.export.onnx_int8 import to_onnx_int8
     from qexp.export.runtime import session
 
-    images = dataset.calibration_images(min(COMPARED, dataset.train_size), 0)
+    images = _compared(dataset)
     written, report = to_onnx_int8(pack_run(model, dataset, trained), images)
     blob = written.SerializeToString()
     found = difference(model, session(blob), images)

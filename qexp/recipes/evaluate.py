@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qexp.errors import CheckpointError, ConfigError
 from qexp.quant.convert import frozen_weights
-from qexp.runner.device import whole_float32
+from qexp.runner.device import tf32
 from qexp.runner.distributed import share_, total
 
 
@@ -39,7 +39,7 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Scor
     share_(model, buffers_only=True)
     correct = loss = None
     images, start = 0, time.perf_counter()
-    with frozen_weights(model), whole_float32():
+    with frozen_weights(model), tf32(False):
         for x, y in batches:
             logits = model(x)
             hit, nats = (logits.argmax(1) == y).sum(), F.cross_entropy(logits, y, reduction="sum")

@@ -13,6 +13,7 @@ import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,14 +60,16 @@ def pick_device(name: str) -> torch.device:
 
 
 @contextmanager
-def whole_float32() -> Iterator[None]:
-    """No TF32 inside: cuDNN's convolutions take 10 bits of a float32's mantissa by default."""
-    cudnn = torch.backends.cudnn
-    before, cudnn.allow_tf32 = cudnn.allow_tf32, False
+def tf32(allowed: bool) -> Iterator[None]:
+    """Whether CUDA may take 10 bits of a float32's mantissa inside, as cuDNN does by default."""
+    cudnn: Any = torch.backends.cudnn
+    matmul: Any = torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.allow_tf32 = matmul.allow_tf32 = allowed
     try:
         yield
     finally:
-        cudnn.allow_tf32 = before
+        cudnn.allow_tf32, matmul.allow_tf32 = before
 
 
 def seed_everything(seed: int) -> None:

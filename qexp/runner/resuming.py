@@ -11,16 +11,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
 from qexp.errors import ConfigError
-from qexp.runner.atomic import write_json
-from qexp.runner.folder import NOT_IDENTITY, RESULT, STATUS, read_json
+from qexp.runner.atomic import write_bytes
+from qexp.runner.folder import NOT_IDENTITY, RESULT, STATUS
 
 CHECKPOINT = "last.pt"
-EARLIER = ".result.before.json"  # result.json of a done run that is being trained on
 # Where and how, not what; `float.*` is behind a run that has begun.
 FREE = (*NOT_IDENTITY, "float", "recipe.plots", "recipe.save_every", "recipe.cache_gb",
         "dataset.root", "dataset.download", "dataset.workers")  # fmt: skip
@@ -54,23 +53,29 @@ def next_segments(folder: Path, cfg: DictConfig, earlier: Sequence[Segment]) -> 
     return [*earlier, {"from": old, "to": new}]
 
 
-def changed(folder: Path) -> int | None:
-    """When the checkpoint was last written, in nanoseconds; None without one."""
+class Before(NamedTuple):
+    """A run's folder as a resume found it: what would be written over, and the checkpoint's age."""
+
+    files: dict[str, bytes]
+    trained: int | None
+
+    @classmethod
+    def of(cls, folder: Path) -> Before:
+        """Read the folder."""
+        kept = [folder / name for name in (RESULT, STATUS, "config.yaml", "env.json")]
+        return cls({p.name: p.read_bytes() for p in kept if p.is_file()}, _age(folder))
+
+    def put_back(self, folder: Path) -> None:
+        """Undo the resume of a done run that failed before it trained: its result still holds."""
+        if RESULT in self.files and _age(folder) == self.trained:
+            with suppress(OSError):
+                for name, content in self.files.items():
+                    write_bytes(folder / name, content)
+
+
+def _age(folder: Path) -> int | None:
     path = folder / CHECKPOINT
     return path.stat().st_mtime_ns if path.is_file() else None
-
-
-def put_back(folder: Path, before: int | None) -> None:
-    """Undo the resume of a done run that failed before it trained: its result still holds.
-
-    Args:
-        before: what `changed` said then.
-    """
-    earlier = folder / EARLIER
-    if earlier.is_file() and changed(folder) == before:
-        with suppress(OSError):
-            earlier.replace(folder / RESULT)
-            write_json(folder / STATUS, {**read_json(folder / STATUS), "state": "done"})
 
 
 def _plain(cfg: Any) -> Any:

@@ -41,7 +41,7 @@ from qexp.runner.folder import (
     read_status,
 )
 from qexp.runner.guards import global_state, os_errors, sigterm
-from qexp.runner.resuming import EARLIER, changed, next_segments, put_back
+from qexp.runner.resuming import Before, next_segments
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -136,7 +136,6 @@ class Run:
             "overrides": self._overrides,
         }
         self.write_json(RESULT, {**known, **result})
-        (self.dir / EARLIER).unlink(missing_ok=True)
         self.status("done", top1=result.get("top1"))
         self.finished = True
 
@@ -209,8 +208,8 @@ def open_run(
             yield Follower(Path(place), resumed)
         return
     with os_errors(folder):
+        before = Before.of(folder) if resume else None
         folder = _take(folder, cfg) if resume else claim(folder, _first_status(cfg, label))
-        before = changed(folder)
         run = Run(folder, cfg, resume)
     distributed.told((str(folder), resume))
     with os_errors(folder), sigterm(), global_state():
@@ -222,8 +221,8 @@ def open_run(
                 raise RunError(f"run: {folder} ended without a result. Call run.finish(result).")
         except BaseException as error:
             _record(run, error)
-            if resume:
-                put_back(folder, before)
+            if before is not None:
+                before.put_back(folder)
             raise
         finally:
             run.close()
@@ -244,8 +243,7 @@ def _take(folder: Path, cfg: DictConfig) -> Path:
                 f"{status.get('host')}). Wait for it, or stop it first."
             )
         segments = next_segments(folder, cfg, status.get("segments", []))
-        if (folder / RESULT).is_file():  # a done run that is trained on has none yet
-            (folder / RESULT).replace(folder / EARLIER)
+        (folder / RESULT).unlink(missing_ok=True)  # a done run that is trained on has none yet
         status.pop("error", None)
         status.update(state="running", identity=identity(cfg, segments), **owner())
         if segments:
