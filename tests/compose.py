@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -28,11 +29,25 @@ TINY = (
     "compile=off",
 )
 
+# The same for post-training quantization, a few iterations a unit.
+TINY_PTQ = (
+    *(word for word in TINY if not word.startswith("recipe.")),
+    "model.checkpoint=null",
+    "recipe.images=24",
+    "recipe.act_images=16",
+    "recipe.held_out=16",
+    "recipe.batch_size=16",
+    "recipe.minibatch=8",
+    "recipe.iterations=4",
+    "recipe.step_iterations=3",
+    "recipe.plots=false",
+)
 
-def tiny(out: Path, *overrides: str) -> DictConfig:
+
+def tiny(out: Path, *overrides: str, base: Sequence[str] = TINY) -> DictConfig:
     """The tiny training config with `overrides`, resolved, its folder under `out`."""
     with initialize_config_dir(str(configs_dir()), version_base="1.3"):
-        cfg = compose("train", overrides=[*TINY, f"out={out}", *overrides])
+        cfg = compose("train", overrides=[*base, f"out={out}", *overrides])
     with open_dict(cfg):
         cfg.folder = str(out / "run")
     plain = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))

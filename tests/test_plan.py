@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from compose import tiny
+from compose import TINY_PTQ, tiny
 
-from qexp.recipes import plan
+from qexp.quant.functional import kernels_compiled
+from qexp.recipes import cost, plan
+from qexp.recipes.ptq import ptq
+from qexp.recipes.settings import Settings
+from qexp.runner.run import open_run
 
 
 def cost_line(tmp_path: Path, *words: str) -> str:
@@ -22,11 +26,11 @@ def test_cost_is_the_timed_step_times_the_images(
 ) -> None:
     threads: list[int] = []
 
-    def fixed(model: object, shape: tuple[int, ...], batch: int) -> tuple[float, float]:
+    def fixed(*step: object) -> tuple[float, float]:
         threads.append(torch.get_num_threads())
         return 0.5, 2.0**20  # seconds and bytes for an image
 
-    monkeypatch.setattr(plan, "_image_cost", fixed)
+    monkeypatch.setattr(cost, "_image_cost", fixed)
     before = torch.get_num_threads()
     line = cost_line(tmp_path, "recipe.epochs=4", "recipe.batch_size=16", "threads=2")
     # 4 epochs of 3 steps of 16 images, and 4 times 32 test images at a third of a step's time
@@ -40,3 +44,57 @@ def test_cost_is_the_timed_step_times_the_images(
 def test_cost_is_measured_on_the_runs_own_network(tmp_path: Path) -> None:
     line = cost_line(tmp_path, "quantizer=asq")
     assert re.match(r"cost: +about [\d.]+ (s|min|h) and \d\.\d\d GB above an idle", line)
+
+
+def test_a_teachers_pass_is_in_the_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "_image_cost", lambda *step: (1.0, 0.0))
+    words = ("recipe.epochs=1", "recipe.batch_size=16", "recipe.distill.weight=0.5")
+    # 48 images and a third more for the teacher; a third of 32 test images
+    assert "about 75 s" in cost_line(tmp_path, *words)
+
+
+def test_the_step_is_timed_with_the_runs_arithmetic_and_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[Settings, bool]] = []
+
+    def spy(model: object, shape: object, batch: int, s: Settings) -> tuple[float, float]:
+        seen.append((s, kernels_compiled()))
+        return 1.0, 0.0
+
+    monkeypatch.setattr(cost, "_image_cost", spy)
+    monkeypatch.setattr(cost, "compiler_available", lambda device: (True, "g++"))
+    words = ("recipe.amp=true", "recipe.channels_last=true", "compile=kernels")
+    assert "with compiled kernels" in cost_line(tmp_path, *words)
+    assert "eagerly" in cost_line(tmp_path, "compile=off")
+    (first, compiled), (second, eager) = seen
+    assert (first.amp, first.channels_last, compiled) == (True, True, True)
+    assert (second.amp, second.channels_last, eager) == (False, False, False)
+    assert not kernels_compiled()  # as before
+
+
+def test_cost_of_reconstruction_counts_every_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cost, "_image_cost", lambda *step: (1.0, 0.0))
+    words = ("quantizer=brecq", "recipe.iterations=20", "recipe.step_iterations=10")
+    text = plan.plan(tiny(tmp_path, *words, base=TINY_PTQ))
+    # ResNet-8: a first layer, three blocks, a last layer
+    assert (
+        "5 units, 20 iterations each (rounding); then 5 units, 10 iterations each (steps)" in text
+    )
+    # (20 + 10) * 8 images; a third of twice 5 units of 24 + 16 images, and of twice 32 test images
+    assert "about 7 min" in text  # 240 + 155 s
+    text = plan.plan(tiny(tmp_path, "quantizer=nearest", base=TINY_PTQ))
+    assert "learning: none" in text
+    assert "about 21 s" in text  # two evaluations
+
+
+def test_a_post_training_plan_has_the_sizes_of_the_run(tmp_path: Path) -> None:
+    cfg = tiny(tmp_path, "quantizer=nearest", base=TINY_PTQ)
+    text = plan.plan(cfg)
+    with open_run(Path(cfg.folder), cfg, resume=False) as run:
+        result = ptq(cfg, run)
+        run.finish(result)
+    assert f"{result['size_bytes']:,} bytes packed" in text  # batch norms are folded in both
+    assert f"float's {result['fp32_bytes']:,}" in text

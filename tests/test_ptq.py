@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from compose import TINY
+from compose import TINY_PTQ
+from compose import tiny as compose_tiny
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -25,18 +26,6 @@ from qexp.runner import checkpoint
 from qexp.runner.run import open_run
 
 METHODS = ("nearest", "adaround", "brecq", "qdrop", "aquant")
-FAST = (
-    *(o for o in TINY if not o.startswith("recipe.")),
-    "model.checkpoint=null",
-    "recipe.images=24",
-    "recipe.act_images=16",
-    "recipe.held_out=16",
-    "recipe.batch_size=16",
-    "recipe.minibatch=8",
-    "recipe.iterations=4",
-    "recipe.step_iterations=3",
-    "recipe.plots=false",
-)
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -45,12 +34,7 @@ def composed(*overrides: str) -> DictConfig:
 
 
 def tiny(out: Path, *overrides: str) -> DictConfig:
-    cfg = composed(*FAST, f"out={out}", *overrides)
-    with open_dict(cfg):
-        cfg.folder = str(out / "run")
-    plain = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
-    assert isinstance(plain, DictConfig)
-    return plain
+    return compose_tiny(out, *overrides, base=TINY_PTQ)
 
 
 def quantized(cfg: DictConfig, *, resume: bool = False) -> tuple[dict[str, Any], Path]:
@@ -239,7 +223,7 @@ def test_a_wrong_value_is_refused_before_anything_is_built(override: str, messag
 @pytest.mark.parametrize("model", ["resnet18", "mobilenet_v2"])
 @pytest.mark.parametrize("method", ["qdrop", "aquant"])
 def test_imagenet_networks_run_through_on_the_cpu(tmp_path: Path, model: str, method: str) -> None:
-    small = [o for o in FAST if not o.startswith(("dataset.", "model."))]
+    small = [o for o in TINY_PTQ if not o.startswith(("dataset.", "model."))]
     cfg = composed(
         *small,
         f"model={model}",

@@ -21,6 +21,7 @@ from qexp.errors import CheckpointError, ConfigError
 from qexp.models.build import build_model
 from qexp.models.load import averaged
 from qexp.quant.convert import Bits, Swap, quantize_
+from qexp.quant.plan import Method
 from qexp.quant.trace import Layer, trace
 from qexp.runner import checkpoint
 from qexp.runner.device import pick_device
@@ -89,6 +90,12 @@ def make_policy(cfg: DictConfig) -> Any:
         cause = error.__cause__ or error
         detail = f"{cause.strerror}: {cause.filename}" if isinstance(cause, OSError) else cause
         raise ConfigError(f"config: bitwidth={cfg.bitwidth.get('name')}: {detail}.") from error
+
+
+def make_method(cfg: DictConfig) -> Method:
+    """`quantizer.reconstruct`, or plain calibration for a method that has none."""
+    node = cfg.quantizer.get("reconstruct")
+    return instantiate(node) if node is not None else Method(granularity="none")
 
 
 def precheck(cfg: DictConfig) -> None:

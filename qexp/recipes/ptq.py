@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -57,7 +56,7 @@ def ptq(cfg: DictConfig, run: Run) -> dict[str, Any]:
     """Run the recipe; returns the fields of result.json."""
     s = Settings.of(cfg.recipe)
     s.check()
-    method = _method(cfg)
+    method = build.make_method(cfg)
     device = pick_device(cfg.device)
     seed_everything(cfg.seed)
     last = run.dir / "last.pt"
@@ -139,12 +138,6 @@ def ptq(cfg: DictConfig, run: Run) -> dict[str, Any]:
         images_per_s=test.images_per_s,
         reconstruction={"method": asdict(method), **_summary(done, fold_error, shifts)},
     )
-
-
-def _method(cfg: DictConfig) -> Method:
-    """`quantizer.reconstruct`, or plain calibration for a method that has none."""
-    node = cfg.quantizer.get("reconstruct")
-    return instantiate(node) if node is not None else Method(granularity="none")
 
 
 def _fold(model: nn.Module, images: Tensor, run: Run) -> float:

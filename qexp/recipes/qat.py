@@ -23,7 +23,6 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -35,6 +34,7 @@ from qexp.recipes import build, outcome, picture
 from qexp.recipes.compilation import compile_for
 from qexp.recipes.evaluate import Score, evaluate
 from qexp.recipes.handover import take_over_
+from qexp.recipes.loss import training_loss
 from qexp.recipes.observe import log_quantizers
 from qexp.recipes.optimize import (
     WeightAverage,
@@ -219,7 +219,7 @@ def _train_epoch(
         right = torch.zeros((), device=x.device)
         with shared_weights(model) if s.accumulate > 1 else nullcontext():
             for part, target in zip(x.chunk(s.accumulate), y.chunk(s.accumulate), strict=True):
-                loss, hits = _loss(forward, start.teacher, part, target, s)
+                loss, hits = training_loss(forward, start.teacher, part, target, s)
                 loss = loss * (len(part) / len(x))
                 loss.backward()
                 state["losses"][i] += loss.detach()
@@ -244,30 +244,6 @@ def _train_epoch(
     state["step"] = until
     state["train_s"] = time.perf_counter() - began
     state["trained"] = state["seen"] - seen
-
-
-def _loss(
-    forward: Any, teacher: nn.Module | None, x: Tensor, y: Tensor, s: Settings
-) -> tuple[Tensor, Tensor]:
-    """Mean loss of a micro-batch, and how many it gets right."""
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=s.amp):
-        if s.channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
-        logits = forward(x)
-    logits = logits.float()
-    loss = F.cross_entropy(logits, y, label_smoothing=s.label_smoothing)
-    if teacher is not None:
-        with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=s.amp):
-            target = teacher(x).float()
-        t = s.distill.temperature
-        kl = F.kl_div(
-            F.log_softmax(logits / t, 1),
-            F.log_softmax(target / t, 1),
-            reduction="batchmean",
-            log_target=True,
-        )
-        loss = (1 - s.distill.weight) * loss + s.distill.weight * t * t * kl
-    return loss, (logits.detach().argmax(1) == y).sum()
 
 
 def _change_bits(

@@ -1,0 +1,181 @@
+"""What a run will take, from a few steps timed on this machine: the cost line of `dry_run`.
+
+A step is timed on noise with the run's own network, loss, arithmetic, device and threads, and with
+compiled kernels where the run compiles anything (a whole compiled network is faster still, but
+takes a minute to make). From it:
+
+    training         epochs * steps * batch images, and a forward pass of the test split an epoch
+    reconstruction   iterations * minibatch images through the network, a pass (each unit does its
+                     share); each unit records its input and output, once in the float network and
+                     once in the quantized one, half of it deep on average; two evaluations
+
+A forward pass is taken as a third of a step. Loading, compilation, the search for first steps, and
+a float baseline that must be trained first are not in it; the line says so.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+
+from qexp.quant.blocks import find_units
+from qexp.quant.convert import quantizers
+from qexp.quant.functional import compile_kernels
+from qexp.quant.plan import passes
+from qexp.quant.trace import Layer
+from qexp.recipes import build
+from qexp.recipes.compilation import choose
+from qexp.recipes.loss import training_loss
+from qexp.recipes.ptq_settings import Settings as Reconstruction
+from qexp.recipes.saving import kept_bytes
+from qexp.recipes.settings import Settings
+from qexp.runner.device import compiler_available, keep_memory, pick_device, set_threads
+
+# Pixel values of the timed steps, about: a batch of CIFAR; a plan must not take minutes.
+MEASURED = 128 * 3 * 32 * 32
+FEWEST = 8  # images of the timed steps
+# A step's memory above the parameters, as a multiple of what it keeps for backward: 1.66 for a
+# float ResNet-20 in eager mode, 1.41 for LSQ (results/bench_train).
+WORKING = 1.5
+LEFT_OUT = "compilation, loading, and a float baseline that must be trained first"
+
+
+class Card(NamedTuple):
+    """What a plan needs to know of a data set."""
+
+    num_classes: int
+    input_shape: tuple[int, ...]
+    train_size: int
+    test_size: int
+
+
+class Timed(NamedTuple):
+    """A step on this machine: for one image, and how it was run."""
+
+    seconds: float
+    kept: float  # bytes kept for backward
+    how: str
+
+
+def training(cfg: DictConfig, card: Card, model: nn.Module, layers: Sequence[Layer]) -> list[str]:
+    """The lines of a plan that say how long training takes, and its memory."""
+    s = Settings.of(cfg.recipe)
+    s.check()
+    per_epoch = max(1, card.train_size // s.batch_size)
+    steps = s.epochs * per_epoch
+    steps = steps if cfg.max_steps is None else min(steps, cfg.max_steps)
+    mode = choose(cfg.compile, layers, 3 * steps * s.batch_size, pick_device(cfg.device))
+    cost = _timed(cfg, card, model, s.batch_size, mode, s)
+    # A teacher's forward pass is a third of a step too.
+    images = steps * s.batch_size * (4 / 3 if s.distill.weight > 0 else 1)
+    images += steps / per_epoch * card.test_size / 3
+    parameters = 4 * sum(p.numel() for p in model.parameters())
+    # With gradients and momentum.
+    memory = 3 * parameters + WORKING * cost.kept * s.batch_size / s.accumulate
+    source = "from random weights" if s.from_scratch else cfg.model.checkpoint
+    return [
+        f"training: {s.epochs} epochs of {per_epoch} steps of {s.batch_size} images, {steps:,} "
+        f"steps; start: {source}",
+        f"cost:     about {_duration(cost.seconds * images)} and {memory / 2**30:.2f} GB above an "
+        f"idle process on {cost.how} ({1 / cost.seconds:.0f} img/s measured now on noise; with "
+        f"evaluation, without {LEFT_OUT})",
+    ]
+
+
+def reconstruction(
+    cfg: DictConfig, card: Card, model: nn.Module, reference: nn.Module, layers: Sequence[Layer]
+) -> list[str]:
+    """The lines of a plan that say how long calibration and reconstruction take.
+
+    Args:
+        model: the quantized network.
+        reference: the float network, batch norms folded.
+        layers: its layers in execution order.
+    """
+    s = Reconstruction.of(cfg.recipe)
+    s.check()
+    method = build.make_method(cfg)
+    limit = s.iterations + s.step_iterations if cfg.max_steps is None else cfg.max_steps
+    sweeps = [p._replace(iterations=min(p.iterations, limit)) for p in passes(method, s)]
+    names = [layer.name for layer in layers]
+    units = 0
+    if method.granularity != "none":
+        units = len(find_units(reference, names, method.granularity))
+    mode = choose(cfg.compile, layers, 3 * s.iterations * s.minibatch, pick_device(cfg.device))
+    cost = _timed(cfg, card, model, s.minibatch, mode if sweeps else "off", Settings())
+    images = sum(p.iterations for p in sweeps) * s.minibatch
+    images += len(sweeps) * units * (s.images + s.held_out) / 3 + 2 * card.test_size / 3
+    work = [f"{units} units, {p.iterations:,} iterations each ({p.name})" for p in sweeps]
+    return [
+        f"images:   {s.images} for reconstruction, {s.act_images} for activation steps; "
+        f"start: {cfg.model.checkpoint}",
+        f"learning: {'; then '.join(work) or 'none'}",
+        f"cost:     about {_duration(cost.seconds * images)} on {cost.how} "
+        f"({1 / cost.seconds:.0f} img/s forward and backward measured now on noise; with two "
+        f"evaluations, without the search for steps, {LEFT_OUT})",
+    ]
+
+
+def _timed(
+    cfg: DictConfig, card: Card, model: nn.Module, batch: int, mode: str, s: Settings
+) -> Timed:
+    """Time steps of a network on the run's device, with its threads and its kind of kernels."""
+    device = pick_device(cfg.device)
+    values = card.input_shape[0] * card.input_shape[1] * card.input_shape[2]
+    size = min(batch, max(FEWEST, MEASURED // values))
+    for quantizer in quantizers(model).values():
+        quantizer.calibrated.fill_(True)  # times do not depend on the steps' values
+    kernels = mode != "off" and compiler_available(device)[0]
+    threads = torch.get_num_threads()
+    set_threads(cfg.threads)
+    # A missing CUDA runtime is no news on a CPU machine.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    try:
+        compile_kernels(kernels)
+        seconds, kept = _image_cost(model.to(device), card.input_shape, size, s)
+    finally:
+        compile_kernels(False)
+        set_threads(threads)
+    return Timed(seconds, kept, f"{device} {'with compiled kernels' if kernels else 'eagerly'}")
+
+
+def _image_cost(
+    model: nn.Module, shape: tuple[int, ...], batch: int, s: Settings
+) -> tuple[float, float]:
+    """Seconds of a training step, the faster of two, and bytes it keeps; both for one image."""
+    device = next(model.parameters()).device
+    if device.type == "cpu":
+        keep_memory()  # as the run does
+    if s.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x: Any = torch.randn(batch, *shape, device=device)
+    y = torch.zeros(batch, dtype=torch.int64, device=device)
+
+    def step() -> None:
+        loss, _ = training_loss(model.train(), None, x, y, s)
+        loss.backward()
+
+    step()  # compiles
+    kept = kept_bytes(model, step)
+    took = []
+    for _ in range(2):
+        began = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        took.append(time.perf_counter() - began)
+    return min(took) / batch, kept / batch
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
