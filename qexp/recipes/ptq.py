@@ -120,9 +120,7 @@ def ptq(cfg: DictConfig, run: Run) -> dict[str, Any]:
         plot_ptq.draw([row for row in done if row], run.dir, cfg.quantizer.name)
     test = evaluate(model, dataset.eval_batches("test"))
     save(float=float_state(model), top1=test.top1)
-    # Runs from before sampled activations at an even stride, and so saw parts of the images.
-    known = {**asdict(s), "act_sample": "random"}
-    protocol = outcome.protocol(cfg, known, dataset, start.record(), run.segments)
+    protocol = outcome.protocol(cfg, asdict(s), dataset, start.record(), run.segments)
     run.info(f"top-1 {test.top1:.2f}" + (f", float {start.top1:.2f}" if start.top1 else ""))
     return outcome.result(
         cfg,
