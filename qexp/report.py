@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -119,7 +120,12 @@ def markdown(tables: Sequence[Table]) -> str:
 
 def markdown_row(texts: Sequence[str]) -> str:
     """One line of a Markdown table."""
-    return "| " + " | ".join(text.replace("|", "\\|").replace("\n", " ") for text in texts) + " |"
+    return "| " + " | ".join(_cell(text) for text in texts) + " |"
+
+
+def _cell(text: str) -> str:
+    """Safe inside a Markdown table: an error that quotes `<class 'int'>` is no tag."""
+    return re.sub(r"<(?!/?sub>)", "&lt;", text).replace("|", "\\|").replace("\n", " ")
 
 
 def protocol_lines(table: Table) -> list[str]:

@@ -1,9 +1,9 @@
 """Published numbers: `results/papers.csv`, and the one that belongs beside a row of ours.
 
 A number is shown beside ours only if method, model, data set, both widths and the kind of bit-width
-policy are the same; nothing is interpolated. Among several, the authors' paper comes before the
-authors' repository and that before anybody's re-run; a number with distillation is shown beside a
-run without (and the reverse) only when there is no other, and flagged.
+policy are the same; nothing is interpolated. A number with distillation is shown beside a run
+without (and the reverse) only when there is no other, and flagged. Among several, one from memory
+comes last; else the authors' paper comes before the authors' repository and that before a re-run.
 
 Columns:
     method, model, dataset   names as in our configs where we have them

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,20 +49,20 @@ class RunRecord:
 
     @property
     def dataset(self) -> str:
-        return str(self.result.get("dataset") or _at(self.config, "dataset", "name") or "unknown")
+        return str(self.result.get("dataset") or at(self.config, "dataset", "name") or "unknown")
 
     @property
     def model(self) -> str:
-        return str(self.result.get("model") or _at(self.config, "model", "name") or "unknown")
+        return str(self.result.get("model") or at(self.config, "model", "name") or "unknown")
 
     @property
     def method(self) -> str:
-        named = self.config.get("method") or _at(self.config, "quantizer", "name")
+        named = self.config.get("method") or at(self.config, "quantizer", "name")
         return str(self.result.get("method") or named or "unknown")
 
     @property
     def policy(self) -> str | None:
-        return self.result.get("policy") or _at(self.config, "bitwidth", "name")
+        return self.result.get("policy") or at(self.config, "bitwidth", "name")
 
     @property
     def uniform(self) -> bool:
@@ -75,11 +76,9 @@ class RunRecord:
     def width(self, operand: str) -> float | None:
         """Nominal bits of `weight` or `act`; of a mixed run, the measured average by parameter
         (weights) or by layer (inputs), to two digits."""
-        bits = _at(
-            self.result, "bits", "weight_by_param" if operand == "weight" else "act_by_layer"
-        )
+        bits = at(self.result, "bits", "weight_by_param" if operand == "weight" else "act_by_layer")
         nominal = self.result.get("w_bits" if operand == "weight" else "a_bits")
-        for value in (nominal, _at(self.config, "bitwidth", operand), self.config.get("bits")):
+        for value in (nominal, at(self.config, "bitwidth", operand), self.config.get("bits")):
             if self.uniform and isinstance(value, (int, float)):
                 return float(value)
         return None if bits is None else round(float(bits), 2)
@@ -161,7 +160,7 @@ def read_run(folder: Path) -> RunRecord:
     status = read_status(folder) if (folder / STATUS).is_file() else {"state": "done"}
     state = str(status.get("state"))
     error = str(status.get("error") or "")
-    if state == "done" and not isinstance(result.get("top1"), (int, float)):
+    if state == "done" and not _finite(result.get("top1")):
         state = "failed"
         there = (folder / RESULT).is_file()
         error = f"{RESULT} {'holds no finite top1' if there else 'is missing'}"
@@ -171,6 +170,10 @@ def read_run(folder: Path) -> RunRecord:
             state, ""
         )
     return RunRecord(folder, state, error, result, _read_config(folder / "config.yaml"))
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -199,7 +202,8 @@ def flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def _at(tree: Mapping[str, Any], *path: str) -> Any:
+def at(tree: Mapping[str, Any], *path: str) -> Any:
+    """The value at a path of keys; None where there is none."""
     node: Any = tree
     for key in path:
         node = node.get(key) if isinstance(node, Mapping) else None

@@ -6,12 +6,13 @@ for one seed. `top1` is the last epoch's. A run that failed, or has not ended, j
 config it shares, else it has a row of its own: nothing is left out.
 
 Within a table, rows whose protocol differs from the most common one are flagged, and the keys that
-differ are listed. A float row is not asked about `first_last`, which says nothing about it, and a
-float network trained from scratch, where the others are not, is named a start and not compared.
+differ are listed. A float row is not asked about `QUANTIZED_ONLY`, and a float network trained from
+scratch, where the others are not, is named a start and not compared.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 from collections import Counter
@@ -21,8 +22,14 @@ from functools import cached_property
 from typing import Any
 
 from qexp.report_papers import Paper, match
-from qexp.report_runs import RunRecord
-from qexp.report_variants import briefly, differences, drop_new_options_, name_variants
+from qexp.report_runs import RunRecord, at
+from qexp.report_variants import (
+    QUANTIZED_ONLY,
+    briefly,
+    differences,
+    drop_new_options_,
+    name_variants,
+)
 
 GROUPS = ("dataset", "model", "method", "bits", "recipe", "protocol")
 
@@ -39,8 +46,8 @@ class Stat:
 
     @classmethod
     def of(cls, values: Iterable[Any]) -> Stat | None:
-        """None of no numbers; what is not a number is left out."""
-        known = [float(v) for v in values if isinstance(v, (int, float))]
+        """None of no numbers; what is not a finite number is left out."""
+        known = [float(v) for v in values if isinstance(v, (int, float)) and math.isfinite(v)]
         if not known:
             return None
         std = statistics.stdev(known) if len(known) > 1 else None
@@ -90,7 +97,7 @@ class Row:
 
     def stat(self, *path: str) -> Stat | None:
         """Over the seeds, of the field of result.json at `path`."""
-        return Stat.of(_follow(run.result, path) for run in self.counted)
+        return Stat.of(at(run.result, *path) for run in self.counted)
 
     @cached_property
     def top1(self) -> Stat | None:
@@ -109,7 +116,7 @@ class Row:
         """The protocol as far as this row has one; empty without a finished run."""
         if not self.counted:
             return {}
-        skip = ("first_last",) if self.first.is_float else ()
+        skip = QUANTIZED_ONLY if self.first.is_float else ()
         return {k: v for k, v in self.first.protocol.items() if k not in skip}
 
 
@@ -162,7 +169,8 @@ def _rows(runs: Sequence[RunRecord]) -> list[Row]:
     for run in runs:
         if not run.done:
             known = key_of.get(run.experiment) if run.experiment else None
-            key = known or (run.dataset, run.model, run.method, run.experiment)
+            alone = run.experiment or str(run.folder)  # without a config nothing is known to be one
+            key = known or (run.dataset, run.model, run.method, alone)
             groups.setdefault(key, []).append(run)
     return [_row(group) for group in groups.values()]
 
@@ -287,10 +295,3 @@ def _health(row: Row) -> Counter[str]:
             count = sum(found.values()) if isinstance(found, Mapping) else found
             total[kind] += count if isinstance(count, int) else 0
     return +total
-
-
-def _follow(tree: Mapping[str, Any], path: Sequence[str]) -> Any:
-    node: Any = tree
-    for key in path:
-        node = node.get(key) if isinstance(node, Mapping) else None
-    return node

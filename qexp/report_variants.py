@@ -11,6 +11,8 @@ from typing import Any
 from qexp.report_runs import RunRecord
 
 TARGET = "_target_"
+# Keys of a protocol that say nothing about a float network.
+QUANTIZED_ONLY = ("first_last", "act_sample")
 ABSENT = "-"  # of an option that one side does not have
 LISTED = 8  # keys that one protocol lacks, by name
 
@@ -87,7 +89,7 @@ def differences(
     ours: Mapping[str, Any], theirs: Mapping[str, Any], *, is_float: bool = False
 ) -> dict[str, tuple[Any, Any]]:
     """`{key: (ours, theirs)}` for the keys of two flat protocols that differ."""
-    keys = [k for k in dict.fromkeys([*ours, *theirs]) if not (is_float and k == "first_last")]
+    keys = [k for k in dict.fromkeys([*ours, *theirs]) if not (is_float and k in QUANTIZED_ONLY)]
     pairs = {k: (ours.get(k, ABSENT), theirs.get(k, ABSENT)) for k in keys}
     return {k: (a, b) for k, (a, b) in pairs.items() if a != b}
 

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from qexp.report_runs import read_run
 from qexp.runner.folder import RESULT, STATUS, find_runs, read_json, read_status
 
 COPIED = (RESULT, "config.yaml", "layers.csv", "metrics.jsonl")
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         state = read_status(run).get("state")
         if state != "done" and not given.unfinished:
             continue
-        if read_json(run / RESULT).get("dirty"):
+        if any(read_json(run / name).get("dirty") for name in (RESULT, "env.json")):
             print(f"refused, uncommitted code: {run}", file=sys.stderr)
             refused += 1
             continue
@@ -43,8 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def copy(run: Path, table: Path) -> Path:
     """Copy one run; an identical one that is there already is left alone."""
-    seed = read_json(run / RESULT).get("seed", "x")
-    name = f"{run.parent.name}-s{seed}"
+    name = f"{run.parent.name}-s{read_run(run).seed}"
     target, number = table / name, 1
     while target.exists() and not same(run, target):
         number += 1
@@ -60,9 +60,10 @@ def copy(run: Path, table: Path) -> Path:
 
 
 def same(run: Path, target: Path) -> bool:
-    """Whether `target` was copied from this run."""
-    mine, theirs = run / RESULT, target / RESULT
-    return mine.is_file() and theirs.is_file() and mine.read_bytes() == theirs.read_bytes()
+    """Whether `target` was copied from this run: what was copied is equal, and there is some."""
+    pairs = [(run / name, target / name) for name in (RESULT, "metrics.jsonl")]
+    texts = [tuple(p.read_bytes() if p.is_file() else b"" for p in pair) for pair in pairs]
+    return any(mine for mine, _ in texts) and all(mine == theirs for mine, theirs in texts)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,12 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from qexp.errors import QexpError
-from qexp.report import markdown, markdown_row, show
+from qexp.report import cited, markdown, markdown_row, show
 from qexp.report_papers import Paper, read_papers
 from qexp.report_runs import read_runs
 from qexp.report_tables import Row, Table, is_start, make_tables
@@ -28,8 +29,8 @@ MARK = re.compile(
     r"<!-- table:(?P<name>[\w./-]+)(?P<full> full)? -->\n.*?<!-- /table -->", re.DOTALL
 )
 # Of the protocol, what a reader of the README needs; its hash stands for all of it.
-TOLD = ("recipe", "epochs", "batch_size", "optimizer", "lr", "schedule", "images", "iterations",
-        "first_last", "distill.weight", "bn_reestimate")  # fmt: skip
+TOLD = ("recipe", "epochs", "batch_size", "optimizer", "lr", "schedule", "amp", "images",
+        "iterations", "first_last", "distill.weight", "bn_reestimate")  # fmt: skip
 MISSING = "missing"
 PAGES = ("README.md", "docs/results.md")
 
@@ -120,7 +121,22 @@ def pivot(table: Table, start: Path) -> str:
         ]
         quoted = "; ".join(f"{r.bits} {r.paper.top1:g}" for r in own if r.paper)
         lines.append(markdown_row([name, *texts, *([quoted or "n/a"] if papers else [])]))
+    notes = dict.fromkeys(f"{row.first.method} {row.bits} {cited(row.paper)}" for row in papers)
+    if notes:
+        lines += ["", f"Published: {'; '.join(notes)}."]
+    if flags := flagged(quantized):
+        lines += ["", f"Flags: {flags}."]
     return "\n".join(lines)
+
+
+def flagged(rows: Sequence[Row]) -> str:
+    """`2 commits: adq W4A4, lsq W2A2; ...`; protocols are left out, a table holds but one."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        for flag in row.flags:
+            if not flag.startswith("protocol differs"):
+                found.setdefault(flag, []).append(f"{row.name} {row.bits}")
+    return "; ".join(f"{flag}: {', '.join(names)}" for flag, names in found.items())
 
 
 def headline(table: Table, start: Path) -> str:
@@ -129,6 +145,8 @@ def headline(table: Table, start: Path) -> str:
     starts = [row.stat("fp32_top1") for row in table.rows if not row.first.is_float]
     lows = [stat.low for stat in starts if stat]
     highs = [stat.high for stat in starts if stat]
+    if any(not row.first.is_float and row.counted for row in table.rows):
+        told += f", calibrated on {sampled(table.protocol)}"
     parts = [f"**{table.title}** (protocol `{table.protocol_hash or 'unknown'}`): {told}"]
     if lows:
         same = f"{min(lows):.2f}" == f"{max(highs):.2f}"
@@ -141,6 +159,11 @@ def headline(table: Table, start: Path) -> str:
     if controls and lows:
         parts.append(f"float trained with the same schedule {', '.join(controls)}")
     return "; ".join(parts) + ". Top-1 in percent, last epoch, mean ± deviation over linked seeds."
+
+
+def sampled(protocol: Mapping[str, Any]) -> str:
+    """Which elements of the calibration images set activation steps; older runs do not say."""
+    return "random elements" if protocol.get("act_sample") == "random" else "elements at a stride"
 
 
 def column(row: Row) -> str:

@@ -93,8 +93,8 @@ def test_a_bad_cell_is_named_with_its_line(tmp_path: Path, cell: str, line: str)
         read_papers(path)
 
 
-def _script() -> Any:
-    spec = importlib.util.spec_from_file_location("make_tables", ROOT / "scripts/make_tables.py")
+def _script(name: str = "make_tables") -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"scripts/{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -173,4 +173,47 @@ def test_readme_tables_split_protocols_and_link_every_number(project: Path) -> N
     assert "| lsq | missing | [85.50](results/demo/b) |" in text
     assert "float trained with the same schedule [92.30](results/demo/d)" in text
     assert "W4A4 90.8" in text  # PACT's own number
+    assert "Published: pact W4A4 90.8 (" in text  # and where it stands
+    assert "quoted at second hand" in text
     assert "Made by: `qexp train -m experiment=demo`" in text
+
+
+def test_a_table_keeps_the_flags_of_its_rows(project: Path) -> None:
+    bits = {"weight_by_param": 2.32, "act_by_layer": 2.0}
+    _result(project, "e", 0, method="post_released", w_bits=2, a_bits=2, bits=bits, commit="x")
+    _result(project, "f", 1, method="post_released", w_bits=2, a_bits=2, bits=bits, commit="y")
+    text = _script().rebuild((project / "README.md").read_text(), project)
+    assert (
+        "Flags: 2 commits: post_released W2A2; holds more levels than 2 bit: 2.32: post_rel" in text
+    )
+
+
+def test_a_table_says_how_its_runs_were_calibrated(project: Path) -> None:
+    text = _script().rebuild((project / "README.md").read_text(), project)
+    assert text.count("calibrated on elements at a stride") == 2
+    for name in ("a0", "a1", "b"):
+        path = project / "results/demo" / name / "result.json"
+        result = json.loads(path.read_text())
+        path.write_text(json.dumps(result | {"protocol": {"epochs": 10, "act_sample": "random"}}))
+    text = _script().rebuild((project / "README.md").read_text(), project)
+    assert text.count("calibrated on random elements") == 1
+    assert "float trained with the same schedule [92.30](results/demo/d)" in text
+
+
+def test_a_run_is_collected_once_finished_or_not(tmp_path: Path) -> None:
+    collect, table = _script("collect"), tmp_path / "results/demo"
+    for number, (state, seed) in enumerate((("done", 0), ("failed", 1), ("failed", 1))):
+        run = tmp_path / f"outputs/lsq-w4a4/{number}"
+        run.mkdir(parents=True)
+        (run / "status.json").write_text(json.dumps({"state": state}))
+        (run / "config.yaml").write_text(f"seed: {seed}\n")
+        (run / "metrics.jsonl").write_text(f"{number}\n")
+        if state == "done":
+            (run / "result.json").write_text(json.dumps({"top1": 90.0, "seed": seed}))
+    words = [str(table), str(tmp_path / "outputs"), "--unfinished"]
+    for _ in range(2):
+        assert collect.main(words) == 0
+    names = ["lsq-w4a4-s0", "lsq-w4a4-s1", "lsq-w4a4-s1-2"]
+    assert sorted(path.name for path in table.iterdir()) == names
+    (tmp_path / "outputs/lsq-w4a4/1/env.json").write_text('{"dirty": true}')
+    assert collect.main(words) == 1  # a failed run of code that no commit holds is refused too

@@ -149,7 +149,7 @@ def test_a_row_of_another_recipe_is_flagged_by_the_number_of_its_keys(tmp_path, 
 
 
 def test_a_float_control_is_not_flagged_for_its_first_and_last_layer(tmp_path, capsys) -> None:
-    make_run(tmp_path, "a", method="lsq")
+    make_run(tmp_path, "a", method="lsq", protocol={**PROTOCOL, "act_sample": "random"})
     control = {**PROTOCOL, "first_last": "float"}
     make_run(tmp_path, "b", method="fp32", bits=32, protocol=control, protocol_hash="other")
     listed = rows(capsys, tmp_path)
@@ -191,8 +191,25 @@ def test_a_result_without_a_finite_top1_is_a_failure(tmp_path, capsys) -> None:
     make_run(tmp_path, "a", top1=None)
     (tmp_path / "b").mkdir()
     (tmp_path / "b/result.json").write_text('{"top1": 91')
+    make_run(tmp_path, "c", top1=float("nan"), seed=1)
     flags = " ".join(row["flags"] for row in rows(capsys, tmp_path))
-    assert flags.count("result.json holds no finite top1") == 2
+    assert flags.count("result.json holds no finite top1") == 3
+
+
+def test_unfinished_runs_without_a_config_are_not_taken_for_one(tmp_path, capsys) -> None:
+    for name in ("lsq-w4a4/1", "asq-w2a2/1"):
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        (folder / "status.json").write_text(json.dumps({"state": "failed", "error": name}))
+    assert [row["flags"] for row in rows(capsys, tmp_path)] == [
+        "seed None failed: asq-w2a2/1",
+        "seed None failed: lsq-w4a4/1",
+    ]
+
+
+def test_an_error_that_quotes_a_class_is_text_in_markdown(tmp_path, capsys) -> None:
+    make_run(tmp_path, "a", state="failed", error="got <class 'int'> | worse")
+    assert "got &lt;class 'int'> \\| worse" in report(capsys, str(tmp_path))
 
 
 def test_quantizer_options_tell_rows_of_one_name_apart(tmp_path, capsys) -> None:
