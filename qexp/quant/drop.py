@@ -29,7 +29,8 @@ def random_bytes(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 # Bytes are compared as floats, and choices made by arithmetic with 0 and 1 (exact here): masks of
-# another width than the values, and `where`, keep the loop from being vectorised, 30 times slower.
+# another width than the values, and `where`, keep the loop from being vectorised: 30 times
+# slower (by hand, not kept).
 
 
 @kernel

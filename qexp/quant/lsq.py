@@ -23,8 +23,9 @@ Gradients (eq. 3, 5), e = dL/dx_hat.
 Initialisation.  scale = 2 * mean|x| / sqrt(qmax), from the float weights and from the first batch
     (`init: lsq`); `init: mse` minimises the squared error instead and is what the configs use: at
     2 bits the paper's rule clips a third of the inputs of a ResNet-20 and the steps do not recover
-    within ten epochs. CIFAR-10, ten epochs, one seed each (results/cifar10_qat_short and
-    cifar10_lsq_init): W2A2 88.05 with mse, 61.60 with lsq; W4A4 91.32 and 91.27.
+    within ten epochs. CIFAR-10, ten epochs, one seed each: W2A2 88.05 with mse (bfloat16; at commit
+    c22c947 in results/cifar10_qat_short), 61.60 with lsq (float32; results/cifar10_lsq_init); W4A4
+    91.32 and 91.27.
 
 LSQ+ adds a learned offset to activations that are not one-sided (Swish):
     x_int = clip(round((x - offset) / scale), qmin, qmax),  x_hat = x_int * scale + offset
@@ -39,7 +40,8 @@ Departs from the papers:
     There the error's step is five times smaller than the paper's, inputs that outgrow it are
     clipped, and a clipped input moves the ceiling qmax * scale by qmax^1.5: at lr 0.05 the last
     layer's input step fell below zero within 30 steps and the network stood at chance for an
-    epoch (11.26 on CIFAR-10 at W2A2, against 75.60 after 120 steps from the paper's step).
+    epoch (11.26 on CIFAR-10 at W2A2, against 75.60 after 120 steps from the paper's step; not
+    kept).
  5. LSQ+ weights start from the MSE too, instead of max|mean +- 3 std| / 2^(b-1).
 """
 

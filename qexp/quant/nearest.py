@@ -28,7 +28,7 @@ Gradients, e = dL/dx_hat, inside = [x_int was not clipped].  Only used when the 
 Departs from the papers:
  1. The zero-point search looks at 5 zero points for each width. QDrop's looks at all of them
     (16 times the time at 4 bits), BRECQ's at the one that the clipped range suggests.
- 2. An activation's estimate sees at most 2^18 of its elements, evenly spaced.
+ 2. An activation's estimate sees at most 2^18 of its elements, drawn at random.
  3. Inputs are quantized where a layer reads them, so a residual sum stays in float; in the
     released BRECQ and QDrop the sum itself is quantized.
 """

@@ -20,7 +20,7 @@ draws probes of its own: together there are as many as asked, and no more image 
 A probe spans one layer. One that spans all layers gives every v_l' (H v)_l at once, with the same
 expectation, but the terms between layers are noise: on ResNet-20 (CIFAR-10, 64 images, 12 probes)
 its variance was 2 to 29 times larger, 9 in the median, for a fifth of the time, and small layers
-came out negative. The constant 1/2 is dropped.
+came out negative (by hand, not kept). The constant 1/2 is dropped.
 
 Departs from the papers: a trace estimated below zero (the network is not at a minimum, or too few
 probes) counts as zero. Fisher uses the data's labels: the empirical Fisher.
