@@ -57,8 +57,9 @@ from qexp.quant.cache import Store, record
 from qexp.quant.convert import calibrate_, float_operands, quant_layers
 from qexp.quant.fold import fold_bn_
 from qexp.quant.functional import compile_kernels
+from qexp.quant.learn import output_error
 from qexp.quant.plan import passes
-from qexp.quant.reconstruct import Data, output_error, reconstruct_unit, relative_error
+from qexp.quant.reconstruct import Data, reconstruct_unit, relative_error
 from qexp.recipes import build
 from qexp.recipes.evaluate import evaluate
 from qexp.recipes.ptq_settings import Settings

@@ -7,7 +7,7 @@ import torch
 
 from qexp.quant import calibrate, nearest
 from qexp.quant.calibrate import mse_scale, sample
-from qexp.quant.nearest import activation_sample
+from qexp.quant.nearest import ACT_SAMPLES, Nearest, activation_sample
 
 
 def test_a_sample_sees_every_channel_and_column_in_any_order_of_memory() -> None:
@@ -22,7 +22,7 @@ def test_a_sample_sees_every_channel_and_column_in_any_order_of_memory() -> None
             assert share.min() > 0.8 / size
             assert share.max() < 1.2 / size
     channels_last = places.to(memory_format=torch.channels_last)
-    assert torch.equal(activation_sample(places), activation_sample(channels_last))
+    assert torch.equal(activation_sample(places, "mse"), activation_sample(channels_last, "mse"))
 
 
 def test_a_small_tensor_is_its_own_sample() -> None:
@@ -39,3 +39,30 @@ def test_the_step_of_least_error_does_not_hang_on_an_image_s_columns(
     whole = mse_scale(x, 0, 3)
     monkeypatch.setattr(calibrate, "MAX_SAMPLES", x.numel() // 8)
     torch.testing.assert_close(mse_scale(x.to(memory_format=order), 0, 3), whole, rtol=0.03, atol=0)
+
+
+def test_a_grid_of_weights_sees_them_all_and_absmax_both_ends() -> None:
+    torch.manual_seed(0)
+    w = torch.randn(64, 64, 9, 9)
+    assert w.numel() > ACT_SAMPLES
+    w[0, 0, 0, 0] = 100.0
+    weight = Nearest(4, shape=tuple(w.shape), estimator="absmax", symmetric=True)
+    weight.calibrate(w)
+    assert float(weight.levels().max()) == pytest.approx(100.0)
+    by_mse, of_rows = Nearest(4, shape=tuple(w.shape)), Nearest(4, shape=(1,), per_channel=True)
+    by_mse.calibrate(w)
+    of_rows.calibrate(w.reshape(1, -1))
+    assert torch.equal(by_mse.scale.flatten(), of_rows.scale.flatten())
+    act = Nearest(4, signed=False, estimator="absmax")
+    act.calibrate(w.abs())
+    assert float(act.levels().max()) == pytest.approx(100.0)
+
+
+def test_values_that_an_unsigned_grid_cannot_hold_do_not_widen_it() -> None:
+    x = torch.randn(1 << 14, generator=torch.Generator().manual_seed(0))
+    assert mse_scale(x, 0, 255) < 1.2 * mse_scale(x.relu(), 0, 255)
+    for estimator in ("mse", "absmax", "percentile"):
+        both, positive = (Nearest(8, signed=False, estimator=estimator) for _ in range(2))
+        both.calibrate(x)
+        positive.calibrate(x.relu())
+        assert both.scale.item() == pytest.approx(positive.scale.item(), rel=0.2), estimator

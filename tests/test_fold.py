@@ -91,6 +91,48 @@ def test_a_norm_that_cannot_be_folded_stays_and_is_reported() -> None:
     torch.testing.assert_close(model(x), before)
 
 
+class Tied(nn.Module):
+    """Two convolutions with one weight, each with a norm of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+        self.b.weight = self.a.weight
+        self.norm_a, self.norm_b = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm_b(self.b(self.norm_a(self.a(x))))
+
+
+@torch.no_grad()
+def test_convolutions_that_share_a_weight_are_not_folded() -> None:
+    model = with_statistics(Tied)
+    x = torch.randn(2, 3, 5, 5)
+    before = model(x)
+    assert [fold.note for fold in fold_bn_(model)] == ["a shares its weight", "b shares its weight"]
+    assert torch.equal(model(x), before)
+
+
+class Add(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.add = nn.Conv2d(3, 3, 1), Add()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.add(self.add(self.conv(x), x), x)
+
+
+def test_a_block_whose_addition_is_a_module_of_its_own_is_a_block() -> None:
+    model = nn.Sequential(Residual(), Residual())
+    units = find_units(model, ["0.conv", "1.conv"], "block")
+    assert [(unit.name, unit.layers) for unit in units] == [("0", ("0.conv",)), ("1", ("1.conv",))]
+
+
 class Branching(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x if x.sum() > 0 else -x

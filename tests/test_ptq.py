@@ -15,9 +15,11 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from qexp import config
-from qexp.errors import ConfigError
-from qexp.quant.convert import quant_layers
+from qexp.errors import ConfigError, RunError
+from qexp.quant.convert import Bits, quant_layers, quantize_
 from qexp.quant.fold import fold_bn_
+from qexp.quant.nearest import Nearest
+from qexp.quant.trace import trace
 from qexp.recipes import build
 from qexp.recipes import ptq as ptq_module
 from qexp.recipes.evaluate import evaluate_run
@@ -115,6 +117,58 @@ def test_bias_correction_and_the_fisher_weights_are_options_of_any_method(tmp_pa
     result, _ = quantized(tiny(tmp_path, "quantizer=qdrop", *options))
     assert len(result["reconstruction"]["bias_shifts"]) == 8  # every layer
     assert result["reconstruction"]["method"]["bias_correction"] is True
+
+
+@pytest.mark.parametrize("late", ["borders", "steps"])
+def test_a_second_pass_keeps_what_the_first_has_learned(tmp_path: Path, late: str) -> None:
+    words = ("quantizer=aquant", f"quantizer.reconstruct.{late}=after", "recipe.step_lr=0")
+    rates = dict.fromkeys(("rounding", "scale", "border", "mixing"), 0.01)
+    cfg = tiny(tmp_path, *words, *(f"recipe.lr.{k}={v}" for k, v in rates.items()))
+    seen: list[dict[str, torch.Tensor]] = []
+    real = ptq_module.reconstruct_unit
+
+    def spy(model: torch.nn.Module, *args: Any, **more: Any) -> dict[str, Any]:
+        seen.append({k: v.clone() for k, v in model.state_dict().items()})
+        return real(model, *args, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ptq_module, "reconstruct_unit", spy)
+        quantized(cfg)
+    first, second = seen[1], seen[5]  # after one unit; before the second pass
+    own = ".scale" if late == "borders" else ".border"
+    learned = [k for k in first if k.endswith(f"act_quantizer{own}") and "layer1.0" in k]
+    assert learned
+    after_first = seen[2]
+    assert all(torch.equal(after_first[k], second[k]) for k in learned)
+    assert any(not torch.equal(first[k], second[k]) for k in learned)
+
+
+def test_what_a_reconstruction_cannot_learn_of_an_input_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("quantizer=qdrop", "quantizer/act=pact", "bits=4")
+    quantized(tiny(tmp_path, *words))
+    assert "'alpha' of the inputs' quantizers stays as calibrated" in capsys.readouterr().err
+    quantized(tiny(tmp_path / "b", *words, "+recipe.lr.alpha=0.01"))
+    assert "stays as calibrated" not in capsys.readouterr().err
+
+
+def test_a_reconstruction_that_diverges_fails_instead_of_scoring(tmp_path: Path) -> None:
+    cfg = tiny(tmp_path, "quantizer=aquant", "recipe.lr.border=1e38")
+    with pytest.raises(RunError, match=r"unit '[\w.]+' diverged"):
+        quantized(cfg)
+    assert json.loads((Path(cfg.folder) / "status.json").read_text())["state"] == "failed"
+
+
+def test_a_layer_with_a_forward_of_its_own_is_refused() -> None:
+    class Same(torch.nn.Conv2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(torch.nn.functional.pad(x, (0, 1, 0, 1)))
+
+    model = torch.nn.Sequential(Same(3, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 4, 3))
+    layers = trace(model, (3, 8, 8))
+    with pytest.raises(ConfigError, match=r"layer '0' is a Same with a forward of its own"):
+        quantize_(model, layers, {"0": Bits(4, 4)}, Nearest, Nearest)
 
 
 def test_a_units_learning_is_traced_and_drawn(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,8 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qexp.errors import RunError
 from qexp.models.resnet import ResNet
 from qexp.quant.adaround import AdaRound
 from qexp.quant.aquant import AQuant
@@ -23,9 +26,10 @@ from qexp.quant.convert import Bits, calibrate_, float_operands, quant_layers, q
 from qexp.quant.drop import dropping, mix
 from qexp.quant.fisher import output_weights
 from qexp.quant.fold import fold_bn_
+from qexp.quant.learn import beta_at, output_error
 from qexp.quant.nearest import Nearest
 from qexp.quant.plan import Method, Schedule, passes
-from qexp.quant.reconstruct import Data, beta_at, output_error, reconstruct_unit
+from qexp.quant.reconstruct import Data, reconstruct_unit
 from qexp.quant.trace import Layer, trace
 
 FAST = Schedule(
@@ -258,6 +262,53 @@ def test_fisher_weights_are_the_damped_gradient_of_the_logits() -> None:
     torch.testing.assert_close(alike, torch.ones_like(alike), rtol=0, atol=1e-5)
     row = case.run("layer1.0", Method("block", fisher=True), later=later)
     assert row["error"] < row["error_before"]
+
+
+def test_fisher_weights_do_not_depend_on_the_batch() -> None:
+    case = Case()
+    unit = Unit("layer1.0", ("layer1.0.conv1", "layer1.0.conv2"))
+    store = Store(torch.device("cpu"), math.inf, None)
+    args = (case.model, case.reference, unit, (), case.data.images[:20])
+    one, other = (output_weights(*args, size, store) for size in (20, 8))  # 8, 8 and 4
+    assert one.max() > 1.001
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("activation", [F.relu, F.relu6])
+def test_fisher_weights_are_of_the_activation_that_follows_also_where_it_is_0(
+    activation: Callable[[Tensor], Tensor],
+) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(4, 6)
+
+    class Scaled(nn.Module):
+        """One unit and what reads its activation; some of it lies above 6."""
+
+        def __init__(self, scale: float) -> None:
+            super().__init__()
+            self.first = nn.Linear(5, 6)
+            with torch.no_grad():
+                self.first.weight.mul_(scale)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return activation(self.first(x)) @ weight.T
+
+    model, reference = Scaled(12.0), Scaled(11.0)
+    x = torch.randn(32, 5)
+    store = Store(torch.device("cpu"), math.inf, None)
+    found = output_weights(model, reference, Unit("first", (), activation), (), x, 32, store)
+    a = activation(model.first(x)).detach().requires_grad_()
+    target = F.log_softmax(reference(x), 1).detach()
+    kl = F.kl_div(F.log_softmax(a @ weight.T, 1), target, reduction="batchmean", log_target=True)
+    (grad,) = torch.autograd.grad(kl, a)
+    assert (grad[a == 0] != 0).any()
+    torch.testing.assert_close(found, (1 + grad.abs()).square(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_unit_that_diverges_stops_with_its_name() -> None:
+    case = Case()
+    with pytest.raises(RunError, match=r"unit .layer1.0. diverged: .*Lower recipe.lr"):
+        case.run("layer1.0", QDROP, replace(FAST, lr={"rounding": 0.1, "scale": 1e38}))
 
 
 def test_bias_correction_gives_every_layer_the_mean_of_the_float_one() -> None:

@@ -128,7 +128,7 @@ class AQuant(Quantizer):
     def calibrate(self, x: Tensor) -> None:
         """Set the step from a batch of inputs [N, ...], before im2col: as Nearest, and so QDrop."""
         scale, zero = estimate_grid(
-            activation_sample(x),
+            activation_sample(x, self.estimator),
             self.qmin,
             self.qmax,
             fixed_zero=not self.signed,

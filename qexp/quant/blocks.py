@@ -78,8 +78,10 @@ def find_blocks(model: nn.Module, graph: fx.Graph) -> list[str]:
     for node in graph.nodes:
         if node.op in ("call_function", "call_method") and node.target in ADDITIONS:
             branches = [a for a in node.args if isinstance(a, fx.Node)]
-            stack = node.meta.get("nn_module_stack")
-            owner = next(reversed(stack)) if stack else ""
+            # The innermost module around the addition that has layers: a block may have a module
+            # that only adds. (The stack's keys count calls; its values start with the name.)
+            stack = [entry[0] for entry in (node.meta.get("nn_module_stack") or {}).values()]
+            owner = next((n for n in reversed(stack) if _has_layers(modules[n])), "")
             if len(branches) == 2 and owner:
                 classes.add(type(modules[owner]))
     found: list[str] = []
@@ -88,6 +90,10 @@ def find_blocks(model: nn.Module, graph: fx.Graph) -> list[str]:
         if name and not inside and type(module) in classes:
             found.append(name)
     return found
+
+
+def _has_layers(module: nn.Module) -> bool:
+    return any(isinstance(m, (nn.Conv2d, nn.Linear)) for m in module.modules())
 
 
 def activations_after(model: nn.Module, graph: fx.Graph) -> dict[str, Callable[[Tensor], Tensor]]:

@@ -54,6 +54,7 @@ from qexp.quant.functional import MIN_SCALE, as_rows, from_rows, midpoints
 from qexp.quant.quantizer import Quantizer
 
 KMEANS_SWEEPS = 50
+QUANTILE_LIMIT = 1 << 24  # elements that torch.quantile takes in every release
 MIN_COUNT = 1e-5  # VQ-VAE's guard of t_k / n_k
 
 
@@ -72,9 +73,19 @@ def _side(w: Tensor, m: int) -> Tensor:
     """m quantiles of positive weights `w` [M], ascending and distinct."""
     steps = torch.arange(m, device=w.device, dtype=w.dtype)
     tiny = (steps + 1) * MIN_SCALE
-    found = w.quantile((steps + 0.5) / m) if w.numel() else tiny
+    found = _quantiles(w, (steps + 0.5) / m) if w.numel() else tiny
     # Equal weights give equal quantiles: levels are kept distinct by a last bit each.
     return torch.maximum(found, tiny) * (1 + tiny)
+
+
+def _quantiles(w: Tensor, q: Tensor) -> Tensor:
+    """`w.quantile(q)`, [K], of any number of weights: some releases refuse more than 2^24."""
+    if w.numel() <= QUANTILE_LIMIT:
+        return w.quantile(q)
+    ordered, position = w.sort().values, q.double() * (w.numel() - 1)
+    low = position.long()
+    high = (low + 1).clamp_max(w.numel() - 1)
+    return torch.lerp(ordered[low], ordered[high], (position - low).to(w.dtype))
 
 
 class Codebook(Quantizer):

@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from qexp.errors import ConfigError
 from qexp.quant.modules import QUANT_LAYERS, QuantConv2d, QuantLayer, QuantLinear
 from qexp.quant.quantizer import Identity, Quantizer
 from qexp.quant.trace import Layer
@@ -72,6 +73,7 @@ def quantize_(
         wq, aq = make_quantizers(layer, widths, weight, act, outer_weight, outer_act)
         if isinstance(module, QUANT_LAYERS):
             raise ValueError(f"layer '{layer.name}' is already quantized; call unquantize_ first")
+        _refuse_own_forward(layer.name, module)
         if isinstance(module, nn.Conv2d):
             twin: QuantLayer = QuantConv2d.from_float(module, wq, aq)
         elif isinstance(module, nn.Linear):
@@ -82,6 +84,19 @@ def quantize_(
         _replace(model, layer.name, twin)
         report.append(Swap(layer, widths, type(wq).__name__ + " / " + type(aq).__name__))
     return report
+
+
+def _refuse_own_forward(name: str, module: nn.Module) -> None:
+    """A quantized layer computes what torch's own does; another forward would be lost unsaid."""
+    for kind, methods in ((nn.Conv2d, ("forward", "_conv_forward")), (nn.Linear, ("forward",))):
+        if isinstance(module, kind):
+            for method in methods:
+                if getattr(type(module), method) is not getattr(kind, method):
+                    raise ConfigError(
+                        f"model: layer '{name}' is a {type(module).__name__} with a {method} of "
+                        "its own, which its quantized form would not have. Write it as a module "
+                        f"around a torch.nn.{kind.__name__} (padding: nn.ZeroPad2d before it)."
+                    )
 
 
 def make_quantizers(

@@ -3,12 +3,14 @@
 The second-order term of the loss at a unit's output is approximated by the diagonal of the Fisher
 matrix, the squared gradient of KL(float || quantized) of the logits. As in the released code of
 BRECQ the gradient is taken with this unit and everything before it quantized and the rest in float,
-and damped: the weight of an element is (1 + |g|)^2.
+and damped: the weight of an element is (1 + |g|)^2. g is of the mean over 32 images, the batch
+there, whatever the batch here: the damping makes that matter. It is taken where the error is, after
+the activation that follows the unit, and also where that is 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,8 @@ from torch import Tensor, nn
 from qexp.quant.blocks import Unit
 from qexp.quant.cache import Store
 from qexp.quant.convert import quant_layers
+
+IMAGES = 32  # that the released code takes the mean over
 
 
 def output_weights(
@@ -34,8 +38,12 @@ def output_weights(
     """
     kept: list[Tensor] = []
 
-    def keep(module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
-        kept[:] = [y]
+    def keep(module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        # An activation that reads its own output again changes nothing; a hair inside its range
+        # it passes the gradient of every element.
+        out = y if unit.activation is None else _inside(unit.activation, y)
+        kept[:] = [out]
+        return out
 
     behind = [layer for name, layer in quant_layers(model).items() if name in set(later)]
     enabled = [(layer.weight_enabled, layer.act_enabled) for layer in behind]
@@ -49,8 +57,8 @@ def output_weights(
             logits = model.eval()(x)
             with torch.no_grad():
                 target = F.log_softmax(reference.eval()(x), 1)
-            kl = F.kl_div(F.log_softmax(logits, 1), target, reduction="batchmean", log_target=True)
-            (grad,) = torch.autograd.grad(kl, kept)
+            kl = F.kl_div(F.log_softmax(logits, 1), target, reduction="sum", log_target=True)
+            (grad,) = torch.autograd.grad(kl / IMAGES, kept)
             if array is None:
                 array = store.array((len(images), *grad.shape[1:]))
             array[first : first + len(grad)].copy_((1 + grad.abs()).square())
@@ -60,3 +68,10 @@ def output_weights(
             layer.weight_enabled, layer.act_enabled = weight, act
     assert array is not None
     return array
+
+
+def _inside(activation: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
+    """`activation(y)`, moved off the bounds of ReLU and ReLU6 by the least that keeps gradients."""
+    top = activation(torch.full_like(y[:0].new_empty(1), torch.inf))
+    below = torch.nextafter(top, torch.zeros_like(top)) if bool(top.isfinite()) else top
+    return activation(y).clamp(torch.full_like(top, torch.finfo(y.dtype).tiny), below)

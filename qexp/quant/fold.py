@@ -72,6 +72,8 @@ def fold_bn_(model: nn.Module) -> list[Fold]:
             report.append(Fold(name, None, f"the output of {source.target} is read elsewhere too"))
         elif count[name] > 1 or count[str(source.target)] > 1:
             report.append(Fold(name, None, "called more than once"))
+        elif sum(m._parameters.get("weight") is conv.weight for m in modules.values()) > 1:
+            report.append(Fold(name, None, f"{source.target} shares its weight"))
         elif modules[name].running_var is None:
             report.append(Fold(name, None, "no running statistics"))
         else:

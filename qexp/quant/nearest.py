@@ -23,12 +23,14 @@ Gradients, e = dL/dx_hat, inside = [x_int was not clipped].  Only used when the 
     (BRECQ's and QDrop's activations; training on after PTQ), or to pass e to the layers before.
     dL/dx     = e * inside
     dL/dscale = g * sum e * ((x_int - zero) - inside * u),   g = 1 / sqrt(N * (qmax - qmin))
-    Adam, which PTQ uses, does not see g; SGD does (LSQ section 2.2). zero is not learned.
+    N: elements that share the step, those of the whole batch for inputs (LSQ's default counts one
+    sample). Adam, which PTQ uses, does not see g; SGD does (LSQ section 2.2). zero is not learned.
 
 Departs from the papers:
  1. The zero-point search looks at 5 zero points for each width. QDrop's looks at all of them
-    (16 times the time at 4 bits), BRECQ's at the one that the clipped range suggests.
- 2. An activation's estimate sees at most 2^18 of its elements, drawn at random.
+    (16 at 4 bits, for 100 widths: 4 times the time), BRECQ's at the one that the clipped range
+    suggests.
+ 2. An activation's `mse` and `percentile` see at most 2^18 of its elements, drawn at random.
  3. Inputs are quantized where a layer reads them, so a residual sum stays in float; in the
     released BRECQ and QDrop the sum itself is quantized.
 """
@@ -68,7 +70,7 @@ def search_grid(
     """`(scale, zero)` [R] of least sum |x_hat - x|^p for each row. Shape: rows [R, M]."""
     low, high = rows.amin(1).clamp_max(0), rows.amax(1).clamp_min(0)
     if fixed_zero:
-        widest = torch.maximum(high / max(qmax, 1), low / min(qmin, -1))
+        widest = _covering(low, high, qmin, qmax)
         shifts: Sequence[int] = (0,)
         natural = torch.zeros_like(low)
     else:
@@ -121,13 +123,24 @@ def estimate_grid(
     else:
         raise ValueError(f"estimator must be mse, percentile or absmax, got {estimator!r}")
     if fixed_zero:
-        scale = torch.maximum(high / max(qmax, 1), low / min(qmin, -1)).clamp_min(MIN_SCALE)
+        scale = _covering(low, high, qmin, qmax).clamp_min(MIN_SCALE)
         return scale, torch.zeros_like(scale)
     return affine_grid(low, high, qmin, qmax)
 
 
-def activation_sample(x: Tensor) -> Tensor:
-    """At most ACT_SAMPLES elements of x, drawn at random, float32 [1, M]."""
+def _covering(low: Tensor, high: Tensor, qmin: int, qmax: int) -> Tensor:
+    """The step [R] of a grid without zero point that just reaches [low, high].
+
+    A grid without negative levels reaches for no negative value: it would waste its levels.
+    """
+    return torch.maximum(high / max(qmax, 1), low / qmin if qmin < 0 else torch.zeros_like(low))
+
+
+def activation_sample(x: Tensor, estimator: Estimator) -> Tensor:
+    """What an estimate looks at of an activation, float32 [1, M]: for `absmax` its two ends, else
+    at most ACT_SAMPLES elements, drawn at random."""
+    if estimator == "absmax":
+        return torch.stack(x.detach().aminmax()).float()[None]
     return sample(x, ACT_SAMPLES)[None]
 
 
@@ -234,9 +247,14 @@ class Nearest(Quantizer):
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
         """Set the grid from the weights [C_out, ...] or a batch of inputs [N, ...]."""
-        rows = x.detach().float().reshape(x.shape[0], -1) if self.per_channel else None
+        if self.per_channel:
+            rows = x.detach().float().reshape(x.shape[0], -1)
+        elif tuple(x.shape) == self.shape:  # weights, all of them
+            rows = x.detach().float().reshape(1, -1)
+        else:
+            rows = activation_sample(x, self.estimator)
         scale, zero = estimate_grid(
-            activation_sample(x) if rows is None else rows,
+            rows,
             self.qmin,
             self.qmax,
             fixed_zero=self.symmetric or not self.signed,

@@ -39,9 +39,8 @@ Departs from the papers and codes:
  5. APoT does not normalise unless asked: without its mean a trained network is broken until batch
     norm has been trained again, so calibration sets the steps of the activations from broken
     inputs. CIFAR-10 ResNet-20, 91.6 % float, 4-bit weights, float activations, top-1 right after
-    calibration, scored on 1,024 test images: 15.9 % normalised, 90.3 % not (clip by mse; by hand,
-    not kept). The authors' form
-    is `quantizer/weight=apot_normalized`.
+    calibration, on 1,024 test images: 15.9 % normalised, 90.3 % not (clip by mse; by hand, not
+    kept). The authors' form is `quantizer/weight=apot_normalized`.
  6. APoT's CIFAR code does not clip the weight gradient at any width, its ImageNet code at 2 bits
     only: clipped above 2 bits here. Level sets beyond 5 bits: see `grids.additive`.
 """

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import resource
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from qexp import plot_ptq
-from qexp.errors import ConfigError
+from qexp.errors import ConfigError, RunError
 from qexp.quant.adaround import AdaRound
 from qexp.quant.bias import correct_bias_
 from qexp.quant.blocks import Unit, find_units
@@ -47,9 +48,13 @@ from qexp.recipes.compilation import choose, compile_for
 from qexp.recipes.evaluate import evaluate
 from qexp.recipes.ptq_settings import Settings
 from qexp.recipes.start import float_start
+from qexp.recipes.watch import unlearned
 from qexp.runner import checkpoint
 from qexp.runner.device import pick_device, seed_everything
 from qexp.runner.run import Run
+
+# Change of the logits, to their largest, above which a folded network is another one; seen: 1e-6.
+FOLD_ERROR = 1e-3
 
 
 def ptq(cfg: DictConfig, run: Run) -> dict[str, Any]:
@@ -105,6 +110,11 @@ def ptq(cfg: DictConfig, run: Run) -> dict[str, Any]:
         checkpoint.save(last, state | more)
 
     sweeps = passes(method, s)
+    for name in unlearned(model, method, s.lr):
+        run.warn(
+            f"'{name}' of the inputs' quantizers stays as calibrated: recipe.lr has no rate for "
+            f"it. Add +recipe.lr.{name}=0.001 to learn it."
+        )
     if sweeps:
         # Units change, so only kernels are worth compiling.
         mode = choose(cfg.compile, network.layers, 3 * s.iterations * s.minibatch, device)
@@ -113,7 +123,9 @@ def ptq(cfg: DictConfig, run: Run) -> dict[str, Any]:
         for row in work.rows(run, network, len(done)):
             done.append(row)
             save()
-    shifts = _correct(method, model, reference, data.images[: s.act_images])
+    shifts = {}
+    if method.bias_correction:
+        shifts = correct_bias_(model, reference, data.images[: s.act_images])
 
     # The outcome.
     if s.plots:
@@ -144,6 +156,11 @@ def _fold(model: nn.Module, images: Tensor, run: Run) -> float:
         before = model(images)
         folds = fold_bn_(model)
         error = float((model(images) - before).abs().max() / before.abs().max().clamp_min(1e-12))
+    if not error < FOLD_ERROR:
+        raise RunError(
+            f"run: folding batch norms changed the logits by {error:.0e} of the largest. "
+            "Please report the model; recipe=qat trains it without folding."
+        )
     kept = [f for f in folds if f.conv is None]
     run.info(f"folded {len(folds) - len(kept)} of {len(folds)} batch norms (error {error:.1e})")
     for fold in kept:
@@ -181,7 +198,7 @@ class _Work:
         for number, (sweep, k) in enumerate(jobs):
             if number < skip:
                 continue
-            if k == 0 and sweep == 1:
+            if k == 0 and sweep == 1 and not self.method.quantized_inputs:
                 self._calibrate_inputs(network.model)
             row = self._one(network.model, self.sweeps[sweep], k, number, store)
             yield row
@@ -237,17 +254,12 @@ def _report(run: Run, row: Mapping[str, Any], number: int, jobs: int, left: floa
     )
 
 
-def _correct(
-    method: Method, model: nn.Module, reference: nn.Module, images: Tensor
-) -> dict[str, float]:
-    return correct_bias_(model, reference, images) if method.bias_correction else {}
-
-
 def _peak_bytes(device: torch.device) -> int:
     """Most memory this process ever had, on the device or (CPU) resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts kilobytes
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _summary(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from qexp.errors import RunError
-from qexp.quant.convert import quantizers
+from qexp.quant.convert import quant_layers, quantizers
+from qexp.quant.plan import Method
 
 
 class Movement:
@@ -59,6 +62,14 @@ def check_finite(model: nn.Module, losses: Tensor, epoch: int) -> None:
         f"run: loss is {kind} at epoch {epoch + 1}, step {step + 1}{where}; {kept}. "
         "Lower recipe.lr or set recipe.grad_clip."
     )
+
+
+def unlearned(model: nn.Module, method: Method, rates: Mapping[str, float]) -> list[str]:
+    """Parameters of activation quantizers that a reconstruction of steps and borders leaves out."""
+    if method.granularity == "none" or (method.steps, method.borders) == ("fixed", "fixed"):
+        return []
+    inputs = [layer.act_quantizer for layer in quant_layers(model).values()]
+    return sorted({name for q in inputs for name, _ in q.named_parameters()} - set(rates))
 
 
 def health(model: nn.Module) -> dict[str, dict[str, int]]:

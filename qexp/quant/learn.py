@@ -1,0 +1,118 @@
+"""The optimisation inside a reconstruction: one unit, Adam, random minibatches (reconstruct.py)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from qexp.quant.adaround import AdaRound
+from qexp.quant.cache import rows
+from qexp.quant.drop import dropping, mix
+from qexp.quant.modules import QuantLayer
+from qexp.quant.plan import Method, Pass, Schedule
+
+MARKS = 20  # points of a unit's trace
+
+
+def unit_quantizers(layers: Sequence[QuantLayer]) -> Iterator[nn.Module]:
+    """Weight and activation quantizers of some layers."""
+    for layer in layers:
+        yield layer.weight_quantizer
+        yield layer.act_quantizer
+
+
+def beta_at(progress: float, beta: Sequence[float], warmup: float) -> float | None:
+    """Exponent of the regulariser at a progress in [0, 1): None during warm-up, then linear."""
+    if progress < warmup:
+        return None
+    return beta[0] + (beta[1] - beta[0]) * (progress - warmup) / (1 - warmup)
+
+
+def output_error(y_hat: Tensor, y: Tensor, p: float, weight: Tensor | None = None) -> Tensor:
+    """sum over channels of |y_hat - y|^p, averaged over images and positions, []."""
+    error = (y_hat - y).square() if p == 2.0 else (y_hat - y).abs().pow(p)
+    if weight is not None:
+        error = error * weight
+    channels = y.shape[-1] if y.dim() == 3 else y.shape[1]  # tokens [N, T, C], else [N, C, ...]
+    return error.sum() * (channels / y.numel())
+
+
+def learn(
+    run: Callable[[Tensor], Tensor],
+    layers: Sequence[QuantLayer],
+    groups: Mapping[str, list[nn.Parameter]],
+    arrays: tuple[Tensor, Tensor, Tensor],
+    fisher: Tensor | None,
+    sweep: Pass,
+    method: Method,
+    schedule: Schedule,
+    seed: int,
+    tick: Callable[[int], object],
+) -> dict[str, list[float]]:
+    """The optimisation of one unit; returns its trace.
+
+    At `MARKS` equal parts: the mean reconstruction `loss` of the part, and the share of the
+    rounding variables that is `decided` at its end (none: empty).
+    """
+    device = next(iter(groups.values()))[0].device
+    draw = torch.Generator().manual_seed(seed)
+    dice = torch.Generator(device).manual_seed(seed + 1)
+    x_hat, x_float, y = arrays
+    rounding = [q for q in unit_quantizers(layers) if isinstance(q, AdaRound)]
+    soft = rounding if "rounding" in groups else []
+    optimizer = torch.optim.Adam(
+        [{"params": ps, "lr": sweep.lr[name], "name": name} for name, ps in groups.items()],
+        fused=True,
+    )
+    losses = torch.zeros(sweep.iterations, device=device)
+    decided: list[Tensor] = []
+    ends = part_ends(sweep.iterations)
+    drop = method.drop if sweep.inputs and sweep.name == "rounding" else 0.0
+    with dropping([la.act_quantizer for la in layers if la.act_enabled], drop, dice):
+        for q in soft:
+            q.soft = True
+        for i in range(sweep.iterations):
+            progress = i / sweep.iterations
+            for group in optimizer.param_groups:
+                if group["name"] != "rounding":
+                    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+                    group["lr"] = sweep.lr[group["name"]] * cosine
+            index = torch.randint(len(y), (schedule.minibatch,), generator=draw)
+            x = rows(x_hat, index, device)
+            if method.mix > 0 and sweep.name == "rounding":
+                x = mix(rows(x_float, index, device), x, method.mix, dice)
+            weight = None if fisher is None else rows(fisher, index, device)
+            error = output_error(run(x), rows(y, index, device), sweep.p, weight)
+            beta = beta_at(progress, schedule.beta, schedule.warmup) if soft else None
+            loss = error
+            if beta is not None:
+                loss = error + schedule.penalty * torch.stack([q.penalty(beta) for q in soft]).sum()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            losses[i] = error.detach()
+            if i + 1 in ends and rounding:
+                decided.append(_decided(rounding))
+            tick(i)
+        for q in soft:
+            q.soft = False
+    parts = losses.tensor_split(ends[:-1])
+    return {
+        "loss": torch.stack([part.mean() for part in parts]).tolist(),
+        "decided": [float(share) for share in decided],
+    }
+
+
+def part_ends(iterations: int) -> list[int]:
+    """After how many iterations the parts of a trace end."""
+    return sorted({-(-iterations * k // MARKS) for k in range(1, MARKS + 1)})
+
+
+@torch.no_grad()
+def _decided(rounding: Sequence[AdaRound]) -> Tensor:
+    """Share of the rounding variables that are at 0 or 1, []."""
+    undecided = torch.stack([q.undecided() for q in rounding]).sum()
+    return 1 - undecided / sum(q.rounding.numel() for q in rounding)
