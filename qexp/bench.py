@@ -36,10 +36,16 @@ from qexp.bench_step import AGAIN, EAGER, FLOAT, Contender, Group, make_step, ta
 from qexp.config import configs_dir
 from qexp.errors import ConfigError
 from qexp.models.build import build_model
-from qexp.quant.convert import calibrate_, quantize_
+from qexp.quant.convert import calibrate_, quant_layers, quantize_
 from qexp.quant.trace import trace
 from qexp.recipes import build
-from qexp.runner.device import compiler_available, keep_memory, pick_device, seed_everything
+from qexp.runner.device import (
+    compiler_available,
+    keep_memory,
+    pick_device,
+    seed_everything,
+    tf32,
+)
 from qexp.runner.device import set_threads as use_threads
 
 CLASSES = 10
@@ -60,13 +66,14 @@ def bench_train(cfg: DictConfig) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     print(f"{bench_table.device_name(device)}, {threads} CPU threads, batch {s.batch}", flush=True)
     for dtype in s.dtype:
-        machine = measure_machine(device, DTYPES[dtype])
+        with tf32(True):  # as cuDNN's convolutions take it in training
+            machine = measure_machine(device, DTYPES[dtype])
         print(bench_table.rates(machine, dtype), flush=True)
         for model in s.models:
             for mode in modes:
                 facts = {"model": model, "dtype": dtype, "compile": mode, "device": str(device)}
                 group = _group(s, model, DTYPES[dtype], mode, device)
-                with torch._dynamo.config.patch(recompile_limit=GRAPHS):
+                with torch._dynamo.config.patch(recompile_limit=GRAPHS), tf32(True):
                     take_turns(group.contenders, s.repeats, s.warmup, device)
                 new = bench_table.rows(group, machine, {**facts, **s.facts(threads)})
                 print(bench_table.text(new), flush=True)
@@ -113,20 +120,19 @@ def _group(s: Settings, model: str, dtype: torch.dtype, mode: str, device: torch
     labels = torch.randint(CLASSES, (s.batch,), device=device)
     layers = trace(net, (3, size, size))
 
-    def contender(name: str, network: nn.Module, how: str, quantized: set[str]) -> Contender:
-        step = make_step(network, how, images, labels, dtype, s.saved if quantized else "all")
-        return Contender(name, network, step, quantized)
+    def contender(name: str, network: nn.Module, how: str) -> Contender:
+        saved = s.saved if quant_layers(network) else "all"
+        return Contender(name, network, make_step(network, how, images, labels, dtype, saved))
 
     float_mode = "model" if mode == "model" else "off"
-    found = [contender(n, copy.deepcopy(net), float_mode, set()) for n in (FLOAT, AGAIN)]
+    found = [contender(n, copy.deepcopy(net), float_mode) for n in (FLOAT, AGAIN)]
     if mode == "model":
-        found.append(contender(EAGER, copy.deepcopy(net), "off", set()))
+        found.append(contender(EAGER, copy.deepcopy(net), "off"))
     for name in s.quantizers:
         cfg = composed(name, model, s.bits, s.overrides)
         network = build.make_network(cfg, copy.deepcopy(net), (3, size, size))
         calibrate_(network.model, images)
-        quantized = {layer for layer, bits in network.bits.items() if bits != (32, 32)}
-        found.append(contender(name, network.model, mode, quantized))
+        found.append(contender(name, network.model, mode))
     if s.peers and mode == "off":
         cfg = composed(s.quantizers[0], model, s.bits, s.overrides)
         widths = build.make_network(cfg, copy.deepcopy(net), (3, size, size)).bits
@@ -134,5 +140,5 @@ def _group(s: Settings, model: str, dtype: torch.dtype, mode: str, device: torch
             network = copy.deepcopy(net)
             quantize_(network, layers, widths, **factories)
             calibrate_(network, images)
-            found.append(contender(name, network, "off", set(widths)))
+            found.append(contender(name, network, "off"))
     return Group(layers, found)

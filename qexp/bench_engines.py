@@ -19,14 +19,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qexp.bench_floor import synchronize
 from qexp.engine import ENGINES as OF_INTEGERS
 from qexp.engine import ON_CPU, engine_device, integer_network
 from qexp.errors import ConfigError
 from qexp.export.command import require
 from qexp.export.network import restore
 from qexp.export.packed import Packed, pack_network, to_bytes
-from qexp.runner.device import tf32
+from qexp.runner.device import synchronize, tf32
 
 FLOAT, AGAIN, FLOAT_ONNX = "float", "float again", "float_onnx"
 FLOAT_TF32, FLOAT_BF16 = "float_tf32", "float_bf16"

@@ -18,17 +18,22 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import nn
 
+from qexp.quant.convert import quant_layers
+from qexp.quant.quantizer import Identity
 from qexp.quant.trace import Layer
+from qexp.runner.device import synchronize
 
 T = TypeVar("T")
-COPY_BYTES = 1 << 26  # of the copied tensor: beyond every cache
+# Bytes of the copied tensor, beyond every cache, and copies a timing: launching one on a GPU takes
+# as long as copying some megabytes.
+COPY_BYTES = {"cpu": (1 << 26, 1), "cuda": (1 << 30, 10)}
 MATRIX = {"cpu": 1024, "cuda": 8192}  # rows of the square matrices
 TRIES = 10
 
@@ -59,12 +64,22 @@ class Floor:
         return self.quantizer_bytes / machine.copy_bytes_per_s
 
 
-def work(layers: Sequence[Layer], quantized: set[str], batch: int, itemsize: int) -> Floor:
+def operands(model: nn.Module) -> dict[str, tuple[bool, bool]]:
+    """Whether each quantized layer's weight and input are quantized, by name."""
+    return {
+        name: tuple(not isinstance(q, Identity) for q in (la.weight_quantizer, la.act_quantizer))
+        for name, la in quant_layers(model).items()
+    }  # type: ignore[return-value]
+
+
+def work(
+    layers: Sequence[Layer], quantized: Mapping[str, tuple[bool, bool]], batch: int, itemsize: int
+) -> Floor:
     """The floor of a step.
 
     Args:
         layers: of the float network.
-        quantized: names of the layers whose operands are quantized.
+        quantized: by layer, whether its weight and its input are (`operands`).
         itemsize: bytes of an activation's element.
     """
     flops = layer_bytes = quantizer_bytes = 0.0
@@ -74,8 +89,8 @@ def work(layers: Sequence[Layer], quantized: set[str], batch: int, itemsize: int
         first = layer.position == "first"
         flops += 2 * layer.macs * batch * (2 if first else 3)
         layer_bytes += itemsize * (x + y + y + x + (0 if first else x)) + 12 * layer.weights
-        if layer.name in quantized:
-            quantizer_bytes += 5 * (itemsize * x + 4 * layer.weights)
+        weight, act = quantized.get(layer.name, (False, False))
+        quantizer_bytes += 5 * (act * itemsize * x + weight * 4 * layer.weights)
     return Floor(flops, layer_bytes, quantizer_bytes)
 
 
@@ -88,17 +103,18 @@ def _product(shape: Sequence[int]) -> int:
 
 def measure_machine(device: torch.device, dtype: torch.dtype) -> Machine:
     """Copy bandwidth and matrix rate of `device`, each the best of ten."""
-    source = torch.ones(COPY_BYTES // 4, device=device)
+    size, times = COPY_BYTES.get(device.type, COPY_BYTES["cpu"])
+    source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
-    copied = _best(lambda: target.copy_(source), device)
+    copied = _best(lambda: [target.copy_(source) for _ in range(times)], device) / times
     n = MATRIX.get(device.type, 1024)
     a = torch.randn(n, n, device=device, dtype=dtype)
     b = torch.randn(n, n, device=device, dtype=dtype)
     multiplied = _best(lambda: a @ b, device)
-    return Machine(2 * COPY_BYTES / copied, 2 * n**3 / multiplied)
+    return Machine(2 * size / copied, 2 * n**3 / multiplied)
 
 
-def _best(operation: Callable[[], Tensor], device: torch.device) -> float:
+def _best(operation: Callable[[], object], device: torch.device) -> float:
     times = []
     for _ in range(TRIES):
         synchronize(device)
@@ -112,11 +128,3 @@ def _best(operation: Callable[[], Tensor], device: torch.device) -> float:
 def in_turn(items: Sequence[T], turn: int) -> list[T]:
     """Another order each turn, the same in every process: nobody keeps a neighbour."""
     return random.Random(turn).sample(items, len(items))
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device, if it runs by itself."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()

@@ -70,10 +70,13 @@ def _composed(x: Tensor, scale: Tensor, qmin: int, qmax: int, g: float) -> Tenso
 
 
 def _brevitas(x: Tensor, scale: Tensor, qmin: int, qmax: int, g: float) -> Tensor:
-    signed = qmin < 0
-    bits = torch.tensor(float((qmax - qmin + 1).bit_length() - 1), device=x.device)
-    zero = torch.zeros((), device=x.device)
-    return _int_quant(signed)(scale_grad(scale, g), zero, bits, x)
+    zero, bits = _constants((qmax - qmin + 1).bit_length() - 1, x.device)
+    return _int_quant(qmin < 0)(scale_grad(scale, g), zero, bits, x)
+
+
+@cache  # made once, as its layers hold them: a copy to a GPU in each step would be ours, not its
+def _constants(bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    return torch.zeros((), device=device), torch.tensor(float(bits), device=device)
 
 
 @cache

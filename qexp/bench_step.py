@@ -19,11 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qexp.bench_floor import in_turn, synchronize
+from qexp.bench_floor import in_turn
 from qexp.quant.functional import compile_kernels
 from qexp.quant.trace import Layer
 from qexp.recipes.compilation import compiled
 from qexp.recipes.saving import kept_bytes, save_less_
+from qexp.runner.device import synchronize
 
 LEARNING_RATE = 1e-4  # small: the images are noise, and no step may diverge
 
@@ -39,7 +40,6 @@ class Contender:
     Attributes:
         name: of its quantizer.
         step: one training step: forward, cross-entropy, backward, SGD with momentum.
-        quantized: names of the layers that are quantized.
         wall_s, cpu_s: of each timed step; CPU seconds of all threads together.
         warmup_s: of the untimed first steps, compiling included.
     """
@@ -47,7 +47,6 @@ class Contender:
     name: str
     model: nn.Module
     step: Callable[[], None]
-    quantized: set[str] = field(default_factory=set)
     wall_s: list[float] = field(default_factory=list)
     cpu_s: list[float] = field(default_factory=list)
     warmup_s: float = 0.0

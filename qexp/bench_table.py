@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from qexp.bench_floor import Machine, work
+from qexp.bench_floor import Machine, operands, work
 from qexp.bench_output import aligned, noise
 from qexp.bench_step import AGAIN, EAGER, Contender, Group
 from qexp.figure import BLUE, GREY, PALETTE, SMALL, panels, save
@@ -42,7 +42,7 @@ def _row(
     ratios = [a / b for a, b in zip(c.wall_s, floating.wall_s, strict=True)]
     low, high = _quartiles(ratios)
     itemsize = 2 if facts["dtype"] == "bf16" else 4
-    least = work(group.layers, c.quantized, facts["batch"], itemsize)
+    least = work(group.layers, operands(c.model), facts["batch"], itemsize)
     fused = facts["compile"] == "model"
     added = 0.0 if fused else least.quantizers_s(machine)
     return {

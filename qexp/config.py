@@ -27,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qexp.errors import ConfigError, did_you_mean
+from qexp.gpu_slots import gpu_of_job, jobs_at_once
 from qexp.signature import Signature, against, missing_keys
 
 PACKAGE = Path(__file__).parent
@@ -116,22 +117,6 @@ def mixed_name() -> str | None:
         return None
     choices = HydraConfig.get().runtime.choices
     return f"{choices['quantizer/weight']}+{choices['quantizer/act']}"
-
-
-def gpu_of_job(gpus: int | None) -> str:
-    """`cuda:N` for a sweep's job, round robin: the resolver `${gpu_of_job:4}`; null: all GPUs."""
-    from hydra.core.hydra_config import HydraConfig
-
-    return f"cuda:{HydraConfig.get().job.num % jobs_at_once(gpus, 1)}"
-
-
-def jobs_at_once(gpus: int | None, per_gpu: int) -> int:
-    """Jobs of a sweep that run side by side: the resolver `${jobs_at_once:4,2}`."""
-    if gpus is None:
-        import torch
-
-        gpus = max(1, torch.cuda.device_count())
-    return gpus * per_gpu
 
 
 OmegaConf.register_new_resolver("run_name", run_name, replace=True)

@@ -38,6 +38,7 @@ GROWS: dict[str, tuple[float, ...]] = {
     "depth": (8, 14, 20),
     "bits": (2, 4, 6, 8),
 }
+NAMES = {"cpu_ms": "CPU", "wall_ms": "wall"}
 QUANTIZERS = ("lsq", "asq", "post", "adq", "n2uq")
 
 
@@ -88,6 +89,7 @@ def point(what: str, value: float, given: argparse.Namespace) -> list[dict[str, 
             "grows": what,
             "value": value,
             "quantizer": c.name,
+            "device": device.type,
             "cpu_ms": 1e3 * statistics.median(c.cpu_s),
             "wall_ms": 1e3 * statistics.median(c.wall_s),
             "kept_bytes": c.saved_bytes,
@@ -115,29 +117,33 @@ def slopes(what: str, rows: Sequence[dict[str, Any]]) -> str:
     for name in dict.fromkeys(r["quantizer"] for r in rows):
         mine = [r for r in rows if r["quantizer"] == name]
         first, last = mine[0], mine[-1]
-        times = math.log(last["cpu_ms"] / first["cpu_ms"]) / math.log(
-            last["value"] / first["value"]
-        )
+        key = time_key(rows)
+        times = math.log(last[key] / first[key]) / math.log(last["value"] / first["value"])
         parts.append(f"{name} {times:.2f}")
-    return f"{what:6s} exponent of the step's CPU time: " + ", ".join(parts)
+    return f"{what:6s} exponent of the step's {NAMES[time_key(rows)]} time: " + ", ".join(parts)
+
+
+def time_key(rows: Sequence[dict[str, Any]]) -> str:
+    """CPU time, which other work on the machine does not lengthen; on a GPU wall time."""
+    return "cpu_ms" if rows[0]["device"] == "cpu" else "wall_ms"
 
 
 def draw(path: Path, rows: Sequence[dict[str, Any]], note: str) -> None:
     """Time above, memory below; one column for each thing that grows."""
     figure, axes = panels(2 * len(GROWS))
     names = list(dict.fromkeys(r["quantizer"] for r in rows))
-    for i, key in enumerate(("cpu_ms", "kept_bytes")):
+    for i, key in enumerate((time_key(rows), "kept_bytes")):
         for axis, what in zip(axes[i * len(GROWS) :], GROWS, strict=False):
             for name, color in zip(names, PALETTE, strict=False):
                 mine = [r for r in rows if r["grows"] == what and r["quantizer"] == name]
-                unit = 1 if key == "cpu_ms" else 1 / 2**20
+                unit = 1 if key in NAMES else 1 / 2**20
                 axis.plot([r["value"] for r in mine], [r[key] * unit for r in mine], color=color)
             if what != "bits":
                 axis.set_xscale("log", base=2)
                 axis.set_yscale("log", base=2)
             axis.set_ylim(*((0, None) if what == "bits" else (None, None)))
             axis.set_xlabel(what)
-            axis.set_ylabel("CPU ms a step" if key == "cpu_ms" else "MB kept for backward")
+            axis.set_ylabel(f"{NAMES[key]} ms a step" if key in NAMES else "MB kept for backward")
     legend(figure, *(("-", color, name) for name, color in zip(names, PALETTE, strict=False)))
     base = ", ".join(f"{k} {v:g}" for k, v in BASE.items())
     save(figure, path, "Growth of a training step", f"ResNet, from {base}; {note}")

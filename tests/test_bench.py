@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,12 @@ from conftest import Qexp
 from torch import nn
 
 from qexp import bench_step
-from qexp.bench_floor import Machine, work
+from qexp.bench_floor import Machine, measure_machine, operands, work
 from qexp.bench_step import Contender, make_step, take_turns
 from qexp.bench_words import translate
 from qexp.models.resnet import ResNet
+from qexp.quant.convert import Bits, quantize_
+from qexp.quant.lsq import LSQ
 from qexp.quant.trace import trace
 from qexp.recipes.saving import kept_bytes
 
@@ -155,12 +158,14 @@ def test_floor_of_a_network_by_hand() -> None:
         nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.Flatten(), nn.Linear(4, 2, bias=False)
     )
     layers = trace(net, (3, 1, 1))
-    floor = work(layers, {"2"}, batch=10, itemsize=4)
+    floor = work(layers, {"2": (True, True)}, batch=10, itemsize=4)
     assert floor.flops == 10 * (2 * 2 * 108 + 3 * 2 * 8)
     first = 4 * 10 * (2 * 3 + 2 * 4) + 12 * 108
     last = 4 * 10 * (3 * 4 + 2 * 2) + 12 * 8
     assert floor.layer_bytes == first + last
     assert floor.quantizer_bytes == 5 * 4 * (10 * 4 + 8)
+    weights_alone = work(layers, {"2": (True, False)}, batch=10, itemsize=4)
+    assert weights_alone.quantizer_bytes == 5 * 4 * 8
     machine = Machine(copy_bytes_per_s=1e3, flops_per_s=1e9)
     assert floor.float_s(machine) == floor.layer_bytes / 1e3
 
@@ -171,3 +176,33 @@ def test_a_step_trains_every_parameter() -> None:
     x, y = torch.randn(4, 3, 8, 8), torch.randint(4, (4,))
     make_step(net, "off", x, y, torch.float32)()
     assert not any(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+
+
+def test_an_operand_that_is_not_quantized_costs_no_traffic() -> None:
+    model = ResNet(depth=8, num_classes=4, width=0.25)
+    layers = trace(model, (3, 8, 8))
+    make = {"weight": LSQ, "act": LSQ}
+    quantize_(model, layers, {layer.name: Bits(4, 32) for layer in layers}, **make)
+    assert set(operands(model).values()) == {(True, False)}
+    floor = work(layers, operands(model), batch=2, itemsize=4)
+    assert floor.quantizer_bytes == 5 * 4 * sum(layer.weights for layer in layers)
+
+
+def test_the_machines_rates_are_of_what_was_copied_and_multiplied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    copied: list[int] = []
+    real = torch.Tensor.copy_
+
+    def slow(self: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        copied.append(source.nbytes)
+        time.sleep(0.02)
+        return real(self, source)
+
+    monkeypatch.setattr("qexp.bench_floor.COPY_BYTES", {"cpu": (1 << 16, 2)})
+    monkeypatch.setattr("qexp.bench_floor.MATRIX", {"cpu": 64})
+    monkeypatch.setattr(torch.Tensor, "copy_", slow)
+    machine = measure_machine(torch.device("cpu"), torch.float32)
+    assert set(copied) == {1 << 16}
+    assert 1e6 < machine.copy_bytes_per_s < 2 * (1 << 16) / 0.02  # read and written
+    assert machine.flops_per_s > 0

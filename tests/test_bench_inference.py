@@ -110,6 +110,7 @@ def test_engines_suit_the_device() -> None:
             check_engine(name, gpu)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_gpu_runs_what_suits_it(qexp: Qexp, tmp_path: Path) -> None:
     said = qexp(

@@ -142,7 +142,6 @@ def test_sums_of_integers_are_exact(k: int, wide: bool, large: bool, seed: int) 
 def test_without_exact_int8_products_the_sums_are_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert gemm.int8_products_are_exact() in (True, False)  # asks the machine
     x, window = torch.randint(0, 256, (2, 40, 6, 6)).float(), Window((3, 3), padding=(1, 1))
     for name in ("lsq", "post", "adq"):
         stored, _ = weight(name, 8, (8, 40, 3, 3))

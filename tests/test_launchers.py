@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,9 @@ import pytest
 from compose import TINY, tiny
 from conftest import Qexp
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
-from qexp.config import configs_dir, gpu_of_job, jobs_at_once
+from qexp.config import configs_dir
+from qexp.gpu_slots import gpu_of_job, jobs_at_once
 from qexp.runner.folder import find_runs, identity, read_json
 
 # What a run says that depends on when and where it ran, not on what it computed.
@@ -63,20 +65,55 @@ def launched(*overrides: str) -> Any:
         return compose("train", [*overrides], return_hydra_config=True)
 
 
-def test_several_jobs_share_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_jobs_share_each_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     cfg = launched("launch=gpus", "sweep.gpus=3", "sweep.jobs_per_gpu=4")
     assert cfg.hydra.launcher.n_jobs == 12
-    devices = []
-    for job in range(6):
-        state = OmegaConf.create({"job": {"num": job}})
-        monkeypatch.setattr("hydra.core.hydra_config.HydraConfig.get", lambda s=state: s)
-        devices.append(gpu_of_job(3))
-    assert devices == ["cuda:0", "cuda:1", "cuda:2"] * 2
+    assert gpu_of_job(3, 4) == "auto"  # no sweep: a run that is resumed alone
     monkeypatch.setattr("torch.cuda.device_count", lambda: 5)
     assert jobs_at_once(None, 2) == 10
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert jobs_at_once(None, 2) == 2
+
+
+def test_no_gpu_gets_more_processes_than_asked(tmp_path: Path) -> None:
+    code = (
+        "import sys, pathlib; from qexp.gpu_slots import take_slot; f = pathlib.Path(sys.argv[1])\n"
+        "print(take_slot(f, 4), take_slot(f, 4), flush=True); sys.stdin.read()"
+    )
+
+    def begin() -> tuple[subprocess.Popen[str], str]:
+        command = [sys.executable, "-c", code, str(tmp_path)]
+        pipe = subprocess.PIPE
+        child = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+        assert child.stdout is not None
+        return child, child.stdout.readline().strip()
+
+    children = [begin() for _ in range(5)]
+    assert [said for _, said in children] == ["0 0", "1 1", "2 2", "3 3", "None None"]
+    gone, _ = children[1]
+    gone.communicate("")
+    late, said = begin()
+    assert said == "1 1"  # the place of the one that ended, whatever its job's number
+    for child, _ in (children[0], *children[2:], (late, said)):
+        child.communicate("")
+
+
+@pytest.mark.slow
+def test_a_sweep_over_gpus_fills_each_with_as_many_jobs_as_asked(
+    qexp: Qexp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    monkeypatch.setenv("PYTHONPATH", ":".join(p for p in sys.path if p))
+    words = ("launch=gpus", "sweep.gpus=2", "sweep.jobs_per_gpu=2", "seed=0,1,2,3,4,5,6,7")
+    done = qexp("train", "-m", *(w for w in TINY if not w.startswith("device=")), *words)
+    assert done.code == 1  # there is no GPU here; each job names the one it was given
+    (jobs,) = Path().glob("**/jobs.jsonl")
+    errors = [json.loads(line).get("error", "") for line in jobs.read_text().splitlines()]
+    named = re.findall(r"device=cuda:(\d)", " ".join(errors))
+    assert len(named) == 8
+    assert set(named) <= {"0", "1"}
+    assert not list(Path().glob("**/slots/4"))
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,7 @@ def test_a_batch_beyond_32_bits_runs_in_parts(monkeypatch: pytest.MonkeyPatch) -
         assert torch.equal(layer(x, step), whole)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_a_gpu_multiplies_like_the_reference(name: str) -> None:

@@ -10,8 +10,9 @@ import torch
 from compose import TINY_PTQ, tiny
 
 from qexp.quant.functional import kernels_compiled
-from qexp.recipes import cost, plan
+from qexp.recipes import compilation, cost, plan
 from qexp.recipes.ptq import ptq
+from qexp.recipes.qat import qat
 from qexp.recipes.settings import Settings
 from qexp.runner.run import open_run
 
@@ -71,6 +72,35 @@ def test_the_step_is_timed_with_the_runs_arithmetic_and_kernels(
     assert (first.amp, first.channels_last, compiled) == (True, True, True)
     assert (second.amp, second.channels_last, eager) == (False, False, False)
     assert not kernels_compiled()  # as before
+
+
+def test_the_plan_compiles_what_the_run_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def spy(mode: str, layers: object, images: int, device: object) -> str:
+        asked.append(images)
+        return "off"
+
+    monkeypatch.setattr(cost, "choose", spy)
+    monkeypatch.setattr(compilation, "choose", spy)
+    cfg = tiny(tmp_path, "recipe.epochs=2", "model.checkpoint=none", "compile=auto")
+    plan.plan(cfg)
+    with open_run(Path(cfg.folder), cfg, resume=False) as run:
+        run.finish(qat(cfg, run))
+    assert asked == [2 * 48, 2 * 48]
+
+
+def test_the_cost_s_memory_follows_saved_and_accumulate(tmp_path: Path) -> None:
+    def gigabytes(*words: str) -> float:
+        line = cost_line(tmp_path, "model.width=1", "dataset.image_size=32", *words)
+        return float(line.split(" GB")[0].split()[-1])
+
+    words = ("recipe.batch_size=48", "dataset.train_images=96")
+    whole = gigabytes(*words)
+    assert gigabytes(*words, "saved=inputs") < 0.85 * whole
+    assert gigabytes(*words, "recipe.accumulate=4") < 0.4 * whole
 
 
 def test_cost_of_reconstruction_counts_every_pass(

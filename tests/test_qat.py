@@ -9,16 +9,20 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from compose import tiny
 from omegaconf import DictConfig
+from waiting import Watch
 
 from qexp.errors import ConfigError, RunError
 from qexp.quant.codebook import Codebook
 from qexp.recipes import outcome
 from qexp.recipes import qat as qat_module
 from qexp.recipes.evaluate import evaluate_run
+from qexp.recipes.loss import training_loss
 from qexp.recipes.optimize import WeightAverage, lr_factor, make_optimizer, reestimate_bn_
 from qexp.recipes.qat import qat
+from qexp.recipes.settings import Distill, Settings
 from qexp.runner import checkpoint
 from qexp.runner.run import open_run
 
@@ -302,16 +306,59 @@ def test_every_option_trains_to_a_finite_result(
 
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch(
-    tmp_path: Path, float_run: Path
+    tmp_path: Path, float_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Without batch norm statistics in the way: eval-mode norms would need a hook, so compare the
-    # loss of the first step, which both see with the same weights.
-    rows = []
-    for parts in (1, 2):
+    def fixed(norm: torch.nn.BatchNorm2d, x: torch.Tensor) -> torch.Tensor:
+        mean, var = norm.running_mean, norm.running_var  # not the batch's: parts are no batch
+        return F.batch_norm(x, mean, var, norm.weight, norm.bias, False, 0.0, norm.eps)
+
+    monkeypatch.setattr(torch.nn.BatchNorm2d, "forward", fixed)
+    start = checkpoint.load(float_run)["model"]
+    moves = []
+    for parts in (1, 4):
         options = [f"model.checkpoint={float_run}", "recipe.epochs=1", f"recipe.accumulate={parts}"]
         _, folder = train(tiny(tmp_path / str(parts), *options, "max_steps=1"))
-        rows.append(checkpoint.load(folder / "last.pt")["losses"][0])
-    assert torch.isclose(rows[0], rows[1], rtol=0.2)
+        state = checkpoint.load(folder / "last.pt")["model"]
+        moves.append(torch.cat([(state[k] - v).flatten() for k, v in start.items() if "conv" in k]))
+    assert moves[0].abs().max() > 0
+    torch.testing.assert_close(moves[1], moves[0], rtol=1e-3, atol=1e-3 * float(moves[0].std()))
+
+
+def test_the_loss_is_cross_entropy_and_the_teachers_logits_by_hand() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 0, 1])
+    student, teacher = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    s = Settings(label_smoothing=0.1, distill=Distill(weight=0.3, temperature=2.0))
+    log_p = student(x).log_softmax(1)
+    target = torch.full((6, 4), 0.1 / 4).scatter(1, y[:, None], 0.9 + 0.1 / 4)
+    entropy = -(target * log_p).sum(1).mean()
+    loss, hits = training_loss(student, None, x, y, s)
+    torch.testing.assert_close(loss, entropy)
+    assert int(hits) == int((log_p.argmax(1) == y).sum())
+    q, p = (teacher(x) / 2).softmax(1), (student(x) / 2).softmax(1)
+    kl = (q * (q / p).log()).sum(1).mean()
+    loss, _ = training_loss(student, teacher, x, y, s)
+    torch.testing.assert_close(loss, 0.7 * entropy + 0.3 * 4 * kl)
+    loss.backward()
+    assert teacher.weight.grad is None
+
+
+def test_a_step_is_no_longer_than_the_clipped_gradient_allows(
+    tmp_path: Path, float_run: Path
+) -> None:
+    start = checkpoint.load(float_run)["model"]
+    options = ["recipe.epochs=1", "max_steps=1", "recipe.lr=0.1", "recipe.weight_decay=0"]
+    lengths = []
+    for clip in ("null", "0.01"):
+        words = (f"model.checkpoint={float_run}", "quantizer=fp32", "recipe=qat")
+        cfg = tiny(tmp_path / clip, *words, *options, f"recipe.grad_clip={clip}")
+        _, folder = train(cfg)
+        state = checkpoint.load(folder / "last.pt")["model"]
+        learned = [k for k in start if k.endswith(("weight", "bias"))]
+        moved = torch.cat([(state[k] - start[k]).flatten() for k in learned])
+        lengths.append(float(moved.norm()))
+    assert lengths[0] > 0.002
+    assert lengths[1] == pytest.approx(0.1 * 0.01, rel=1e-3)
 
 
 def test_every_parameter_is_in_exactly_one_group(tmp_path: Path, float_run: Path) -> None:
@@ -386,30 +433,19 @@ def test_reestimated_batch_norm_makes_eval_mode_the_forward_pass_it_was_measured
 def test_training_loop_has_no_host_sync_before_its_check(
     tmp_path: Path, float_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`.item()` and `bool(tensor)` inside the loop would stall a GPU at every step."""
-    calls: list[str] = []
+    waits: list[str] = []
     real_epoch = qat_module._train_epoch
 
     def watched(*args: Any) -> None:
-        real_item, real_bool = torch.Tensor.item, torch.Tensor.__bool__
-
-        def item(self: torch.Tensor) -> Any:
-            calls.append("item")
-            return real_item(self)
-
-        def truth(self: torch.Tensor) -> bool:
-            calls.append("bool")
-            return real_bool(self)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(torch.Tensor, "item", item)
-            patch.setattr(torch.Tensor, "__bool__", truth)
+        with monkeypatch.context() as patch, Watch() as watch:
             patch.setattr(qat_module, "check_finite", lambda *_: None)
             real_epoch(*args)
+        waits.extend(watch.waits)
 
     monkeypatch.setattr(qat_module, "_train_epoch", watched)
-    train(tiny(tmp_path, f"model.checkpoint={float_run}", "recipe.epochs=1"))
-    assert calls == []
+    options = ("recipe.grad_clip=1.0", "recipe.accumulate=2", "recipe.ema=0.9")
+    train(tiny(tmp_path, f"model.checkpoint={float_run}", "recipe.epochs=1", *options))
+    assert waits == []
 
 
 def test_a_weight_that_overflows_at_the_last_step_stops_the_run() -> None:

@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -369,3 +370,46 @@ def test_an_installed_package_reports_its_version_as_commit(
 ) -> None:
     monkeypatch.setattr(environment.qexp, "__file__", str(tmp_path / "qexp" / "__init__.py"))
     assert environment.source_version() == (environment.qexp.__version__, False)
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        "pass",
+        "torch.backends.cudnn.allow_tf32 = False",
+        "torch.set_float32_matmul_precision('medium')",
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    ],
+)
+def test_tf32_is_left_as_the_program_had_it_in_either_of_torchs_ways(before: str) -> None:
+    code = f"""
+import torch
+from qexp.runner.device import tf32
+
+def state():
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    found = [cudnn.conv.fp32_precision, matmul.fp32_precision.replace("none", "ieee")]
+    for old in (lambda: cudnn.allow_tf32, torch.get_float32_matmul_precision):
+        try:
+            found.append(old())
+        except RuntimeError:
+            found.append("not to be read in the old way")
+    return found
+
+{before}
+kept = state()
+for allowed in (False, True):
+    with tf32(allowed):
+        assert (torch.backends.cuda.matmul.fp32_precision == "tf32") == allowed
+        assert (torch.backends.cudnn.conv.fp32_precision == "tf32") == allowed
+    assert state() == kept, (state(), kept)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_auto_is_never_a_device_that_nothing_was_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert pick_device("auto") == torch.device("cpu")
+    assert pick_device("mps") == torch.device("mps")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -11,33 +10,10 @@ import torch.nn.functional as F
 from compose import tiny
 from test_methods import METHODS
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from waiting import Watch
 
 from qexp.quant.convert import calibrate_, quant_layers, shared_weights
 from qexp.recipes import build
-
-# Operations whose result, or its shape, must be known on the host before anything else can run.
-WAITS = (
-    "_local_scalar_dense", "nonzero", "masked_select", "_unique", "unique_dim", "is_nonzero",
-    "equal", "index.Tensor_hacked_twin",
-)  # fmt: skip
-
-
-class Watch(TorchDispatchMode):
-    """Collects the names of operations that wait for the device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.waits: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.__name__.split(".")[0]
-        boolean_index = name == "index" and any(
-            isinstance(i, Tensor) and i.dtype == torch.bool for i in args[1]
-        )
-        if name in WAITS or boolean_index:
-            self.waits.append(func.__name__)
-        return func(*args, **(kwargs or {}))
 
 
 def network(tmp_path: Path, method: str) -> tuple[nn.Module, Tensor, Tensor]:

@@ -141,7 +141,8 @@ class Folder:
     def _batches(
         self, files: ImageFolder, cut: Callable[[Any], Tensor], batches: Iterable[list[Item]]
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        alone = hasattr(os, "sched_getaffinity")  # not on macOS
+        cores = len(os.sched_getaffinity(0)) if alone else os.cpu_count() or 1
         on_gpu = torch.device(self.device).type == "cuda"
         loader = DataLoader(
             Decoded(files, cut, self.seed),

@@ -207,7 +207,8 @@ def _weight_quality(quantizer: Quantizer, weight: Tensor) -> tuple[int | None, f
     grids = levels.shape[0] if levels.dim() > 1 else 1
     rows = w_hat.reshape(grids, -1).sort(1).values
     used = 1 + int((rows[:, 1:] != rows[:, :-1]).sum(1).max())
-    signal, noise = weight.double().square().sum(), (weight - w_hat).double().square().sum()
+    exact, error = weight.cpu().double(), (weight - w_hat).cpu().double()  # mps has no float64
+    signal, noise = exact.square().sum(), error.square().sum()
     return used, (10 * torch.log10(signal / noise)).item()
 
 

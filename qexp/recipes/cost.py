@@ -33,9 +33,15 @@ from qexp.recipes import build
 from qexp.recipes.compilation import choose
 from qexp.recipes.loss import training_loss
 from qexp.recipes.ptq_settings import Settings as Reconstruction
-from qexp.recipes.saving import kept_bytes
+from qexp.recipes.saving import kept_bytes, save_less_
 from qexp.recipes.settings import Settings
-from qexp.runner.device import compiler_available, keep_memory, pick_device, set_threads
+from qexp.runner.device import (
+    compiler_available,
+    keep_memory,
+    pick_device,
+    set_threads,
+    synchronize,
+)
 
 # Pixel values of the timed steps, about: a batch of CIFAR; a plan must not take minutes.
 MEASURED = 128 * 3 * 32 * 32
@@ -70,8 +76,8 @@ def training(cfg: DictConfig, card: Card, model: nn.Module, layers: Sequence[Lay
     per_epoch = max(1, card.train_size // s.batch_size)
     steps = s.epochs * per_epoch
     steps = steps if cfg.max_steps is None else min(steps, cfg.max_steps)
-    mode = choose(cfg.compile, layers, 3 * steps * s.batch_size, pick_device(cfg.device))
-    cost = _timed(cfg, card, model, s.batch_size, mode, s)
+    mode = choose(cfg.compile, layers, steps * s.batch_size, pick_device(cfg.device))
+    cost = _timed(cfg, card, model, s.batch_size // s.accumulate, mode, s)
     # A teacher's forward pass is a third of a step too.
     images = steps * s.batch_size * (4 / 3 if s.distill.weight > 0 else 1)
     images += steps / per_epoch * card.test_size / 3
@@ -128,7 +134,8 @@ def _timed(
     """Time steps of a network on the run's device, with its threads and its kind of kernels."""
     device = pick_device(cfg.device)
     values = card.input_shape[0] * card.input_shape[1] * card.input_shape[2]
-    size = min(batch, max(FEWEST, MEASURED // values))
+    # A few images keep a CPU as busy as a batch does; a GPU they leave idle.
+    size = batch if device.type == "cuda" else min(batch, max(FEWEST, MEASURED // values))
     for quantizer in quantizers(model).values():
         quantizer.calibrated.fill_(True)  # times do not depend on the steps' values
     kernels = mode != "off" and compiler_available(device)[0]
@@ -138,7 +145,8 @@ def _timed(
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
         compile_kernels(kernels)
-        seconds, kept = _image_cost(model.to(device), card.input_shape, size, s)
+        save_less_(model.to(device), cfg.saved)
+        seconds, kept = _image_cost(model, card.input_shape, size, s)
     finally:
         compile_kernels(False)
         set_threads(threads)
@@ -165,10 +173,10 @@ def _image_cost(
     kept = kept_bytes(model, step)
     took = []
     for _ in range(2):
+        synchronize(device)
         began = time.perf_counter()
         step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         took.append(time.perf_counter() - began)
     return min(took) / batch, kept / batch
 

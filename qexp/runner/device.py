@@ -28,8 +28,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 def pick_device(name: str) -> torch.device:
     """The device that `name` stands for: auto, cpu, cuda, cuda:N or mps.
 
-    `auto` is the first of cuda, mps, cpu that exists; `cuda` is the GPU that torchrun gave this
-    process, else the first.
+    `auto` is cuda where there is one, else cpu; `cuda` is the GPU that torchrun gave this process,
+    else the first. mps must be named: nothing has been run on it, and it has no float64.
 
     Raises:
         ConfigError: unknown name, or a device this machine has not.
@@ -37,7 +37,7 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", launched().local)
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device("cpu")
     if name == "cpu":
         return torch.device("cpu")
     if name == "mps":
@@ -59,17 +59,38 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, if it runs by itself."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
     """Whether CUDA may take 10 bits of a float32's mantissa inside, as cuDNN does by default."""
     cudnn: Any = torch.backends.cudnn
     matmul: Any = torch.backends.cuda.matmul
-    before = cudnn.allow_tf32, matmul.allow_tf32
+    try:
+        before = cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    except RuntimeError:  # a program that speaks of `fp32_precision` may not be read in the old way
+        names = (cudnn.conv, matmul)
+        kept = [place.fp32_precision for place in names]
+        for place in names:
+            place.fp32_precision = "tf32" if allowed else "ieee"
+        try:
+            yield
+        finally:
+            for place, value in zip(names, kept, strict=True):
+                place.fp32_precision = value
+        return
     cudnn.allow_tf32 = matmul.allow_tf32 = allowed
     try:
         yield
     finally:
-        cudnn.allow_tf32, matmul.allow_tf32 = before
+        cudnn.allow_tf32 = before[0]
+        torch.set_float32_matmul_precision(before[1])
 
 
 def seed_everything(seed: int) -> None:
