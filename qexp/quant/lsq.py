@@ -23,9 +23,8 @@ Gradients (eq. 3, 5), e = dL/dx_hat.
 Initialisation.  scale = 2 * mean|x| / sqrt(qmax), from the float weights and from the first batch
     (`init: lsq`); `init: mse` minimises the squared error instead and is what the configs use: at
     2 bits the paper's rule clips a third of the inputs of a ResNet-20 and the steps do not recover
-    within ten epochs. CIFAR-10, ten epochs, one seed each: W2A2 88.05 with mse (bfloat16; at commit
-    c22c947 in results/cifar10_qat_short), 61.60 with lsq (float32; results/cifar10_lsq_init); W4A4
-    91.32 and 91.27.
+    within ten epochs. CIFAR-10, ten epochs, one seed each: W2A2 88.53 with mse (bfloat16;
+    results/cifar10_qat_short), 61.60 with lsq (float32; results/cifar10_lsq_init).
 
 LSQ+ adds a learned offset to activations that are not one-sided (Swish):
     x_int = clip(round((x - offset) / scale), qmin, qmax),  x_hat = x_int * scale + offset
