@@ -11,6 +11,7 @@ from compose import tiny
 from omegaconf import DictConfig
 
 from qexp.errors import ConfigError
+from qexp.recipes import qat as qat_module
 from qexp.recipes.qat import qat
 from qexp.runner.folder import find_done, identity, read_json
 from qexp.runner.run import open_run
@@ -83,3 +84,22 @@ def test_a_resume_that_fails_before_it_trains_leaves_the_result(
     resumed = train(cfg, resume=True)
     assert resumed["epochs"] == 2
     assert len(resumed["protocol"]["segments"]) == 1
+
+
+def test_a_new_rate_is_the_one_that_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    constant = (*START[:1], "recipe.schedule=constant", "recipe.lr=0.01")
+    train(tiny(tmp_path, *constant, "recipe.epochs=1"))
+    used: list[list[float]] = []
+    real = qat_module.set_lr
+
+    def spy(optimizer: Any, factor: float) -> float:
+        rate = real(optimizer, factor)
+        used.append([group["lr"] for group in optimizer.param_groups])
+        return rate
+
+    monkeypatch.setattr(qat_module, "set_lr", spy)
+    changes = ("recipe.epochs=2", "recipe.lr=0.003", "recipe.quantizer_lr=0.0001")
+    train(tiny(tmp_path, *constant, *changes), resume=True)
+    assert used == [[0.003, 0.0001]] * 3

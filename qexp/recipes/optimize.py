@@ -76,6 +76,14 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> float:
     return optimizer.param_groups[0]["lr"]
 
 
+def restore_(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """Load a saved state into `optimizer`, which keeps the peak rates that it was made with."""
+    peaks = [group["peak_lr"] for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+        group["peak_lr"] = peak
+
+
 def carry_momentum(old: torch.optim.Optimizer, new: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """Keep the momentum of every parameter that both optimizers have."""
     for group in new.param_groups:

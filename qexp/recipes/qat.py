@@ -42,6 +42,7 @@ from qexp.recipes.optimize import (
     lr_factor,
     optimizer_of,
     reestimate_bn_,
+    restore_,
     set_lr,
 )
 from qexp.recipes.settings import Settings
@@ -97,7 +98,7 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
     state = _first_state(model, dataset, s, device)
     if saved is not None:
         model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        restore_(optimizer, saved["optimizer"])
         if average is not None:
             average.load_state_dict(saved["average"])
         for key, value in state.items():
