@@ -11,10 +11,12 @@ from compose import tiny
 from omegaconf import DictConfig
 
 from qexp.errors import ConfigError
+from qexp.recipes import outcome
 from qexp.recipes import qat as qat_module
 from qexp.recipes.qat import qat
 from qexp.runner.folder import find_done, identity, read_json
-from qexp.runner.run import open_run
+from qexp.runner.resuming import next_segments
+from qexp.runner.run import Run, open_run
 
 
 def train(cfg: DictConfig, *, resume: bool = False) -> dict[str, Any]:
@@ -103,3 +105,73 @@ def test_a_new_rate_is_the_one_that_is_used(
     changes = ("recipe.epochs=2", "recipe.lr=0.003", "recipe.quantizer_lr=0.0001")
     train(tiny(tmp_path, *constant, *changes), resume=True)
     assert used == [[0.003, 0.0001]] * 3
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """What a run's folder holds, but for its log."""
+    logs = ("train.log", "metrics.jsonl")
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.name not in logs}
+
+
+@pytest.mark.parametrize("change", ["recipe.lr=0.5", "recipe.epochs=1"])
+def test_a_resume_with_nothing_left_to_train_relabels_nothing(tmp_path: Path, change: str) -> None:
+    train(tiny(tmp_path, *START[:1], "recipe.epochs=2"))
+    before = files(tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"nothing left to train, 2 .* Add recipe\.epochs=3"):
+        train(tiny(tmp_path, *START[:1], "recipe.epochs=2", change), resume=True)
+    assert files(tmp_path / "run") == before
+
+
+def test_another_number_of_processes_is_refused_with_the_command(
+    tmp_path: Path,
+) -> None:
+    train(tiny(tmp_path, *START))
+    folder = tmp_path / "run"
+    status = read_json(folder / "status.json")
+    assert status["processes"] == 1
+    (folder / "status.json").write_text(json.dumps({**status, "processes": 4}))
+    before = files(folder)
+    line = rf"begun by 4 processes, not 1\. Type: torchrun --nproc-per-node=4 .* resume {folder}"
+    with pytest.raises(ConfigError, match=line):
+        train(tiny(tmp_path, *START[:1], "recipe.epochs=2"), resume=True)
+    assert files(folder) == before
+    with pytest.raises(ConfigError, match="sync_bn cannot change"):
+        next_segments(folder, tiny(tmp_path, *START, "sync_bn=true"), {"processes": 4}, 4)
+    assert next_segments(folder, tiny(tmp_path, *START, "sync_bn=true"), {"processes": 1}) == []
+
+
+def test_a_refused_resume_leaves_an_interrupted_run_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = (*START[:1], "recipe.epochs=2")
+    stopped = outcome.log_epoch
+
+    def stop(*given: Any, **more: Any) -> bool:
+        if given[2]["epoch"] == 2:
+            raise KeyboardInterrupt
+        return stopped(*given, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(outcome, "log_epoch", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny(tmp_path, *options))
+    before = files(tmp_path / "run")
+    with pytest.raises(ConfigError, match="nothing left to train"):
+        train(tiny(tmp_path, *options, "recipe.epochs=1"), resume=True)
+    assert files(tmp_path / "run") == before
+
+
+def test_a_killed_run_knows_the_time_up_to_its_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+    monkeypatch.setattr(Run, "wall_s", lambda run: 100.0)
+    logged = outcome.log_epoch
+
+    def look(*given: Any, **more: Any) -> bool:
+        seen.append(read_json(tmp_path / "run" / "status.json").get("wall_s", 0.0))
+        return logged(*given, **more)
+
+    monkeypatch.setattr(outcome, "log_epoch", look)
+    train(tiny(tmp_path, *START[:1], "recipe.epochs=2"))
+    assert seen == [0.0, 100.0]

@@ -108,6 +108,7 @@ def ptq(cfg: DictConfig, run: Run) -> dict[str, Any]:
             "units": done,
         }
         checkpoint.save(last, state | more)
+        run.status("running")  # with the time so far: a kill leaves nothing else
 
     sweeps = passes(method, s)
     for name in unlearned(model, method, s.lr):

@@ -27,6 +27,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from qexp.errors import ConfigError
 from qexp.quant.convert import Bits, calibrate_, check_calibrated, quantizers, shared_weights
 from qexp.quant.quantizer import Quantizer
 from qexp.quant.rebits import rebits_
@@ -67,6 +68,10 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
 
     # The start: data, a float network and its top-1.
     dataset = build.make_dataset(cfg, device)
+    steps = s.epochs * dataset.steps_per_epoch
+    steps = steps if cfg.max_steps is None else min(steps, cfg.max_steps)
+    if run.changed and saved is not None and saved["epoch"] * dataset.steps_per_epoch >= steps:
+        _refuse_finished(saved["epoch"], cfg.max_steps)
     start = float_start(cfg, s, dataset, run, device, saved)
     model = start.model
 
@@ -91,8 +96,6 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
         outcome.log_plan(run, network)
 
     # What trains it.
-    steps = s.epochs * dataset.steps_per_epoch
-    steps = steps if cfg.max_steps is None else min(steps, cfg.max_steps)
     optimizer = optimizer_of(model, s)
     average = WeightAverage(model, s.ema) if s.ema else None
     state = _first_state(model, dataset, s, device)
@@ -127,6 +130,7 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
                 "rng": checkpoint.rng_state(),
             },
         )
+        run.status("running")  # with the time so far: a kill leaves nothing else
 
     # The loop.
     while state["epoch"] * dataset.steps_per_epoch < steps:
@@ -145,7 +149,8 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
         state["test_s"] = time.perf_counter() - began
         state["epoch"] = epoch + 1
         best = outcome.log_epoch(run, network, state, optimizer, test, val, s.epochs, movement)
-        log_quantizers(run, model, images[:OBSERVED_IMAGES], epoch + 1)
+        if leads:
+            log_quantizers(run, model, images[:OBSERVED_IMAGES], epoch + 1)
         state["step"] = 0
         save()
         if best and leads:
@@ -162,6 +167,12 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
     if s.plots:
         picture.draw(run, model, state["before"], images[:OBSERVED_IMAGES], state["history"])
     return outcome.result(cfg, run, network, fields, fp32_top1=fp32_top1, **measured)
+
+
+def _refuse_finished(epochs: int, limit: int | None) -> None:
+    """Other settings for a run that is through would change nothing but what it is called."""
+    advice = f"Add recipe.epochs={epochs + 1} or more." if limit is None else "Start a new run."
+    raise ConfigError(f"resume: nothing left to train, {epochs} epochs are done. {advice}")
 
 
 def _first_state(
@@ -236,9 +247,9 @@ def _train_epoch(
         state["seen"] += len(x) * world.size
         bar.update()
         if (i + 1) % CHECK_EVERY == 0 or i + 1 == until:
-            check_finite(model, state["losses"][: i + 1], epoch)
+            check_finite(model, state["losses"][: i + 1], epoch, state["step"])
         if s.save_every and (i + 1) % s.save_every == 0 and i + 1 < until:
-            check_finite(model, state["losses"][: i + 1], epoch)
+            check_finite(model, state["losses"][: i + 1], epoch, state["step"])
             state["step"] = i + 1
             save()
     bar.close()

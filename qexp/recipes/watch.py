@@ -49,15 +49,21 @@ def first_non_finite(model: nn.Module) -> str:
     return ""
 
 
-def check_finite(model: nn.Module, losses: Tensor, epoch: int) -> None:
-    """Stop the run at a non-finite loss, or weight after the last step, naming step and layer."""
+def check_finite(model: nn.Module, losses: Tensor, epoch: int, saved: int = 0) -> None:
+    """Stop the run at a non-finite loss, or weight after the last step, naming step and layer.
+
+    Args:
+        epoch: finished epochs, each with a checkpoint.
+        saved: steps of the present epoch that a checkpoint has (`recipe.save_every`).
+    """
     bad = ~torch.isfinite(losses)
     where = first_non_finite(model)
     if not bool(bad.any()) and not where:
         return
     step = int(bad.nonzero()[0]) if bool(bad.any()) else len(losses) - 1
     kind = "infinite" if bool(losses[step].isinf()) else "NaN"
-    kept = f"last good checkpoint is last.pt (epoch {epoch})" if epoch else "no checkpoint yet"
+    place = f"epoch {epoch + 1}, step {saved}" if saved else f"epoch {epoch}"
+    kept = f"last good checkpoint is last.pt ({place})" if epoch or saved else "no checkpoint yet"
     raise RunError(
         f"run: loss is {kind} at epoch {epoch + 1}, step {step + 1}{where}; {kept}. "
         "Lower recipe.lr or set recipe.grad_clip."

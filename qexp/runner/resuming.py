@@ -8,14 +8,14 @@ protocol and of the run's identity, and so is never taken for an uninterrupted r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
-from qexp.errors import ConfigError
+from qexp.errors import ConfigError, origin
 from qexp.runner.atomic import write_bytes
 from qexp.runner.folder import NOT_IDENTITY, RESULT, STATUS
 
@@ -28,18 +28,26 @@ TOLD = ("recipe.epochs", "recipe.lr", "recipe.quantizer_lr", "recipe.grad_clip")
 Segment = dict[str, Any]  # {"from": {key: value}, "to": {key: value}}
 
 
-def next_segments(folder: Path, cfg: DictConfig, earlier: Sequence[Segment]) -> list[Segment]:
+def next_segments(
+    folder: Path, cfg: DictConfig, status: Mapping[str, Any], processes: int = 1
+) -> list[Segment]:
     """The segments of the run in `folder` when it goes on with `cfg`.
 
+    Args:
+        status: the run's, with its earlier segments and its number of processes.
+        processes: how many train it now.
+
     Raises:
-        ConfigError: a key that cannot change any more.
+        ConfigError: a key that cannot change any more, or another number of processes.
     """
-    path = folder / "config.yaml"
+    path, earlier = folder / "config.yaml", status.get("segments", [])
     if not (folder / CHECKPOINT).is_file() or not path.is_file():
         return [*earlier]  # nothing was learned yet
+    _same_processes(folder, status.get("processes", processes), processes)
     before, now = (dict(_leaves(_plain(c))) for c in (OmegaConf.load(path), cfg))
     keys = [k for k in dict.fromkeys([*before, *now]) if before.get(k) != now.get(k)]
-    keys = [k for k in keys if not any(k == free or k.startswith(f"{free}.") for free in FREE)]
+    free_keys = [k for k in FREE if processes == 1 or k != "sync_bn"]
+    keys = [k for k in keys if not any(k == free or k.startswith(f"{free}.") for free in free_keys)]
     settled = [k for k in keys if k not in TOLD]
     if settled:
         key = settled[0]
@@ -51,6 +59,17 @@ def next_segments(folder: Path, cfg: DictConfig, earlier: Sequence[Segment]) -> 
         return [*earlier]
     old, new = ({k: values.get(k) for k in keys} for values in (before, now))
     return [*earlier, {"from": old, "to": new}]
+
+
+def _same_processes(folder: Path, before: int, now: int) -> None:
+    """Refuse another number: the steps of an epoch and the images of a step depend on it."""
+    if before == now:
+        return
+    many = f"torchrun --nproc-per-node={before} -m qexp resume {folder}"
+    raise ConfigError(
+        f"resume: {folder} was begun by {before} process{'es' * (before > 1)}, not {now}. Type: "
+        + (many if before > 1 else f"qexp resume {folder}")
+    )
 
 
 class Before(NamedTuple):
@@ -65,9 +84,10 @@ class Before(NamedTuple):
         kept = [folder / name for name in (RESULT, STATUS, "config.yaml", "env.json")]
         return cls({p.name: p.read_bytes() for p in kept if p.is_file()}, _age(folder))
 
-    def put_back(self, folder: Path) -> None:
-        """Undo the resume of a done run that failed before it trained: its result still holds."""
-        if RESULT in self.files and _age(folder) == self.trained:
+    def put_back(self, folder: Path, error: BaseException) -> None:
+        """Undo a resume that failed before it trained, of a done run or by a config it refused."""
+        refused = isinstance(origin(error), ConfigError)
+        if (RESULT in self.files or refused) and _age(folder) == self.trained:
             with suppress(OSError):
                 for name, content in self.files.items():
                     write_bytes(folder / name, content)

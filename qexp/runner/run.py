@@ -54,6 +54,7 @@ class Run:
         dir: the run's folder.
         resumed: whether the folder held an earlier part of this run.
         segments: what changed when it was resumed (`resuming.py`).
+        changed: whether this resume added one.
         label: `weight+act` where the command line replaced a part of the method, or None.
     """
 
@@ -64,6 +65,7 @@ class Run:
         self._started = time.time()
         status = read_json(folder / STATUS)
         self.segments: list[dict[str, Any]] = status.get("segments", [])
+        self.changed = False
         self.label: str | None = status.get("label")
         self._earlier_s = float(status.get("wall_s", 0.0))
         self._metrics: IO[str] = open(folder / "metrics.jsonl", "a")  # noqa: SIM115
@@ -173,6 +175,7 @@ class Follower(Run):
         self.resumed = resumed
         self.finished = False
         self.segments = []
+        self.changed = False  # process 0 says it
         self.label = None
 
     def event(self, kind: str, **fields: Any) -> None: ...
@@ -209,8 +212,10 @@ def open_run(
         return
     with os_errors(folder):
         before = Before.of(folder) if resume else None
+        known = len(read_json(folder / STATUS).get("segments", []))
         folder = _take(folder, cfg) if resume else claim(folder, _first_status(cfg, label))
         run = Run(folder, cfg, resume)
+        run.changed = resume and len(run.segments) > known
     distributed.told((str(folder), resume))
     with os_errors(folder), sigterm(), global_state():
         try:
@@ -222,7 +227,7 @@ def open_run(
         except BaseException as error:
             _record(run, error)
             if before is not None:
-                before.put_back(folder)
+                before.put_back(folder, error)
             raise
         finally:
             run.close()
@@ -230,6 +235,7 @@ def open_run(
 
 def _first_status(cfg: DictConfig, label: str | None) -> dict[str, Any]:
     known = {"state": "running", "identity": identity(cfg), "started": _now(), **owner()}
+    known["processes"] = distributed.world().size
     return known | ({"label": label} if label else {})
 
 
@@ -242,10 +248,12 @@ def _take(folder: Path, cfg: DictConfig) -> Path:
                 f"resume: {folder} is still running (pid {status.get('pid')} on "
                 f"{status.get('host')}). Wait for it, or stop it first."
             )
-        segments = next_segments(folder, cfg, status.get("segments", []))
+        processes = distributed.world().size
+        segments = next_segments(folder, cfg, status, processes)
         (folder / RESULT).unlink(missing_ok=True)  # a done run that is trained on has none yet
         status.pop("error", None)
         status.update(state="running", identity=identity(cfg, segments), **owner())
+        status["processes"] = processes
         if segments:
             status["segments"] = segments
         write_json(folder / STATUS, status)
