@@ -174,3 +174,14 @@ def test_unreadable_image_is_named_without_a_traceback(
 def test_wrong_value_is_one_line(root: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         folder(root, **changes)
+
+
+def test_the_protocol_tells_folders_apart_by_what_is_in_them(root: Path, tmp_path: Path) -> None:
+    def contents(place: Path) -> str:
+        return folder(place).protocol()["contents"]
+
+    assert contents(root) == contents(write_folder(tmp_path / "copy"))
+    fewer, other = tmp_path / "fewer", tmp_path / "other"
+    write_folder(fewer, per_class=5)
+    write_folder(other, classes=("cat", "cow"))
+    assert len({contents(place) for place in (root, fewer, other)}) == 3

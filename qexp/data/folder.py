@@ -25,7 +25,7 @@ from torchvision.transforms import v2
 
 from qexp.data.augment import normalise, per_channel
 from qexp.data.card import Card
-from qexp.data.decode import Decoded, Item, check_classes, collate, open_folder
+from qexp.data.decode import Decoded, Item, check_classes, collate, contents, open_folder
 from qexp.data.sampling import (
     SPLIT_SEED,
     choose_images,
@@ -123,6 +123,7 @@ class Folder:
         """What was done to the images, for result.json."""
         return {
             "dataset": self.name,
+            "contents": contents(self._splits["train"][0], self._splits["test"][0]),
             "train_images": self.train_size,
             "val_images": len(self._splits["val"][1]) if self.has_val else 0,
             "test_images": len(self._splits["test"][1]),

@@ -3,7 +3,8 @@
 `model.checkpoint` is a path, a torchvision weights name, or `auto`. `auto` looks for a finished
 float run with the same data set, model and float recipe (`float.*`) and seed 0 under `out`, and
 trains one there if there is none; all methods and seeds of a comparison so share one start.
-Concurrent jobs wait for the one that trains.
+Concurrent jobs wait for the one that trains. One of its own that was interrupted it goes on with,
+as that run was begun; a run that somebody else began it leaves alone.
 """
 
 from __future__ import annotations
@@ -11,17 +12,18 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from qexp.runner.folder import read_status
+from qexp.runner.folder import RESULT, read_json, read_status
 from qexp.runner.run import Run, open_run
 
 FLOAT_SEED = 0
+AUTO = "auto-"  # folders of networks trained here are called so, with their fingerprint
 
 
 def float_config(cfg: DictConfig) -> DictConfig:
@@ -36,8 +38,12 @@ def float_config(cfg: DictConfig) -> DictConfig:
     return sub
 
 
-def fingerprint(cfg: DictConfig) -> str:
-    """Hash of what makes two float runs the same: data, model, recipe, seed, max_steps."""
+def fingerprint(cfg: DictConfig, contents: str | None = None) -> str:
+    """Hash of what makes two float runs the same: data, model, recipe, seed, max_steps.
+
+    Args:
+        contents: of a data set that is the user's own (`Folder.protocol`): its place says nothing.
+    """
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     plain["model"].pop("checkpoint", None)
     for place in ("root", "download"):
@@ -46,50 +52,85 @@ def fingerprint(cfg: DictConfig) -> str:
     for idle in ("plots", "save_every", "calibration_images"):  # no effect on a float network
         plain["recipe"].pop(idle, None)
     key = {k: plain.get(k) for k in ("dataset", "model", "recipe", "seed", "max_steps")}
+    if contents is not None:
+        key["contents"] = contents
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def find(folder: Path, wanted: str, states: Sequence[str] = ("done",)) -> Path | None:
-    """A float run under `folder` with this fingerprint and a checkpoint, in one of `states`."""
+def find(folder: Path, wanted: str) -> Path | None:
+    """A finished float run under `folder` with this fingerprint and a checkpoint.
+
+    One that was resumed with other settings, or trained by several processes, is another network.
+    """
     for status in sorted(folder.glob("**/status.json")):
         run = status.parent
+        state, protocol = read_status(run), read_json(run / RESULT).get("protocol") or {}
+        if state.get("state") != "done" or not (run / "last.pt").exists():
+            continue
+        if state.get("segments") or protocol.get("processes", 1) > 1:
+            continue
         try:
-            if read_status(run).get("state") not in states or not (run / "last.pt").exists():
-                continue
             config = OmegaConf.load(run / "config.yaml")
+            assert isinstance(config, DictConfig)
+            own = fingerprint(config, protocol.get("contents"))
         except (OSError, ValueError, KeyError):
             continue  # a run being written, or not ours
-        assert isinstance(config, DictConfig)
-        if config.quantizer.get("name") == "fp32" and fingerprint(config) == wanted:
+        if config.quantizer.get("name") == "fp32" and own == wanted:
             return run
     return None
 
 
-def float_checkpoint(cfg: DictConfig, run: Run) -> Path:
-    """The `last.pt` of the float run that `auto` stands for; trains it first if need be."""
+def interrupted(folder: Path, wanted: str) -> Path | None:
+    """A float network that `auto` began under `folder` and that has not come to its end."""
+    for run in sorted(folder.glob(f"{AUTO}{wanted}*")):
+        ended = read_status(run).get("state") in ("dead", "interrupted")
+        if ended and (run / "last.pt").exists() and (run / "config.yaml").is_file():
+            return run
+    return None
+
+
+def begun_config(run: Path, cfg: DictConfig) -> DictConfig:
+    """The config of the begun float run in `run`, to be computed where and how `cfg` says.
+
+    What has no part in a float network, as `bits`, stays as whoever began it had it.
+    """
+    own = OmegaConf.load(run / "config.yaml")
+    assert isinstance(own, DictConfig)
+    with open_dict(own):
+        own.dataset = cfg.dataset  # they differ in the place at most
+        for key in ("device", "compile", "threads"):
+            own[key] = cfg[key]
+    return own
+
+
+def float_checkpoint(cfg: DictConfig, run: Run, contents: str | None = None) -> Path:
+    """The `last.pt` of the float run that `auto` stands for; trains it first if need be.
+
+    Args:
+        contents: see `fingerprint`.
+    """
     from qexp.recipes.qat import qat
 
     sub = float_config(cfg)
-    wanted = fingerprint(sub)
+    wanted = fingerprint(sub, contents)
     folder = Path(cfg.out) / f"{cfg.dataset.name}-{cfg.model.name}" / "fp32"
     folder.mkdir(parents=True, exist_ok=True)
     with _lock(folder / f".{wanted}.lock"):
         found = find(folder, wanted)
-        if found is None:
-            begun = find(folder, wanted, ("dead", "interrupted"))
-            known = f"{cfg.dataset.name}-{cfg.model.name}"
-            run.info(
-                f"float baseline: none yet for {known}, training it"
-                if begun is None
-                else f"float baseline: {begun} was interrupted, going on with it"
-            )
-            place = begun or folder / f"auto-{wanted}"
-            with open_run(place, sub, resume=begun is not None) as child:
-                child.finish(qat(sub, child))
-            found = child.dir
-        else:
+        if found is not None:
             run.info(f"float baseline: {found}")
-    return found / "last.pt"
+            return found / "last.pt"
+        begun = interrupted(folder, wanted)
+        if begun is None:
+            known = f"{cfg.dataset.name}-{cfg.model.name}"
+            run.info(f"float baseline: none yet for {known}, training it")
+        else:
+            run.info(f"float baseline: {begun} was interrupted, going on with it")
+            sub = begun_config(begun, sub)
+        place = begun or folder / f"{AUTO}{wanted}"
+        with open_run(place, sub, resume=begun is not None) as child:
+            child.finish(qat(sub, child))
+        return child.dir / "last.pt"
 
 
 @contextmanager

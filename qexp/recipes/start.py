@@ -71,7 +71,8 @@ def float_start(
         start.source = saved["start"]["source"]  # for the record: nothing is loaded from it
     elif spec == "auto":
         before = rng_state()
-        start.source = led(lambda: str(float_checkpoint(cfg, run)))
+        contents = dataset.protocol().get("contents")
+        start.source = led(lambda: str(float_checkpoint(cfg, run, contents)))
         set_rng_state(before)  # whether the baseline had to be trained changes nothing that follows
     if saved is None or s.distill.weight > 0:
         start.source = checkpoint_file(start.source) if start.source else None

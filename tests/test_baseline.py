@@ -1,0 +1,94 @@
+"""Which float network `model.checkpoint=auto` stands for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from compose import tiny
+from omegaconf import DictConfig, OmegaConf
+
+from qexp.recipes import outcome
+from qexp.recipes.baseline import AUTO, find, fingerprint, float_config, interrupted
+from qexp.recipes.qat import qat
+from qexp.runner.run import open_run
+
+
+def train(cfg: DictConfig) -> dict[str, Any]:
+    with open_run(Path(cfg.folder), cfg) as run:
+        run.finish(result := qat(cfg, run))
+    return result
+
+
+def float_run(
+    place: Path,
+    cfg: DictConfig,
+    state: str = "done",
+    protocol: dict[str, Any] | None = None,
+    **status: Any,
+) -> Path:
+    """What a float run leaves behind, without its weights."""
+    place.mkdir(parents=True)
+    (place / "last.pt").touch()
+    (place / "config.yaml").write_text(OmegaConf.to_yaml(cfg))
+    (place / "status.json").write_text(json.dumps({"state": state, **status}))
+    if state == "done":
+        (place / "result.json").write_text(json.dumps({"protocol": protocol or {}}))
+    return place
+
+
+def test_a_resumed_run_and_one_of_several_processes_are_no_baseline(tmp_path: Path) -> None:
+    cfg = float_config(tiny(tmp_path))
+    wanted = fingerprint(cfg)
+    segment = {"from": {"recipe.lr": 0.1}, "to": {"recipe.lr": 0.5}}
+    float_run(tmp_path / "a", cfg, segments=[segment], protocol={"segments": [segment]})
+    float_run(tmp_path / "b", cfg, protocol={"processes": 2})
+    assert find(tmp_path, wanted) is None
+    plain = float_run(tmp_path / "c", cfg)
+    assert find(tmp_path, wanted) == plain
+
+
+def test_folders_of_other_images_have_other_baselines(tmp_path: Path) -> None:
+    cfg = float_config(tiny(tmp_path))
+    assert fingerprint(cfg, "cats") != fingerprint(cfg, "dogs") != fingerprint(cfg)
+    run = float_run(tmp_path / "a", cfg, protocol={"contents": "cats"})
+    assert find(tmp_path, fingerprint(cfg, "cats")) == run
+    assert find(tmp_path, fingerprint(cfg, "dogs")) is None
+    assert find(tmp_path, fingerprint(cfg)) is None
+
+
+def test_a_float_run_that_somebody_else_began_is_left_alone(tmp_path: Path) -> None:
+    cfg = float_config(tiny(tmp_path))
+    wanted = fingerprint(cfg)
+    float_run(tmp_path / "20260101", cfg, "interrupted")
+    assert find(tmp_path, wanted) is None
+    assert interrupted(tmp_path, wanted) is None
+    mine = float_run(tmp_path / f"{AUTO}{wanted}-2", cfg, "interrupted")
+    assert interrupted(tmp_path, wanted) == mine
+
+
+def test_an_interrupted_baseline_serves_runs_of_other_methods_and_widths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["recipe.epochs=1", "float.epochs=2"]
+    logged = outcome.log_epoch
+
+    def stop(*given: Any, **more: Any) -> bool:
+        if given[2]["epoch"] == 2:
+            raise KeyboardInterrupt
+        return logged(*given, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(outcome, "log_epoch", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny(tmp_path, *options))
+    (folder,) = tmp_path.glob("**/fp32/auto-*")
+    other = ("bits=3", "bitwidth=progressive", "quantizer=lsq", "float.plots=true")
+    cfg = tiny(tmp_path, *options, *other)
+    cfg.folder = str(tmp_path / "other")
+    assert train(cfg)["fp32_top1"] is not None
+    assert "resumed after epoch 1" in (folder / "train.log").read_text()
+    status = json.loads((folder / "status.json").read_text())
+    assert (status["state"], status.get("segments")) == ("done", None)
