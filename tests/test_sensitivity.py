@@ -13,6 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from qexp.errors import RunError
 from qexp.quant.accounting import account
 from qexp.quant.allocate import allocate, tied
 from qexp.quant.bitwidth import Pattern
@@ -58,6 +59,21 @@ def assign(model: nn.Module, **own: Any) -> tuple[Sensitivity, dict[str, Bits], 
 
 # ---------------------------------------------------------------------------------------------
 # Metrics
+
+
+@pytest.mark.parametrize("metric", ["hutchinson", "fisher", "loss"])
+def test_a_sensitivity_that_is_no_number_is_refused_not_called_small(metric: str) -> None:
+    model = network()
+    with torch.no_grad():
+        model[3].weight[0, 0, 0, 0] = float("nan")  # type: ignore[index]
+    with pytest.raises(RunError, match="run: the sensitivity of layer '3' is not finite"):
+        assign(model, metric=metric)
+
+
+@pytest.mark.parametrize("wrong", [{"probes": 0}, {"images": 0}, {"candidates": ()}])
+def test_a_policy_that_looks_at_nothing_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        Sensitivity(budget=3, **wrong)
 
 
 def softmax_model() -> tuple[nn.Module, list[Layer], Tensor, Tensor]:

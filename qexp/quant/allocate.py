@@ -99,7 +99,10 @@ def allocate(
     least = sum(c.cost[0] for c in choices)
     limit = math.floor(budget)
     if least > limit:
-        raise ValueError(f"the fewest bits cost {least}, more than the budget of {limit}")
+        raise ValueError(
+            f"the fewest bits cost {least}, more than the budget of {limit}; raise budget or add a "
+            "smaller candidate"
+        )
     if method == "ilp":
         picked = _ilp(choices, limit)
     elif method == "greedy":

@@ -10,12 +10,14 @@ same budget are `allocation: uniform` and `allocation: random`, and `metric: siz
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from qexp.errors import RunError
 from qexp.quant.allocate import BudgetKind, Method, allocate, operand_cost, tied
 from qexp.quant.bitwidth import FirstLast, check_bits, check_first_last, format_bits, layer_bits
 from qexp.quant.convert import Bits, QuantizerFactory
@@ -71,6 +73,10 @@ class Sensitivity:
         self.name, self.budget = name, budget
         self.budget_kind: BudgetKind = budget_kind
         self.candidates = tuple(sorted({check_bits(b, "a candidate") for b in candidates}))
+        if not self.candidates or 32 in self.candidates:
+            raise ValueError(f"candidates must be widths from 1 to 16; got {list(candidates)}")
+        if probes < 1 or images < 1:
+            raise ValueError(f"probes and images must be at least 1; got {probes} and {images}")
         self.metric, self.tie = metric, tie
         self.allocation: Method = allocation
         self.act = None if act == "same" else check_bits(act, "activation bits")
@@ -105,34 +111,51 @@ class Sensitivity:
             weight_factory: makes the weight quantizers of the run.
             images, labels: [N, C, H, W], [N]; the first `images` of them are used.
         """
-        free = [x for x in layers if x.position == "inner" or self.first_last == "same"]
+        free = self._free(layers)
         if self.allocation in ("ilp", "greedy"):
             self.omega = self._measure(free, model, weight_factory, images, labels)
+        chosen = self._allocate(layers, self.allocation)
+        fixed = self._fixed(layers)
+        bits = {x.name: fixed.get(x.name) or self._pair(chosen[x.name]) for x in layers}
+        if self.save:
+            Path(self.save).write_text(format_bits(bits))
+        return bits
+
+    def check(self, layers: Sequence[Layer]) -> None:
+        """What can be found wrong without data; writes nothing.
+
+        Raises:
+            ValueError: a budget below the fewest bits, or no folder to save in.
+        """
+        self._allocate(layers, "uniform")
+        if self.save and not Path(self.save).parent.is_dir():
+            raise ValueError(f"save={self.save}: there is no folder {Path(self.save).parent}")
+
+    def _free(self, layers: Sequence[Layer]) -> list[Layer]:
+        return [x for x in layers if x.position == "inner" or self.first_last == "same"]
+
+    def _fixed(self, layers: Sequence[Layer]) -> dict[str, Bits]:
+        """The bits of the layers that are not chosen."""
+        names, own = {x.name for x in self._free(layers)}, self._pair(self.candidates[0])
+        return {x.name: layer_bits(x, own, self.first_last) for x in layers if x.name not in names}
+
+    def _allocate(self, layers: Sequence[Layer], method: Method) -> dict[str, int]:
+        """Weight bits of the free layers within the budget."""
+        free, fixed = self._free(layers), self._fixed(layers)
         cost = {x.name: {b: self._cost(x, self._pair(b)) for b in self.candidates} for x in free}
-        fixed = {
-            x.name: layer_bits(x, self._pair(self.candidates[0]), self.first_last)
-            for x in layers
-            if x.name not in cost
-        }
         budget = self.budget * sum(x.weights for x in free)
         if self.budget_kind != "average_bits":
             budget = self.budget - sum(
                 self._cost(x, fixed[x.name]) for x in layers if x.name in fixed
             )
-        chosen = allocate(
+        return allocate(
             cost,
             budget,
             omega=self.omega or None,
             groups=tied(free) if self.tie else None,
-            method=self.allocation,
+            method=method,
             seed=self.seed,
         )
-        bits = {
-            x.name: fixed[x.name] if x.name in fixed else self._pair(chosen[x.name]) for x in layers
-        }
-        if self.save:
-            Path(self.save).write_text(format_bits(bits))
-        return bits
 
     def _pair(self, bits: int) -> Bits:
         return Bits(bits, bits if self.act is None else self.act)
@@ -156,16 +179,15 @@ class Sensitivity:
                 "labels; metric=size needs none"
             )
         x, y = images[: self.images], labels[: self.images]
+        given = (model, layers, weight_factory, self.candidates, x, y)
         if self.metric == "hutchinson":
-            return hutchinson(
-                model,
-                layers,
-                weight_factory,
-                self.candidates,
-                x,
-                y,
-                probes=self.probes,
-                seed=self.seed,
-            )
-        measure = fisher if self.metric == "fisher" else loss_increase
-        return measure(model, layers, weight_factory, self.candidates, x, y)
+            omega = hutchinson(*given, probes=self.probes, seed=self.seed)
+        else:
+            omega = (fisher if self.metric == "fisher" else loss_increase)(*given)
+        for name, row in omega.items():
+            if not all(math.isfinite(value) for value in row.values()):
+                raise RunError(
+                    f"run: the sensitivity of layer '{name}' is not finite ({self.metric}). Is the "
+                    "float network sound? bitwidth.metric=size looks at no data."
+                )
+        return omega

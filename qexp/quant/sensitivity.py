@@ -124,7 +124,7 @@ def hutchinson(
     traces = hutchinson_trace(model, layers, images, labels, probes=probes, seed=seed)
     return {
         layer.name: {
-            b: max(0.0, traces[layer.name])
+            b: (0.0 if traces[layer.name] < 0 else traces[layer.name])  # NaN stays
             * perturbation(model, layer, weight_factory, b).double().square().sum().item()
             for b in candidates
         }
