@@ -103,7 +103,8 @@ def run_name(*, _root_: DictConfig) -> str:
     if policy.get("name") not in (None, "uniform"):
         budget = policy.get("budget")
         return f"{name}-{policy.name}" + (f"{budget:g}" if budget is not None else "")
-    return f"{name}-w{policy.weight}a{policy.act}"
+    w, a = (32 if "Identity" in str(quantizer[k]) else policy[k] for k in ("weight", "act"))
+    return f"{name}-w{w}a{a}"
 
 
 def mixed_name() -> str | None:

@@ -94,6 +94,11 @@ def test_configs_are_found_beside_the_package() -> None:
         ({"name": "asq", "weight": 1, "act": 1}, {"weight": 2, "act": 4}, "asq-w2a4"),
         ({"name": "fp32", "weight": None, "act": None}, {"weight": 4, "act": 4}, "fp32"),
         (
+            {"name": "lsq", "weight": {"_target_": "qexp.quant.quantizer.Identity"}, "act": 1},
+            {"weight": 3, "act": 3},
+            "lsq-w32a3",
+        ),
+        (
             {"name": "lsq", "weight": 1, "act": 1},
             {"name": "sensitivity", "budget": 3.5},
             "lsq-sensitivity3.5",

@@ -17,7 +17,8 @@ from torch import nn
 from qexp import plot
 from qexp.models.load import sha256
 from qexp.quant.accounting import account
-from qexp.quant.convert import quantizers
+from qexp.quant.convert import quant_layers, quantizers
+from qexp.quant.quantizer import Identity
 from qexp.recipes import picture
 from qexp.recipes.build import Network, is_float
 from qexp.recipes.evaluate import Score
@@ -203,7 +204,14 @@ def result(
 
 
 def _nominal(cfg: DictConfig, operand: str, network: Network) -> int | None:
-    """The width a policy is asked for; None where it gives each layer its own."""
+    """The width a policy is asked for; None where it gives each layer its own.
+
+    32 where the method leaves this operand of every inner layer in float.
+    """
+    layers = quant_layers(network.model)
+    inner = [layers[x.name] for x in network.layers if x.position == "inner" and x.name in layers]
+    if inner and all(isinstance(getattr(x, f"{operand}_quantizer"), Identity) for x in inner):
+        return 32
     if _staged(network):  # the stage that was reached
         found = Counter(getattr(bits, operand) for bits in network.bits.values())
         return found.most_common(1)[0][0]

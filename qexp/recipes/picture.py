@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qexp import plot
-from qexp.quant.convert import QuantLayer, quant_layers
+from qexp.quant.convert import quant_layers
 from qexp.quant.quantizer import Quantizer
 from qexp.recipes.observe import observe
 from qexp.runner.run import Run
@@ -81,27 +81,24 @@ def draw(
     ]
     if items:
         plot.weight_levels(items, run.dir / "weights.png", title)
-    observed = observe(model, images)
-    acts = [
-        _activation(name, layers[name], operands["act"][0])
-        for name, operands in observed.items()
-        if "act" in operands
-    ]
+    acts: list[plot.ActivationPlot] = []
+    factors: list[plot.FactorPlot] = []
+
+    def look(name: str, kind: str, x: Tensor, quantizer: Quantizer) -> None:
+        if kind == "act":
+            acts.append(_activation(name, quantizer, x))
+            if (context := quantizer.context(x)) is not None:
+                factors.append(plot.FactorPlot(name, context.flatten().cpu()))
+
+    observe(model, images, look)
     if acts:
         plot.activation_thresholds(acts, run.dir / "activations.png", title)
-    factors = [
-        plot.FactorPlot(name, context.flatten().cpu())
-        for name, operands in observed.items()
-        if "act" in operands
-        and (context := layers[name].act_quantizer.context(operands["act"][0])) is not None
-    ]
     if factors:
         plot.factors(factors, run.dir / "factors.png", title)
     _draw_codebooks(run, history, title)
 
 
-def _activation(name: str, layer: QuantLayer, x: Tensor) -> plot.ActivationPlot:
-    quantizer: Quantizer = layer.act_quantizer
+def _activation(name: str, quantizer: Quantizer, x: Tensor) -> plot.ActivationPlot:
     levels = quantizer.levels().cpu()
     return plot.ActivationPlot(
         name, _sample(x), quantizer.thresholds().cpu(), levels.reshape(-1), quantizer.bits
