@@ -355,7 +355,7 @@ def empty_split(data: InMemory) -> object:
 WRONG: list[tuple[dict[str, Any], Callable[[Synthetic], object] | None, type[QexpError], str]] = [
     ({"val_fraction": 1.0}, None, ConfigError, r"val_fraction=1.0 is not in \[0, 1\)"),
     ({"val_fraction": -0.1}, None, ConfigError, "val_fraction=-0.1 is not in"),
-    ({"val_fraction": 0.999}, None, DataError, "0 training images are left"),
+    ({"val_fraction": 0.999}, None, DataError, "val_fraction=0.999 holds out all"),
     ({"subset": 0}, None, ConfigError, "subset=0 is not a positive integer"),
     ({"subset": 101}, None, DataError, "100 training images are left, dataset.subset=101"),
     ({"batch_size": 0}, None, ConfigError, "batch size of 0 is not a positive integer"),
@@ -366,7 +366,7 @@ WRONG: list[tuple[dict[str, Any], Callable[[Synthetic], object] | None, type[Qex
     ({"classes": 0}, None, ConfigError, "dataset.classes=0 is not a positive integer"),
     ({"train_images": 4}, None, ConfigError, "less than one image for each of 5 classes"),
     ({}, lambda d: d.calibration_images(101, 0), DataError, "101 calibration images asked"),
-    ({}, empty_split, DataError, r"no split 'val' \(has: test, train\). Set dataset.val_fraction"),
+    ({}, empty_split, DataError, r"no split 'val' \(has: test, train\). Use split=test, or"),
 ]
 
 

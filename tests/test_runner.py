@@ -292,6 +292,13 @@ def test_a_truncated_checkpoint_is_one_line(tmp_path: Path, kept: int) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("text", ["bits: 4\nseed: 0\n", "", "a"])
+def test_a_text_is_no_checkpoint_and_is_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(CheckpointError, match=r"checkpoint: '.*config.yaml' is "):
+        checkpoint.load(tmp_path / "config.yaml")
+
+
 def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "last.pt"
     torch.save({"model": torch.nn.Linear(2, 2)}, path)

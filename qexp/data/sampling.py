@@ -72,7 +72,12 @@ def split_train(labels: Tensor, val_fraction: float, subset: int | None) -> tupl
     order = stratified_order(labels)
     held_out = round(val_fraction * len(labels))
     left = len(labels) - held_out
-    if left < 1 or (subset is not None and subset > left):
+    if left < 1:
+        raise DataError(
+            f"data: dataset.val_fraction={val_fraction} holds out all {len(labels)} training "
+            "images. Lower it."
+        )
+    if subset is not None and subset > left:
         raise DataError(
             f"data: {left} training images are left, dataset.subset={subset} asks for more. "
             "Lower dataset.subset or dataset.val_fraction."
@@ -138,8 +143,9 @@ def choose_split(splits: Mapping[str, Part], split: str, name: str) -> Part:
         DataError: there is none.
     """
     if split not in splits:
-        hold_out = " Set dataset.val_fraction=0.1." if split == "val" else ""
+        trained = ", or a run trained with dataset.val_fraction=0.1" if split == "val" else ""
         raise DataError(
-            f"data: {name} has no split '{split}' (has: {', '.join(splits)}).{hold_out}"
+            f"data: {name} has no split '{split}' (has: {', '.join(splits)}). "
+            f"Use split=test{trained}."
         )
     return splits[split]

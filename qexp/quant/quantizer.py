@@ -16,7 +16,8 @@ Invariants, each held by a test:
  4. All state is in the state_dict, with its final shape since construction. `calibrate` fills it
     once; loading a checkpoint never calibrates. `calibrated` is a buffer.
  5. State is float32 whatever the dtype of x; forward returns the shape and dtype of x.
- 6. No implementation is inherited from another method: a method is one file.
+ 6. `extra_bytes` counts all that decoding needs besides the codes.
+ 7. No implementation is inherited from another method: a method is one file.
 """
 
 from __future__ import annotations
@@ -108,7 +109,11 @@ class Quantizer(nn.Module):
         """Told at the start of each epoch which fraction of the training is done, [0, 1)."""
 
     def extra_bytes(self) -> int:
-        """Bytes stored besides the codes: float32 steps, codebooks, adapters, borders."""
+        """Bytes stored besides the codes: float32 steps, codebooks, adapters, borders.
+
+        Parameters are counted here. A buffer may be needed in training alone: a class whose codes
+        cannot be decoded without one adds it.
+        """
         return 4 * sum(p.numel() for p in self.parameters())
 
     def health(self) -> dict[str, Tensor]:

@@ -42,7 +42,7 @@ def load(path: Path, map_location: str | torch.device = "cpu") -> dict[str, Any]
             f"checkpoint: '{path}' is damaged, or holds more than tensors and plain data. "
             "Save its state_dict() with torch.save and load that."
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # each reader of torch.load raises its own kinds
         size = path.stat().st_size
         raise CheckpointError(
             f"checkpoint: '{path}' is truncated or not a checkpoint ({size} bytes). "
