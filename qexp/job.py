@@ -76,7 +76,7 @@ TOGETHER = ("qexp.recipes.qat.qat",)
 def _run(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
     from hydra.utils import get_method
 
-    from qexp.recipes import build
+    from qexp.recipes.precheck import precheck
     from qexp.runner import distributed
     from qexp.runner.device import set_threads
     from qexp.runner.run import open_run
@@ -86,7 +86,7 @@ def _run(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
         raise ConfigError(
             f"qexp: recipe {cfg.recipe.name} runs in one process. Start it without torchrun."
         )
-    build.precheck(cfg)
+    precheck(cfg)
     began = time.perf_counter()
     with distributed.together(cfg.device) as world:
         resume = resume or (world.leads and _take_up(cfg))
@@ -125,7 +125,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     print(
         f"top-1 {score['top1']:.2f} on {score['split']} of {score['dataset']} | "
         f"loss {score['loss']:.4f} | {score['images_per_s']:.0f} img/s | "
-        f"{score['run']}/{score['checkpoint']}"
+        f"{Path(score['run'], score['checkpoint'])}"
     )
     state = read_status(Path(score["run"])).get("state", "done") if score["run"] else "done"
     if state != "done":

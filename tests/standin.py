@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from omegaconf import DictConfig
+from torch import nn
 
 from qexp.errors import ConfigError, DataError
 
@@ -75,10 +76,11 @@ class Data:
         world_size: int = 1,
     ) -> None:
         self.root = root
+        self.num_classes, self.input_shape, self.train_size = 2, (1, 4, 4), 1000
 
 
-class Model:
-    """Takes what every model is given."""
+class Model(nn.Module):
+    """Takes what every model is given; three linear layers."""
 
     def __init__(
         self,
@@ -88,7 +90,13 @@ class Model:
         shortcut: Literal["pad", "projection"] = "pad",
         scales: tuple[float, ...] | None = None,
     ) -> None:
+        super().__init__()
         self.width = width
+        layers = (nn.Linear(16 * in_channels, 4), nn.Linear(4, 4), nn.Linear(4, num_classes))
+        self.layers = nn.Sequential(nn.Flatten(), *layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
 
 
 def open_ended(first: int, **others: Any) -> None:

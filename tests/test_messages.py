@@ -283,6 +283,15 @@ def test_eval_of_what_is_no_run_and_of_a_truncated_checkpoint(qexp: Qexp, tmp_pa
     assert matches(said.err, "checkpoint: 'outputs/run/last.pt' is truncated *2000 bytes*again.")
 
 
+def test_eval_names_the_file_and_what_a_split_needs(qexp: Qexp, tmp_path: Path) -> None:
+    assert qexp(*SMOKE, "folder=outputs/run").code == 0
+    file = tmp_path / "outputs" / "run" / "best.pt"
+    said = qexp("eval", "run=outputs/run", f"checkpoint={file}", *ALWAYS)
+    assert said.out.rstrip().endswith(f"img/s | {file}")
+    said = qexp("eval", "run=outputs/run", "split=val", *ALWAYS)
+    assert matches(said.err, "data: * has no split 'val' (has: test, train). Use split=test, or *")
+
+
 def test_resume_of_a_running_run_and_of_one_without_config(qexp: Qexp, tmp_path: Path) -> None:
     run = tmp_path / "outputs" / "x" / "run"
     run.mkdir(parents=True)

@@ -128,3 +128,13 @@ def test_a_post_training_plan_has_the_sizes_of_the_run(tmp_path: Path) -> None:
         run.finish(result)
     assert f"{result['size_bytes']:,} bytes packed" in text  # batch norms are folded in both
     assert f"float's {result['fp32_bytes']:,}" in text
+
+
+def test_a_plan_of_widths_that_change_shows_the_last_and_names_the_stages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cost, "_image_cost", lambda *step: (1.0, 0.0))
+    words = ("bitwidth=progressive", "bits=2", "recipe.epochs=10")
+    text = plan.plan(tiny(tmp_path, *words))
+    assert "bits:     weights 2 by parameter" in text
+    assert "stages:   weight bits 8 in epoch 1, 4 in epochs 2 to 4, 2 in epochs 5 to 10;" in text

@@ -84,7 +84,7 @@ def build_model(model: Mapping[str, Any], num_classes: int, in_channels: int) ->
             raise ConfigError(f"config: {model['_target_']} has no keyword '{key}'.{hint}")
     try:
         network = target(**keywords)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise ConfigError(f"config: model '{name}' cannot be built: {error}.") from error
     for module in network.modules():
         if hasattr(module, "inplace"):

@@ -11,6 +11,8 @@ from __future__ import annotations
 from torch import nn
 from torchvision.models import MobileNetV2
 
+from qexp.errors import ConfigError
+
 # expansion, channels, repeats, stride; the paper has strides 1 2 2 2 1 2 1 after a stem of 2
 STAGES = [
     [1, 16, 1, 1],
@@ -35,7 +37,12 @@ def mobilenet_v2_cifar(
         in_channels: channels of the image.
         width: multiplies all channels.
         dropout: probability before the classifier.
+
+    Raises:
+        ConfigError: width not positive.
     """
+    if not width > 0:
+        raise ConfigError(f"config: model.width={width} is not positive. Use 1.0.")
     model = MobileNetV2(
         num_classes=num_classes,
         width_mult=width,

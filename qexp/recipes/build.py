@@ -6,7 +6,8 @@ sees a config object.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from qexp.errors import CheckpointError, ConfigError
+from qexp.errors import CheckpointError, ConfigError, origin
 from qexp.models.build import build_model
 from qexp.models.load import averaged
 from qexp.quant.convert import Bits, Swap, quantize_
@@ -42,15 +43,18 @@ class Network:
 
 def make_dataset(cfg: DictConfig, device: torch.device) -> Any:
     """The data set of `cfg.dataset`, on `device`, in batches of `cfg.recipe.batch_size`."""
-    return instantiate(
-        cfg.dataset,
-        _convert_="all",
-        device=device,
-        batch_size=cfg.recipe.batch_size,
-        seed=cfg.seed,
-        rank=world().rank,
-        world_size=world().size,
-    )
+    try:
+        return instantiate(
+            cfg.dataset,
+            _convert_="all",
+            device=device,
+            batch_size=cfg.recipe.batch_size,
+            seed=cfg.seed,
+            rank=world().rank,
+            world_size=world().size,
+        )
+    except InstantiationException as error:
+        raise origin(error) from error  # itself, where the data set raised no error of ours
 
 
 def make_model(cfg: DictConfig, dataset: Any, device: torch.device) -> nn.Module:
@@ -98,17 +102,13 @@ def make_method(cfg: DictConfig) -> Method:
     return instantiate(node) if node is not None else Method(granularity="none")
 
 
-def precheck(cfg: DictConfig) -> None:
-    """What can be found wrong before a folder is claimed and a float network trained.
-
-    Raises:
-        ConfigError: a policy or a file that cannot be had.
-    """
-    if not is_float(cfg):
-        make_policy(cfg)
-    teacher = (cfg.recipe.get("distill") or {}).get("teacher", "float")
-    if teacher != "float" and not Path(teacher).is_file():
-        raise ConfigError(f"config: recipe.distill.teacher={teacher} is no file, nor 'float'.")
+@contextmanager
+def policy_errors(cfg: DictConfig) -> Iterator[None]:
+    """Turn what a policy refuses in the block into one line."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"config: bitwidth={cfg.bitwidth.get('name')}: {error}.") from error
 
 
 def make_network(
@@ -140,7 +140,8 @@ def make_network(
             f"config: recipe.ema={cfg.recipe.ema} would average quantizers of different widths. "
             f"With bitwidth={cfg.bitwidth.get('name')} set recipe.ema=0."
         )
-    chosen = dict(bits) if bits is not None else dict(policy.assign(layers, **(context or {})))
+    with policy_errors(cfg):
+        chosen = dict(policy.assign(layers, **(context or {})) if bits is None else bits)
     swaps = quantize_(model, layers, chosen, **factories(cfg))
     omega = dict(getattr(policy, "sensitivity_by_layer", {}))
     return Network(model, layers, policy, chosen, swaps, omega)

@@ -2,40 +2,42 @@
 
 The network is built on the CPU with random weights and quantized as the run would; a few training
 steps on noise, on the run's own device, give the time (cost.py). A policy that needs data
-(sensitivity) is not asked: its budget is printed, and the layers are shown with the nominal bits.
+(sensitivity) is not asked: the layers are shown with the nominal bits. Of one that changes widths
+while training the last ones are shown, and a line says when it changes them.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from hydra.utils import get_class
 from omegaconf import DictConfig
 
-from qexp.errors import DataError, origin
+from qexp.errors import DataError
 from qexp.quant.accounting import Account, account
-from qexp.quant.bitwidth import Uniform
 from qexp.quant.fold import fold_bn_
 from qexp.recipes import build
 from qexp.recipes.cost import Card, reconstruction, training
+from qexp.recipes.precheck import nominal_bits, precheck, unsaved
 
 
 def plan(cfg: DictConfig) -> str:
     """The plan as text: a line a layer, totals, steps, estimated time, folder."""
     card = _card(cfg)
+    precheck(cfg, card)
     model = build.make_model(cfg, card, torch.device("cpu"))
     trained = cfg.recipe.get("epochs") is not None
     if not trained:
         fold_bn_(model)
     reference = copy.deepcopy(model)
     data_policy = not build.is_float(cfg) and build.needs_data(cfg)
-    bits = None
-    if data_policy:
-        layers = build.trace(model, card.input_shape)
-        bits = Uniform(cfg.bits, cfg.bits, cfg.bitwidth.first_last).assign(layers)
-    context = {"epoch": 0, "epochs": cfg.recipe.get("epochs", 1)}
-    network = build.make_network(cfg, model, card.input_shape, context=context, bits=bits)
+    bits = nominal_bits(cfg, build.trace(model, card.input_shape)) if data_policy else None
+    epochs = cfg.recipe.get("epochs", 1)
+    context = {"epoch": epochs - 1, "epochs": epochs}  # the widths that it ends with
+    shape = card.input_shape
+    network = build.make_network(unsaved(cfg), model, shape, context=context, bits=bits)
     cost = account(model, network.layers)
     lines = [f"plan: {cfg.quantizer.name}, {cfg.model.name} on {cfg.dataset.name}", ""]
     lines += _table(cost, network)
@@ -45,6 +47,10 @@ def plan(cfg: DictConfig) -> str:
             f"bits:     nominal; the {cfg.bitwidth.name} policy decides with "
             f"{cfg.bitwidth.images} training images"
         )
+    if hasattr(network.policy, "bits_at"):
+        lines.append(
+            f"stages:   {_stages([network.policy.bits_at(e, epochs) for e in range(epochs)])}"
+        )
     if trained:
         lines += training(cfg, card, network.model, network.layers)
     else:
@@ -53,20 +59,27 @@ def plan(cfg: DictConfig) -> str:
     return "\n".join(lines)
 
 
+def _stages(bits: Sequence[int]) -> str:
+    """`8 bits in epoch 1, 4 in epochs 2 to 4, ...`, from the bits of each epoch."""
+    ends = [i for i in range(1, len(bits) + 1) if i == len(bits) or bits[i] != bits[i - 1]]
+    parts = []
+    for first, last in zip([0, *ends], ends, strict=False):
+        span = f"epoch {last}" if last - first == 1 else f"epochs {first + 1} to {last}"
+        parts.append(f"{bits[first]} in {span}")
+    return "weight bits " + ", ".join(parts) + "; sizes and costs are those of the last"
+
+
 def _card(cfg: DictConfig) -> Card:
     """From the data itself; where it is absent, from its class's `card` (classes, shape, size)."""
     try:
         dataset = build.make_dataset(cfg, torch.device("cpu"))
-    except Exception as error:  # instantiate wraps what a data set raises
-        cause = origin(error)
-        if not isinstance(cause, DataError):
-            raise
+    except DataError as error:
         known = getattr(get_class(cfg.dataset._target_), "card", None)
         if known is None:
             raise
         channels, side, _ = known.input_shape
         side = cfg.dataset.get("crop", side)
-        print(f"note: {cause} The plan uses the data set's published sizes.")
+        print(f"note: {error} The plan uses the data set's published sizes.")
         return Card(known.num_classes, (channels, side, side), known.train_size, 0)
     test = dataset.protocol().get("test_images", 0)
     return Card(dataset.num_classes, dataset.input_shape, dataset.train_size, test)

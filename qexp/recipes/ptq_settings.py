@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from qexp.errors import ConfigError, did_you_mean
 from qexp.quant.plan import Schedule
-from qexp.recipes.settings import refuse_out_of_range
+from qexp.recipes.settings import LARGEST_LR, refuse_out_of_range
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Settings(Schedule):
             (self.iterations >= 1, "iterations", "at least 1"),
             (self.step_iterations >= 1, "step_iterations", "at least 1"),
             (self.minibatch >= 1, "minibatch", "at least 1"),
-            (all(rate >= 0 for rate in self.lr.values()), "lr", "rates >= 0"),
+            (all(0 <= rate <= LARGEST_LR for rate in self.lr.values()), "lr", "rates >= 0, finite"),
             ({"rounding", "scale"} <= set(self.lr), "lr", "a mapping with rounding and scale"),
             (self.penalty >= 0, "penalty", ">= 0"),
             (len(self.beta) == 2, "beta", "two numbers, first and last"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from operator import attrgetter
@@ -10,6 +11,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from qexp.errors import ConfigError, did_you_mean
+
+LARGEST_LR = 1e30  # a rate must be a float32 with room for what it multiplies
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,12 @@ class Settings:
             (self.batch_size >= 1, "batch_size", "at least 1"),
             (1 <= self.accumulate <= self.batch_size, "accumulate", "1 to batch_size"),
             (self.optimizer in ("sgd", "adamw"), "optimizer", "sgd or adamw"),
-            (self.lr > 0, "lr", "positive"),
-            (self.quantizer_lr is None or self.quantizer_lr >= 0, "quantizer_lr", "null or >= 0"),
+            (0 < self.lr <= LARGEST_LR, "lr", f"positive, and at most {LARGEST_LR:g}"),
+            (
+                self.quantizer_lr is None or 0 <= self.quantizer_lr <= LARGEST_LR,
+                "quantizer_lr",
+                f"null, or from 0 to {LARGEST_LR:g}",
+            ),
             (0 <= self.momentum < 1, "momentum", "in [0, 1)"),
             (self.weight_decay >= 0, "weight_decay", ">= 0"),
             (self.quantizer_weight_decay >= 0, "quantizer_weight_decay", ">= 0"),
@@ -97,12 +104,22 @@ class Settings:
         refuse_out_of_range(self, rules)
 
 
-def refuse_out_of_range(settings: object, rules: Sequence[tuple[bool, str, str]]) -> None:
-    """Raise one ConfigError that lists every broken rule `(holds, key, what it must be)`."""
-    wrong = [
-        f"config: recipe.{key}={attrgetter(key)(settings)} is out of range: it must be {rule}."
-        for holds, key, rule in rules
-        if not holds
-    ]
-    if wrong:
-        raise ConfigError("\n".join(wrong))
+def refuse_out_of_range(settings: Any, rules: Sequence[tuple[bool, str, str]]) -> None:
+    """Raise one ConfigError that lists every broken rule `(holds, key, what it must be)`.
+
+    No setting may be infinite or NaN.
+    """
+    broken = [(key, rule) for holds, key, rule in rules if not holds]
+    told = {key for key, _ in broken}
+    for name in (f.name for f in fields(settings) if f.name not in told):
+        value = getattr(settings, name)
+        if isinstance(value, float) and not math.isfinite(value):
+            broken.append((name, "finite"))
+    if broken:
+        raise ConfigError(
+            "\n".join(
+                f"config: recipe.{key}={attrgetter(key)(settings)} is out of range: it must be "
+                f"{rule}."
+                for key, rule in broken
+            )
+        )

@@ -52,6 +52,22 @@ class FloatStart:
         return {"top1": self.top1, "sha256": self.sha256, "source": self.source}
 
 
+def check_teacher(cfg: DictConfig) -> None:
+    """Refuse to learn from the float network where that has random weights.
+
+    Raises:
+        ConfigError: so.
+    """
+    recipe = cfg.recipe
+    distill = recipe.get("distill") or {}
+    untrained = recipe.get("from_scratch") or cfg.model.get("checkpoint") in (None, "none")
+    if distill.get("weight", 0) > 0 and distill.get("teacher", "float") == "float" and untrained:
+        raise ConfigError(
+            "config: recipe.distill.teacher=float is a network with random weights here. Set "
+            "recipe.distill.teacher=FILE, or model.checkpoint=auto with recipe.from_scratch=false."
+        )
+
+
 def float_start(
     cfg: DictConfig,
     s: Settings,
@@ -61,6 +77,7 @@ def float_start(
     saved: Mapping[str, Any] | None,
 ) -> FloatStart:
     """Build the float network and load its weights; when resuming, only what is still needed."""
+    check_teacher(cfg)
     model = make_model(cfg, dataset, device)
     if s.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

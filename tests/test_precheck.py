@@ -1,0 +1,82 @@
+"""What is found wrong before anything is written: exit 2, one line, no folder, no float network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from compose import TINY, TINY_PTQ, tiny
+from conftest import Qexp
+
+from qexp.recipes.precheck import precheck
+
+POLICY = "config: bitwidth="
+REFUSED = {
+    # the network
+    "model.width=0": "config: model.width=0 is not positive.",
+    "model.depth=3": "config: model.depth=3 is not 6n + 2.",
+    "model=mobilenet_v2_cifar model.width=0": "config: model.width=0 is not positive.",
+    # the data
+    "dataset.val_fraction=1": "config: dataset.val_fraction=1 is not in [0, 1).",
+    "dataset.mean=[0.5]": "config: dataset.mean must have 3 values",
+    "dataset.subset=3": "config: recipe.calibration_images=16, there are 3 to train on.",
+    "recipe.calibration_images=49": "config: recipe.calibration_images=49, there are 48 to train",
+    "bitwidth=sensitivity bitwidth.images=49": "config: bitwidth.images=49, there are 48 to train",
+    # the policy
+    "bitwidth=pattern bitwidth.patterns=[{match:nix,weight:2}]": f"{POLICY}pattern: 'nix' matches",
+    "bitwidth=sensitivity bits=1 bitwidth.images=8": f"{POLICY}sensitivity: the fewest bits cost",
+    "bitwidth=sensitivity bitwidth.candidates=[]": f"{POLICY}sensitivity: *candidates must be",
+    "bitwidth=sensitivity bitwidth.candidates=[2,32]": f"{POLICY}sensitivity: *candidates must be",
+    "bitwidth=sensitivity bitwidth.probes=0": f"{POLICY}sensitivity: *probes and images must be",
+    "bitwidth=sensitivity bitwidth.images=0": f"{POLICY}sensitivity: *probes and images must be",
+    "bitwidth=sensitivity bitwidth.images=8 bitwidth.save=nix/bits.yaml": (
+        f"{POLICY}sensitivity: save=nix/bits.yaml: there is no folder nix."
+    ),
+    "bitwidth=progressive bitwidth.stages=[{until:9,bits:8},{until:3,bits:4},{bits:2}]": (
+        f"{POLICY}progressive: the stages end at epochs"
+    ),
+    "quantizer=adq bits=1": "config: quantizer=adq: a codebook with zero needs at least 2 bits",
+    # the teacher
+    "recipe.distill.weight=0.5 model.checkpoint=none": "config: recipe.distill.teacher=float is a",
+    "recipe.distill.weight=0.5 recipe.from_scratch=true": "config: recipe.distill.teacher=float is",
+    # numbers
+    "recipe.lr=inf": "config: recipe.lr=inf is out of range: it must be positive, and at most",
+    "recipe.lr=1e40": "config: recipe.lr=1*e*40 is out of range: it must be positive, and at most",
+    "recipe.grad_clip=inf": "config: recipe.grad_clip=inf is out of range: it must be finite.",
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_cannot_run_is_refused_before_anything_is_written(
+    qexp: Qexp, tmp_path: Path, words: str
+) -> None:
+    said = qexp("train", *TINY, *words.split())
+    for part in REFUSED[words].split("*"):
+        assert part in said.err
+    assert said.err.startswith("config: ")
+    assert len(said.err.splitlines()) == 1, said.err
+    assert said.code == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_refuses_what_the_run_would(qexp: Qexp) -> None:
+    words = ("bitwidth=pattern", "bitwidth.patterns=[{match:nix,weight:2}]")
+    said = qexp("train", *TINY, *words, "dry_run=true")
+    assert said.code == 2
+    assert "'nix' matches no layer" in said.err
+
+
+def test_more_images_to_reconstruct_from_than_there_are(qexp: Qexp, tmp_path: Path) -> None:
+    said = qexp("train", *TINY_PTQ, "quantizer=nearest", "recipe.held_out=25")
+    assert said.err.startswith("config: recipe.images + recipe.held_out=49, there are 48 to train")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_check_draws_no_random_number_and_writes_no_bits(tmp_path: Path) -> None:
+    file = tmp_path / "bits.yaml"
+    policy = ("bitwidth=sensitivity", "bitwidth.metric=size", f"bitwidth.save={file}")
+    before = torch.get_rng_state()
+    precheck(tiny(tmp_path, *policy))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not file.exists()
