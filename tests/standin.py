@@ -20,7 +20,9 @@ from qexp.errors import ConfigError, DataError
 CONFIGS = {
     "dataset/tiny.yaml": "name: d\n_target_: standin.Data\nroot: data\n",
     "model/tiny.yaml": "name: m\n_target_: standin.Model\ncheckpoint: auto\nwidth: 3\n",
-    "recipe/tiny.yaml": "_target_: standin.recipe\nname: r\nepochs: 2\nlr: 0.1\nthen: done\n",
+    "recipe/tiny.yaml": (
+        "_target_: standin.recipe\nname: r\nepochs: 2\nlr: 0.1\nbatch_size: 4\nthen: done\n"
+    ),
 }
 TINY = ("dataset=tiny", "model=tiny", "recipe=tiny", "recipe@float=tiny")
 
@@ -34,6 +36,7 @@ class Settings:
     name: str = "r"
     epochs: int = 2
     lr: float = 0.1
+    batch_size: int = 4
     then: str = "done"
 
     @classmethod
@@ -67,6 +70,7 @@ class Data:
 
     def __init__(
         self,
+        name: str,
         root: str = "data",
         *,
         device: Any,

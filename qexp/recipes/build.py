@@ -54,7 +54,9 @@ def make_dataset(cfg: DictConfig, device: torch.device) -> Any:
             world_size=world().size,
         )
     except InstantiationException as error:
-        raise origin(error) from error  # itself, where the data set raised no error of ours
+        if (cause := origin(error)) is error:
+            raise
+        raise cause from None
 
 
 def make_model(cfg: DictConfig, dataset: Any, device: torch.device) -> nn.Module:
