@@ -49,22 +49,23 @@ def precheck(cfg: DictConfig, data: Sizes | None = None) -> None:
         raise ConfigError(f"config: recipe.distill.teacher={teacher} is no file, nor 'float'.")
     check_teacher(cfg)
     with torch.random.fork_rng(devices=[]):
-        data = build.make_dataset(cfg, torch.device("cpu")) if data is None else data
-        model = build.make_model(cfg, data, torch.device("cpu"))
+        cpu = torch.device("cpu")
+        sizes: Sizes = build.make_dataset(cfg, cpu) if data is None else data
+        model = build.make_model(cfg, sizes, cpu)
         try:
-            layers = trace(model, data.input_shape)
+            layers = trace(model, sizes.input_shape)
         except RuntimeError as error:
-            shape = "x".join(map(str, data.input_shape))
+            shape = "x".join(map(str, sizes.input_shape))
             raise ConfigError(
                 f"config: model={cfg.model.name} cannot take images of {shape}: {error}."
             ) from error
         bits = None if build.is_float(cfg) else nominal_bits(cfg, layers)
         context = {"epoch": 0, "epochs": cfg.recipe.get("epochs", 1)}
         try:
-            build.make_network(unsaved(cfg), model, data.input_shape, context=context, bits=bits)
+            build.make_network(unsaved(cfg), model, sizes.input_shape, context=context, bits=bits)
         except ValueError as error:  # a quantizer that has no such width
             raise ConfigError(f"config: quantizer={cfg.quantizer.name}: {error}.") from error
-    _enough_images(cfg, data.train_size)
+    _enough_images(cfg, sizes.train_size)
 
 
 def nominal_bits(cfg: DictConfig, layers: Sequence[Layer]) -> dict[str, Bits] | None:
