@@ -104,3 +104,16 @@ def test_splits_that_eval_scores(tmp_path: Path, qexp: Qexp) -> None:
         assert f"{split} of synthetic" in done.out
         losses.add(done.out.rpartition("| loss ")[2].split()[0])
     assert len(losses) == 3
+
+
+def test_a_run_is_scored_without_the_file_its_widths_came_from(tmp_path: Path, qexp: Qexp) -> None:
+    widths = tmp_path / "bits.yaml"
+    words = ("model.checkpoint=none", "recipe.epochs=1", "bitwidth=sensitivity", "bits=4")
+    first = tiny(tmp_path / "a", *words, "bitwidth.metric=size", f"bitwidth.save={widths}")
+    finished(first, qat)
+    second = tiny(tmp_path / "b", *words[:2], "bitwidth=pattern", f"bitwidth.file={widths}")
+    finished(second, qat)
+    widths.unlink()
+    done = qexp("eval", f"run={second.folder}", "device=cpu")
+    assert done.code == 0, done.err
+    assert "test of synthetic" in done.out

@@ -198,13 +198,14 @@ def restore(
         from qexp.quant.fold import fold_bn_
 
         fold_bn_(model)
-    bits = {k: Bits(*v) for k, v in state["bits"].items()}
-    network = make_network(cfg, model, dataset.input_shape, bits=bits)
+    if not is_float(cfg):  # the policy is not asked: a file it was read from may be gone
+        bits = {k: Bits(*v) for k, v in state["bits"].items()}
+        quantize_(model, trace(model, dataset.input_shape), bits, **factories(cfg))
     try:
-        network.model.load_state_dict(averaged(state) or state["model"])
+        model.load_state_dict(averaged(state) or state["model"])
     except RuntimeError as error:
         raise CheckpointError(
             f"checkpoint: its tensors do not fit the network of its own config ({error}). "
             "Was config.yaml edited?"
         ) from error
-    return network.model
+    return model
