@@ -96,7 +96,7 @@ COMMANDS = {
     "train recipe.ema=1": "config: recipe.ema=1 is out of range: it must be in [0, 1).",
     "train launch=paralel": "config: launch 'paralel' not found. Options: *mean 'parallel'?",
     "train recipe.epochs=ten": "config: recipe.epochs must be an integer, got 'ten' (str).",
-    "train recipe.lr=0": "config: recipe.lr=0* is out of range: it must be positive, and at most 1e+30.",
+    "train recipe.lr=0": "config: recipe.lr=0* is out of range: it must be positive, and at most *",
     "train recipe.optimizer=sdg": "config: recipe.optimizer=sdg is out of range: *",
     "train model.depth=deep": "config: model.depth must be an integer, got 'deep' (str).",
     "train quantizer=lsq quantizer.weight.init=best": (
