@@ -24,6 +24,7 @@ from qexp.recipes import build
 from qexp.recipes import ptq as ptq_module
 from qexp.recipes.evaluate import evaluate_run
 from qexp.recipes.ptq import ptq
+from qexp.recipes.ptq_settings import Settings
 from qexp.runner import checkpoint
 from qexp.runner.run import open_run
 
@@ -153,7 +154,10 @@ def test_what_a_reconstruction_cannot_learn_of_an_input_is_said(
     assert "stays as calibrated" not in capsys.readouterr().err
 
 
-def test_a_reconstruction_that_diverges_fails_instead_of_scoring(tmp_path: Path) -> None:
+def test_a_reconstruction_that_diverges_fails_instead_of_scoring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Settings, "check", lambda s: None)  # a rate that it would refuse
     cfg = tiny(tmp_path, "quantizer=aquant", "recipe.lr.border=1e38")
     with pytest.raises(RunError, match=r"unit '[\w.]+' diverged"):
         quantized(cfg)
