@@ -5,7 +5,7 @@ they say to each other. Process 0 leads: it owns the run's folder, decides the b
 calibrates and saves; the others take its state and write nothing. Each step all of them together
 take the next `batch_size * size` images of the epoch's order, and the mean of their gradients is
 that of one process with the larger batch. Batch norm sees only its own process's images unless
-`recipe.sync_bn` is set; its running statistics are then, and always, those of process 0.
+`sync_bn=true`; its running statistics are then, and always, those of process 0.
 
 Gradients are averaged in one message after backward, not bucket by bucket during it: the same
 code serves eager, compiled and changing networks (`bitwidth=progressive`), and for the networks
@@ -169,13 +169,37 @@ def total(values: Tensor) -> Tensor:
     """The sum of `values` over the processes."""
     if _world.size == 1:
         return values
-    on_wire = values.cuda() if dist.get_backend() == "nccl" else values.clone()
+    device = "cuda" if dist.get_backend() == "nccl" else values.device
+    on_wire = values.to(device, copy=True, memory_format=torch.contiguous_format)
     dist.all_reduce(on_wire)
     return on_wire.to(values.device)
 
 
 # ---------------------------------------------------------------------------------------------
 # Batch norm over all processes
+
+
+class _Sum(torch.autograd.Function):
+    """The sum of a tensor over the processes, whose gradient is the sum of theirs.
+
+    Not `torch.distributed.nn.functional.all_reduce`: a default argument of it holds the first
+    group that it met, for good, so that its threads outlive `together` and now and then abort
+    the interpreter at its exit.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return total(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return _summed(grads[0])
+
+
+def _summed(x: Tensor) -> Tensor:
+    out = _Sum.apply(x)
+    assert isinstance(out, Tensor)
+    return out
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
@@ -189,15 +213,13 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or _world.size == 1:
             return super().forward(input)
-        from torch.distributed.nn.functional import all_reduce  # differentiable
-
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         x = input.float()
-        mean = all_reduce(x.mean((0, 2, 3))) / _world.size  # [C]
+        mean = _summed(x.mean((0, 2, 3))) / _world.size  # [C]
         centred = x - mean[:, None, None]
-        var = all_reduce(centred.square().mean((0, 2, 3))) / _world.size
+        var = _summed(centred.square().mean((0, 2, 3))) / _world.size
         with torch.no_grad():
             self.num_batches_tracked += 1
             momentum = self.momentum
