@@ -16,7 +16,6 @@ noise: a step's time does not depend on what is in it.
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -84,8 +83,6 @@ def bench_train(cfg: DictConfig) -> list[dict[str, Any]]:
 
 def _possible(modes: Sequence[str], device: torch.device) -> list[str]:
     """The modes that this machine can run."""
-    # A missing CUDA runtime is no news on a CPU machine.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     available, reason = compiler_available(device)
     if available or list(modes) == ["off"]:
         return list(modes)

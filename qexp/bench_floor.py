@@ -67,9 +67,12 @@ class Floor:
 def operands(model: nn.Module) -> dict[str, tuple[bool, bool]]:
     """Whether each quantized layer's weight and input are quantized, by name."""
     return {
-        name: tuple(not isinstance(q, Identity) for q in (la.weight_quantizer, la.act_quantizer))
-        for name, la in quant_layers(model).items()
-    }  # type: ignore[return-value]
+        name: (
+            not isinstance(layer.weight_quantizer, Identity),
+            not isinstance(layer.act_quantizer, Identity),
+        )
+        for name, layer in quant_layers(model).items()
+    }
 
 
 def work(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from qexp.config import configs_dir
+from qexp.recipes import outcome
 
 # A ResNet-8 of width 4 on 32 made images of 8x8: a step takes milliseconds.
 TINY = (
@@ -53,3 +57,22 @@ def tiny(out: Path, *overrides: str, base: Sequence[str] = TINY) -> DictConfig:
     plain = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     assert isinstance(plain, DictConfig)
     return plain
+
+
+@contextmanager
+def stopped_in_epoch(epoch: int) -> Iterator[None]:
+    """Inside, training is interrupted, as by Ctrl-C, when it has come through this epoch.
+
+    The checkpoint is that of the epoch before.
+    """
+    logged = outcome.log_epoch
+
+    def stop(*given: Any, **more: Any) -> bool:
+        if given[2]["epoch"] == epoch:
+            raise KeyboardInterrupt
+        return logged(*given, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(outcome, "log_epoch", stop)
+        with pytest.raises(KeyboardInterrupt):
+            yield

@@ -6,11 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
-from compose import tiny
+from compose import stopped_in_epoch, tiny
 from omegaconf import DictConfig, OmegaConf
 
-from qexp.recipes import outcome
 from qexp.recipes.baseline import AUTO, find, fingerprint, float_config, interrupted
 from qexp.recipes.qat import qat
 from qexp.runner.run import open_run
@@ -70,20 +68,11 @@ def test_a_float_run_that_somebody_else_began_is_left_alone(tmp_path: Path) -> N
 
 
 def test_an_interrupted_baseline_serves_runs_of_other_methods_and_widths(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     options = ["recipe.epochs=1", "float.epochs=2"]
-    logged = outcome.log_epoch
-
-    def stop(*given: Any, **more: Any) -> bool:
-        if given[2]["epoch"] == 2:
-            raise KeyboardInterrupt
-        return logged(*given, **more)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(outcome, "log_epoch", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(tiny(tmp_path, *options))
+    with stopped_in_epoch(2):
+        train(tiny(tmp_path, *options))
     (folder,) = tmp_path.glob("**/fp32/auto-*")
     other = ("bits=3", "bitwidth=progressive", "quantizer=lsq", "float.plots=true")
     cfg = tiny(tmp_path, *options, *other)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qexp.quant.codebook import Codebook
+from qexp.quant.codebook import Codebook, quantile_levels
 
 
 def weights(seed: int = 0, rows: int = 6) -> Tensor:
@@ -204,3 +204,12 @@ def test_compiled_steps_move_the_codebook_as_eager_ones(form: str, per_channel: 
         torch.testing.assert_close(run(v), eager(v), rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(graph.levels(), eager.levels(), rtol=1e-5, atol=1e-7)
     assert torch.equal(graph.idle, eager.idle)
+
+
+def test_quantiles_of_more_weights_than_torch_takes_are_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    w = torch.randn(5000, generator=torch.Generator().manual_seed(0))
+    levels = quantile_levels(w, 3, 3)
+    monkeypatch.setattr("qexp.quant.codebook.QUANTILE_LIMIT", 100)
+    torch.testing.assert_close(quantile_levels(w, 3, 3), levels, rtol=1e-5, atol=0)

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from compose import TINY_PTQ, tiny
+from torch import nn
 
+from qexp.quant.convert import quantizers
 from qexp.quant.functional import kernels_compiled
 from qexp.recipes import compilation, cost, plan
 from qexp.recipes.ptq import ptq
@@ -59,8 +61,9 @@ def test_the_step_is_timed_with_the_runs_arithmetic_and_kernels(
 ) -> None:
     seen: list[tuple[Settings, bool]] = []
 
-    def spy(model: object, shape: object, batch: int, s: Settings) -> tuple[float, float]:
+    def spy(model: nn.Module, shape: object, batch: int, s: Settings) -> tuple[float, float]:
         seen.append((s, kernels_compiled()))
+        assert {type(q).__name__ for q in quantizers(model).values()} == {"ASQ", "POST", "LSQ"}
         return 1.0, 0.0
 
     monkeypatch.setattr(cost, "_image_cost", spy)

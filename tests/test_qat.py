@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from compose import tiny
+from compose import stopped_in_epoch, tiny
 from omegaconf import DictConfig
 from waiting import Watch
 
@@ -169,20 +169,11 @@ def test_auto_takes_a_float_run_the_user_made(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_float_network_is_gone_on_with(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     options = ["recipe.epochs=1", "float.epochs=3"]
-    logged = outcome.log_epoch
-
-    def stop(*given: Any, **more: Any) -> bool:
-        if given[2]["epoch"] == 2:
-            raise KeyboardInterrupt
-        return logged(*given, **more)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(outcome, "log_epoch", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(tiny(tmp_path, *options))
+    with stopped_in_epoch(2):
+        train(tiny(tmp_path, *options))
     (folder,) = tmp_path.glob("**/fp32/auto-*")
     assert json.loads((folder / "status.json").read_text())["state"] == "interrupted"
     cfg = tiny(tmp_path, *options)

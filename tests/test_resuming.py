@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compose import tiny
+from compose import stopped_in_epoch, tiny
 from omegaconf import DictConfig
 
 from qexp.errors import ConfigError
@@ -141,20 +141,11 @@ def test_another_number_of_processes_is_refused_with_the_command(
 
 
 def test_a_refused_resume_leaves_an_interrupted_run_as_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     options = (*START[:1], "recipe.epochs=2")
-    stopped = outcome.log_epoch
-
-    def stop(*given: Any, **more: Any) -> bool:
-        if given[2]["epoch"] == 2:
-            raise KeyboardInterrupt
-        return stopped(*given, **more)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(outcome, "log_epoch", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(tiny(tmp_path, *options))
+    with stopped_in_epoch(2):
+        train(tiny(tmp_path, *options))
     before = files(tmp_path / "run")
     with pytest.raises(ConfigError, match="nothing left to train"):
         train(tiny(tmp_path, *options, "recipe.epochs=1"), resume=True)

@@ -1,4 +1,7 @@
-"""The published sizes of a data set: enough for a plan when its images are not there."""
+"""The sizes of a data set: what a plan needs to know of it.
+
+Each class has those published, for when its images are not there (the test split as 0).
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,9 @@ from typing import NamedTuple
 
 
 class Card(NamedTuple):
-    """Number of classes, (C, H, W) of an image, number of training images."""
+    """Number of classes, (C, H, W) of an image, numbers of training and of test images."""
 
     num_classes: int
     input_shape: tuple[int, int, int]
     train_size: int
+    test_size: int = 0

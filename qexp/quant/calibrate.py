@@ -42,6 +42,15 @@ def _subsample(rows: Tensor) -> Tensor:
     return sample(rows, MAX_SAMPLES)[None] if rows.shape[0] == 1 else rows
 
 
+def covering_step(low: Tensor, high: Tensor, qmin: int, qmax: int) -> Tensor:
+    """The step [R] of a grid without zero point that just reaches [low, high], each [R].
+
+    No wider one is ever useful. A grid without negative levels reaches for no negative value: it
+    would waste its levels.
+    """
+    return torch.maximum(high / max(qmax, 1), low / qmin if qmin < 0 else torch.zeros_like(low))
+
+
 def mse_scale(x: Tensor, qmin: int, qmax: int, *, p: float = 2.0, per_row: bool = False) -> Tensor:
     """The step that minimises sum |x_hat - x|^p over a grid of clipping ratios.
 
@@ -49,9 +58,7 @@ def mse_scale(x: Tensor, qmin: int, qmax: int, *, p: float = 2.0, per_row: bool 
     """
     rows = _subsample(_rows(x, per_row))
     low, high = rows.amin(1).clamp_max(0), rows.amax(1).clamp_min(0)
-    # The widest step that is ever useful covers the larger side that has levels.
-    below = -low / max(-qmin, 1) if qmin < 0 else torch.zeros_like(low)
-    widest = torch.maximum(high / max(qmax, 1), below).clamp_min(MIN_SCALE)
+    widest = covering_step(low, high, qmin, qmax).clamp_min(MIN_SCALE)
     best_error = torch.full_like(widest, torch.inf)
     best = widest.clone()
     for i in range(1, SEARCH_STEPS + 1):

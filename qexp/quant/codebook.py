@@ -51,6 +51,7 @@ from torch import Tensor, nn
 from qexp.quant.calibrate import mse_scale
 from qexp.quant.cells import bin_sums
 from qexp.quant.functional import MIN_SCALE, as_rows, from_rows, midpoints
+from qexp.quant.project import quantile_of_sorted
 from qexp.quant.quantizer import Quantizer
 
 KMEANS_SWEEPS = 50
@@ -82,10 +83,8 @@ def _quantiles(w: Tensor, q: Tensor) -> Tensor:
     """`w.quantile(q)`, [K], of any number of weights: some releases refuse more than 2^24."""
     if w.numel() <= QUANTILE_LIMIT:
         return w.quantile(q)
-    ordered, position = w.sort().values, q.double() * (w.numel() - 1)
-    low = position.long()
-    high = (low + 1).clamp_max(w.numel() - 1)
-    return torch.lerp(ordered[low], ordered[high], (position - low).to(w.dtype))
+    ordered = w.sort().values
+    return torch.stack([quantile_of_sorted(ordered, share) for share in q.tolist()])
 
 
 class Codebook(Quantizer):

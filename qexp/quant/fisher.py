@@ -72,6 +72,6 @@ def output_weights(
 
 def _inside(activation: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
     """`activation(y)`, moved off the bounds of ReLU and ReLU6 by the least that keeps gradients."""
-    top = activation(torch.full_like(y[:0].new_empty(1), torch.inf))
+    top = activation(y.new_full((1,), torch.inf))
     below = torch.nextafter(top, torch.zeros_like(top)) if bool(top.isfinite()) else top
-    return activation(y).clamp(torch.full_like(top, torch.finfo(y.dtype).tiny), below)
+    return torch.minimum(activation(y).clamp_min(torch.finfo(y.dtype).tiny), below)

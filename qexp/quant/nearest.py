@@ -44,7 +44,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from qexp.quant.calibrate import sample
+from qexp.quant.calibrate import covering_step, sample
 from qexp.quant.functional import MIN_SCALE, as_rows, from_rows, in_order_of, kernel
 from qexp.quant.quantizer import Quantizer
 
@@ -70,7 +70,7 @@ def search_grid(
     """`(scale, zero)` [R] of least sum |x_hat - x|^p for each row. Shape: rows [R, M]."""
     low, high = rows.amin(1).clamp_max(0), rows.amax(1).clamp_min(0)
     if fixed_zero:
-        widest = _covering(low, high, qmin, qmax)
+        widest = covering_step(low, high, qmin, qmax)
         shifts: Sequence[int] = (0,)
         natural = torch.zeros_like(low)
     else:
@@ -123,17 +123,9 @@ def estimate_grid(
     else:
         raise ValueError(f"estimator must be mse, percentile or absmax, got {estimator!r}")
     if fixed_zero:
-        scale = _covering(low, high, qmin, qmax).clamp_min(MIN_SCALE)
+        scale = covering_step(low, high, qmin, qmax).clamp_min(MIN_SCALE)
         return scale, torch.zeros_like(scale)
     return affine_grid(low, high, qmin, qmax)
-
-
-def _covering(low: Tensor, high: Tensor, qmin: int, qmax: int) -> Tensor:
-    """The step [R] of a grid without zero point that just reaches [low, high].
-
-    A grid without negative levels reaches for no negative value: it would waste its levels.
-    """
-    return torch.maximum(high / max(qmax, 1), low / qmin if qmin < 0 else torch.zeros_like(low))
 
 
 def activation_sample(x: Tensor, estimator: Estimator) -> Tensor:

@@ -98,11 +98,15 @@ def quantile_clip(w: Tensor, per_row: bool, q: float = 0.99) -> Tensor:
     rows = w.detach().float().abs()
     rows = rows.reshape(w.shape[0], -1) if per_row else rows.reshape(1, -1)
     # torch.quantile refuses more than 2^24 elements: sort instead
-    position = q * (rows.shape[1] - 1)
+    return quantile_of_sorted(rows.sort(dim=1).values, q)
+
+
+def quantile_of_sorted(ordered: Tensor, q: float) -> Tensor:
+    """The q-quantile, interpolated, of rows in ascending order. Shape: [..., M]; result [...]."""
+    position = q * (ordered.shape[-1] - 1)
     low = math.floor(position)
-    ordered = rows.sort(dim=1).values
-    high = min(low + 1, rows.shape[1] - 1)
-    return torch.lerp(ordered[:, low], ordered[:, high], position - low)
+    high = min(low + 1, ordered.shape[-1] - 1)
+    return torch.lerp(ordered[..., low], ordered[..., high], position - low)
 
 
 def mse_clip(w: Tensor, grid: Tensor, per_row: bool) -> Tensor:

@@ -20,7 +20,6 @@ On a GPU the compiler's own choices stand: none of this has been measured there.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -108,8 +107,6 @@ def compile_for(
             run.warn(f"compile={chosen} is not possible here ({reason}); running eagerly")
             chosen = "off"
     run.info(f"compile: {chosen}" + (" (auto)" if mode == "auto" else ""))
-    # A missing CUDA runtime is no news on a CPU machine.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     if chosen != "off":
         torch.compiler.reset()  # graphs of earlier runs in this process count against a limit
     if chosen == "model":

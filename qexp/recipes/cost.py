@@ -15,7 +15,6 @@ a float baseline that must be trained first are not in it; the line says so.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
+from qexp.data.card import Card
 from qexp.quant.blocks import find_units
 from qexp.quant.convert import quantizers
 from qexp.quant.functional import compile_kernels
@@ -50,15 +50,6 @@ FEWEST = 8  # images of the timed steps
 # float ResNet-20 in eager mode, 1.41 for LSQ (results/bench_train).
 WORKING = 1.5
 LEFT_OUT = "compilation, loading, and a float baseline that must be trained first"
-
-
-class Card(NamedTuple):
-    """What a plan needs to know of a data set."""
-
-    num_classes: int
-    input_shape: tuple[int, ...]
-    train_size: int
-    test_size: int
 
 
 class Timed(NamedTuple):
@@ -141,8 +132,6 @@ def _timed(
     kernels = mode != "off" and compiler_available(device)[0]
     threads = torch.get_num_threads()
     set_threads(cfg.threads)
-    # A missing CUDA runtime is no news on a CPU machine.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
         compile_kernels(kernels)
         save_less_(model.to(device), cfg.saved)

@@ -15,11 +15,12 @@ import torch
 from hydra.utils import get_class
 from omegaconf import DictConfig
 
+from qexp.data.card import Card
 from qexp.errors import DataError
 from qexp.quant.accounting import Account, account
 from qexp.quant.fold import fold_bn_
 from qexp.recipes import build
-from qexp.recipes.cost import Card, reconstruction, training
+from qexp.recipes.cost import reconstruction, training
 from qexp.recipes.precheck import nominal_bits, precheck, unsaved
 
 
@@ -29,9 +30,10 @@ def plan(cfg: DictConfig) -> str:
     precheck(cfg, card)
     model = build.make_model(cfg, card, torch.device("cpu"))
     trained = cfg.recipe.get("epochs") is not None
+    reference = None
     if not trained:
         fold_bn_(model)
-    reference = copy.deepcopy(model)
+        reference = copy.deepcopy(model)
     data_policy = not build.is_float(cfg) and build.needs_data(cfg)
     bits = nominal_bits(cfg, build.trace(model, card.input_shape)) if data_policy else None
     epochs = cfg.recipe.get("epochs", 1)
@@ -51,7 +53,7 @@ def plan(cfg: DictConfig) -> str:
         lines.append(
             f"stages:   {_stages([network.policy.bits_at(e, epochs) for e in range(epochs)])}"
         )
-    if trained:
+    if reference is None:
         lines += training(cfg, card, network.model, network.layers)
     else:
         lines += reconstruction(cfg, card, network.model, reference, network.layers)
@@ -80,7 +82,7 @@ def _card(cfg: DictConfig) -> Card:
         channels, side, _ = known.input_shape
         side = cfg.dataset.get("crop", side)
         print(f"note: {error} The plan uses the data set's published sizes.")
-        return Card(known.num_classes, (channels, side, side), known.train_size, 0)
+        return known._replace(input_shape=(channels, side, side))
     test = dataset.protocol().get("test_images", 0)
     return Card(dataset.num_classes, dataset.input_shape, dataset.train_size, test)
 

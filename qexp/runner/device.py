@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import logging
 import os
 import random
 import re
@@ -111,8 +112,9 @@ def compiler_available(device: torch.device | str = "cpu") -> tuple[bool, str]:
     """Whether `torch.compile` can build code for `device` here, and if not, why.
 
     Looks for the tools, without compiling: a C++ compiler and Python's headers, and Triton on
-    a GPU.
+    a GPU. The compiler will not say that a CPU machine has no CUDA runtime: that is no news.
     """
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     if torch.device(device).type == "cuda" and importlib.util.find_spec("triton") is None:
         return False, "the package triton is not installed"
     default = "clang++" if sys.platform == "darwin" else "g++"
