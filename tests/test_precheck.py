@@ -9,6 +9,7 @@ import torch
 from compose import TINY, TINY_PTQ, tiny
 from conftest import Qexp
 
+from qexp.errors import DataError
 from qexp.recipes.precheck import precheck
 
 POLICY = "config: bitwidth="
@@ -80,3 +81,13 @@ def test_the_check_draws_no_random_number_and_writes_no_bits(tmp_path: Path) -> 
     precheck(tiny(tmp_path, *policy))
     assert torch.equal(torch.get_rng_state(), before)
     assert not file.exists()
+
+
+def test_processes_that_the_images_do_not_suffice_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "0")
+    precheck(tiny(tmp_path, "recipe.batch_size=12"))
+    with pytest.raises(DataError, match="48 training images do not fill one batch of 16 for each"):
+        precheck(tiny(tmp_path, "recipe.batch_size=16"))

@@ -13,12 +13,14 @@ from typing import Protocol
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from qexp.data.sampling import steps_in_epoch
 from qexp.errors import ConfigError
 from qexp.quant.bitwidth import Uniform
 from qexp.quant.convert import Bits
 from qexp.quant.trace import Layer, trace
 from qexp.recipes import build
 from qexp.recipes.start import check_teacher
+from qexp.runner.distributed import launched
 
 
 class Sizes(Protocol):
@@ -40,7 +42,7 @@ def precheck(cfg: DictConfig, data: Sizes | None = None) -> None:
 
     Raises:
         ConfigError: a value, a policy, a network or a file that cannot be had.
-        DataError: images missing or damaged.
+        DataError: images missing or damaged, or fewer than one step of all processes takes.
     """
     if not build.is_float(cfg):
         build.make_policy(cfg)
@@ -65,6 +67,8 @@ def precheck(cfg: DictConfig, data: Sizes | None = None) -> None:
             build.make_network(unsaved(cfg), model, sizes.input_shape, context=context, bits=bits)
         except ValueError as error:  # a quantizer that has no such width
             raise ConfigError(f"config: quantizer={cfg.quantizer.name}: {error}.") from error
+    if "epochs" in cfg.recipe:
+        steps_in_epoch(sizes.train_size, cfg.recipe.batch_size, launched().size)
     _enough_images(cfg, sizes.train_size)
 
 
