@@ -196,6 +196,27 @@ def test_dead_samples_are_counted_per_batch_and_a_dead_layer_is_named() -> None:
     assert {"dead_samples", "dead_layer", "mean_abs"} <= set(q.state_dict())
 
 
+def test_a_hidden_layer_that_is_dead_is_named_and_a_leak_revives_it() -> None:
+    x = torch.rand(5, 16, 3, 3)
+    for leak in (0.0, 0.01):
+        torch.manual_seed(0)
+        q = ASQ(4, signed=False, shape=(16, 3, 3), leak=leak)
+        assert q.adapter is not None
+        q(x)
+        assert q.health()["constant_factors"].item() == 0
+        q.adapter[0].bias.data.fill_(-100.0)  # type: ignore[operator, union-attr]
+        q(x).square().sum().backward()
+        dead = leak == 0
+        assert q.health()["constant_factors"].item() == dead
+        assert q.health()["dead_layers"].item() == 0  # its samples are not saturated
+        grad = q.adapter[0].weight.grad  # type: ignore[union-attr]
+        assert bool((grad == 0).all()) == dead  # type: ignore[union-attr, operator]
+    q.eval()(x[:1].expand(4, -1, -1, -1))  # evaluation counts nothing
+    assert q.health()["constant_factors"].item() == 0
+    with pytest.raises(ValueError, match=r"leak must be in \[0, 1\)"):
+        ASQ(4, shape=(16, 3, 3), leak=1.0)
+
+
 @pytest.mark.parametrize("factor", ["softplus", "exp"])
 def test_guarded_factors_keep_their_gradient_where_relu_dies(factor: str) -> None:
     gradients = []

@@ -48,6 +48,7 @@ METHODS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "lsq_per_channel": (partial(LSQ, per_channel=True), LSQPlus),
     "asq+post": (POST, ASQ),
     "asq_exp+pot": (POT, partial(ASQ, factor="exp", reduction=2)),
+    "asq_leak": (LSQ, partial(ASQ, leak=0.01, reduction=2)),
     "asq_statistics": (LSQ, partial(ASQ, factor="statistics")),
     "post_released": (POSTReleased, LSQ),
     "apot": (partial(APoT, normalize=True), LSQ),

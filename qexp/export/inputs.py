@@ -53,7 +53,8 @@ def _asq_keywords(q: ASQ) -> dict[str, Any]:
     channels = q.shape[0]
     # Any reduction that gives the same hidden width; none of them: a single layer.
     hidden = len(q.adapter[0].bias) if len(q.adapter) > 1 else 1  # type: ignore[arg-type]
-    return keywords | {"reduction": channels // hidden}
+    leak = {"leak": q.leak} if q.leak and len(q.adapter) > 1 else {}
+    return keywords | {"reduction": channels // hidden} | leak
 
 
 def _asq_stored(q: ASQ) -> tuple[str, ...]:

@@ -188,6 +188,8 @@ def _factor(graph: Graph, q: Any, x: str, conv: bool) -> str:
         if isinstance(module, nn.Linear):
             constants = (graph.constant(module.weight), graph.constant(module.bias))
             means = graph.op("Gemm", means, *constants, transB=1)
+        elif isinstance(module, nn.LeakyReLU):
+            means = graph.op("LeakyRelu", means, alpha=module.negative_slope)
         else:
             means = graph.op("Relu", means)
     if q.factor == "relu":

@@ -12,7 +12,8 @@ Forward, sample n of the batch.
     x_int  = clip(round(z), qmin, qmax),   x_hat = x_int * s_n
 
 Adapter (`factor: relu`, as released).  Means over space (over tokens) in float32, [N, C], then
-    Linear(C, C // reduction), ReLU, Linear(., 1), ReLU   where C >= 2 * reduction,
+    Linear(C, C // reduction), ReLU, Linear(., 1), ReLU   where C >= 2 * reduction (the inner ReLU
+                                                          leaky by `leak`, 0 as released),
     Linear(C, 1), ReLU                                    below that,
     and beta_n >= 1e-8. The last weight starts from N(0, 0.01^2), its bias where beta = 1.
     Others: `softplus` and `exp` (exp(clip(., -1, 1))) replace the last ReLU and cannot die;
@@ -30,9 +31,13 @@ Gradients, e = dL/dx_hat, t = x_int - z inside [qmin, qmax], qmin below, qmax ab
 Initialisation.  scale = 2 * mean|x| / sqrt(qmax) on training images (LSQ), taken at beta = 1; the
 config starts from the least squared error instead (`init: mse`), as that of LSQ does (lsq.py).
 
-A dead adapter: where the last ReLU gives 0, beta_n = 1e-8, the sample saturates and the adapter
-gets no gradient from it. `health` counts such samples of the last training batch, and the layer
-as dead when all of them are.
+Two deaths of an adapter, both counted by `health` over the last training batch. Where the last
+ReLU gives 0, beta_n = 1e-8, the sample saturates and the adapter gets no gradient from it
+(`dead_samples`; `dead_layers` where all are). Where no hidden unit is above 0, beta_n is the last
+bias, the same for every sample: all but that bias get no gradient, and ASQ is LSQ with a factor
+(`constant_factors`). The second one happens: in every ten-epoch run of results/cifar10_qat_short,
+layer1.0.conv1, four hidden units, ends so (`stuck` in its metrics.jsonl; from the third epoch on at
+W4A4). `leak: 0.01` lets the hidden units pass a hundredth of what is below 0, which cannot die.
 
 What the adapter buys (results/cifar10_qat_rungs: CIFAR-10, W2A2, POST weights, three epochs, one
 seed): 87.15 (86.85 with `softplus`), against 85.74 with LSQ's step and 85.65 with `statistics`.
@@ -72,12 +77,13 @@ Factor = Literal["relu", "softplus", "exp", "statistics", "frozen"]
 _UNIT_BIAS = {"relu": 1.0, "softplus": math.log(math.e - 1), "exp": 0.0}
 
 
-def _adapter(channels: int, reduction: int, bias: float) -> nn.Sequential:
+def _adapter(channels: int, reduction: int, bias: float, leak: float) -> nn.Sequential:
     """[N, C] -> [N, 1] before the last nonlinearity; starts at `bias`."""
     if channels >= 2 * reduction:
         hidden = channels // reduction
         last = nn.Linear(hidden, 1)
-        net = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), last)
+        inner = nn.LeakyReLU(leak) if leak else nn.ReLU()
+        net = nn.Sequential(nn.Linear(channels, hidden), inner, last)
     else:
         last = nn.Linear(channels, 1)
         net = nn.Sequential(last)
@@ -115,6 +121,7 @@ class ASQ(Quantizer):
     Args:
         factor: where a sample's factor comes from (module docstring).
         reduction: the adapter's hidden width is channels // reduction.
+        leak: slope of its hidden units below 0, in [0, 1).
         count: what N of the gradient scale counts, `sample` or `tensor` (with the batch).
         scale_factor_grad: multiply dL/dbeta by g as well.
         dequantize: `scaled` (x_int * scale * beta) or `plain` (x_int * scale).
@@ -125,6 +132,7 @@ class ASQ(Quantizer):
 
     dead_samples: Tensor
     dead_layer: Tensor
+    constant_factor: Tensor
     mean_abs: Tensor
 
     def __init__(
@@ -135,6 +143,7 @@ class ASQ(Quantizer):
         shape: Sequence[int] = (),
         factor: Factor = "relu",
         reduction: int = 4,
+        leak: float = 0.0,
         count: Count = "sample",
         scale_factor_grad: bool = False,
         dequantize: Literal["scaled", "plain"] = "scaled",
@@ -146,9 +155,12 @@ class ASQ(Quantizer):
             raise ValueError(f"factor must be one of {', '.join(known)}, got {factor!r}")
         if dequantize not in ("scaled", "plain"):
             raise ValueError(f"dequantize must be scaled or plain, got {dequantize!r}")
+        if not 0 <= leak < 1:
+            raise ValueError(f"leak must be in [0, 1), got {leak!r}")
         if not shape:
             raise ValueError("ASQ needs the shape [C, kh, kw] or [C] of the layer's input")
         self.factor: Factor = factor
+        self.leak = leak
         self.count: Count = count
         self.scale_factor_grad = scale_factor_grad
         self.dequantize = dequantize
@@ -156,10 +168,14 @@ class ASQ(Quantizer):
         self.replays = factor != "statistics"  # whose running mean moves in each forward
         self.scale = nn.Parameter(torch.tensor(1.0))
         self.adapter = (
-            _adapter(shape[0], reduction, _UNIT_BIAS[factor]) if factor in _UNIT_BIAS else None
+            _adapter(shape[0], reduction, _UNIT_BIAS[factor], leak)
+            if factor in _UNIT_BIAS
+            else None
         )
         self.register_buffer("dead_samples", torch.tensor(0))  # of the last training batch
         self.register_buffer("dead_layer", torch.tensor(False))
+        # Not in checkpoints: every training batch sets it, and those of old have none.
+        self.register_buffer("constant_factor", torch.tensor(False), persistent=False)
         self.register_buffer("mean_abs", torch.tensor(1.0))  # running mean|x| (`statistics`)
 
     @torch.no_grad()
@@ -205,6 +221,8 @@ class ASQ(Quantizer):
         dead = beta <= MIN_FACTOR
         self.dead_samples.copy_(dead.sum())
         self.dead_layer.copy_(dead.all())
+        if self.adapter is not None and len(beta) > 1:
+            self.constant_factor.copy_((beta == beta[:1]).all() & ~dead.all())
         if self.factor == "statistics":
             mean = (beta.mean() * self.mean_abs).clamp_min(MIN_SCALE)  # mean|x| of the batch
             self.mean_abs.lerp_(mean, MOMENTUM)
@@ -256,4 +274,5 @@ class ASQ(Quantizer):
             "clamped_steps": (self.scale.detach() <= MIN_SCALE).sum(),
             "dead_samples": self.dead_samples,
             "dead_layers": self.dead_layer.long(),
+            "constant_factors": self.constant_factor.long(),
         }
