@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,27 @@ def logits(folder: Path) -> torch.Tensor:
     model, dataset, _ = build.load_run(folder, "last.pt", "cpu")
     with torch.no_grad():
         return torch.cat([model.eval()(x) for x, _ in dataset.eval_batches("test")])
+
+
+def test_a_start_without_batch_norm_is_trained_with_care_or_warned_of(
+    tmp_path: Path, ptq_runs: dict[str, Path]
+) -> None:
+    start = f"model.checkpoint={ptq_runs['qdrop']}"
+    own = ("quantizer=nearest", "bits=2", "recipe.epochs=2", start)
+    _, folder = done(tiny(tmp_path / "plain", "recipe=qat", *own))
+    assert "Use recipe=qat_after_ptq" in (folder / "train.log").read_text()
+    cfg = tiny(tmp_path / "after", "recipe=qat_after_ptq", *own)
+    assert cfg.recipe.grad_clip == 1.0
+    result, folder = done(cfg)
+    assert "recipe=qat_after_ptq" not in (folder / "train.log").read_text()
+    assert result["protocol"]["grad_clip"] == 1.0
+    losses = [line["loss"] for line in events(folder, "epoch")]
+    assert losses[1] < losses[0]
+
+
+def events(folder: Path, kind: str) -> list[dict[str, Any]]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["event"] == kind]
 
 
 @pytest.mark.parametrize("quantizer", ["nearest", "qdrop"])
