@@ -60,8 +60,8 @@ def legend(figure: Figure, *entries: tuple[Any, str, str]) -> None:
     for style, color, label in entries:
         if style == "fill":
             handles.append(Patch(color=color, alpha=0.5, label=label))
-        elif style == "^":
-            handles.append(Line2D([], [], color=color, marker="^", linestyle="", label=label))
+        elif style in ("^", "|"):
+            handles.append(Line2D([], [], color=color, marker=style, linestyle="", label=label))
         else:
             handles.append(Line2D([], [], color=color, linestyle=style, label=label))
     columns = len(handles) if figure.get_figwidth() > 8 else 2

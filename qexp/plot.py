@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MAX_PANELS = 24
+FINITE = 1e300  # a sensitivity above it is that of a diverged network
 MAX_LINES = 16  # more levels than this are drawn as ticks at the foot of a panel
 
 
@@ -127,7 +128,7 @@ def weight_levels(items: Sequence[WeightPlot], path: Path, title: str = "") -> N
         edges = np.linspace(low, high, _bins(after) + 1).tolist()
         axis.hist(before, edges, density=True, color=GREY, alpha=0.45)
         axis.hist(after, edges, density=True, color=BLUE, histtype="step", linewidth=1.1)
-        _draw_levels(axis, item.levels_before, GREY, ":")
+        _draw_levels(axis, item.levels_before, "black", "|")
         _draw_levels(axis, item.levels_after, ORANGE, "-")
         _frame(axis, f"{item.name}, {item.bits:.3g} bit", low, high)
     label(figure, axes, "weight", "density")
@@ -135,7 +136,7 @@ def weight_levels(items: Sequence[WeightPlot], path: Path, title: str = "") -> N
         figure,
         ("fill", GREY, "weights before training"),
         ("-", BLUE, "after"),
-        (":", GREY, "levels before"),
+        ("|", "black", "levels before"),
         ("-", ORANGE, "after (band: 10th to 90th percentile over channels)"),
     )
     save(figure, path, title or "Weights and their levels", _part(shown, items))
@@ -210,10 +211,15 @@ def sensitivity(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "") 
     figure, (top, foot) = panels(2, columns=1, width=width, height=2.3)
     place = np.arange(len(rows))
     measured = [number(row.get("sensitivity")) for row in rows]
-    top.bar(place, [m if m and m > 0 else np.nan for m in measured], color=BLUE, width=0.7)
-    if any(m and m > 0 for m in measured):
+    # Marks, not bars: on a log axis the length of a bar says nothing.
+    shown = [m if m and 0 < m < FINITE else np.nan for m in measured]
+    top.plot(place, shown, "o", color=BLUE, ms=5)
+    if np.isfinite(shown).any():
         top.set_yscale("log")
-    top.set(ylabel="sensitivity")
+    none = [i for i, m in enumerate(measured) if m is not None and m <= 0]
+    top.plot(none, [0.04] * len(none), "v", color=RED, ms=5, transform=top.get_xaxis_transform())
+    top.grid(alpha=0.25)
+    top.set(ylabel="sensitivity (loss)" + (", red: 0" if none else ""))
     top.set_xticks(place, [""] * len(rows))
     for key, color, shift, side in (("w_bits", ORANGE, -0.2, "W"), ("a_bits", GREEN, 0.2, "A")):
         bits = [number(row.get(key)) or 0.0 for row in rows]
@@ -228,19 +234,23 @@ def sensitivity(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "") 
 
 
 def _draw_levels(axis: Axes, levels: Any, color: str, style: str) -> None:
-    """Vertical lines; ticks at the foot when there are too many to tell apart."""
+    """Vertical lines; ticks at the foot when there are too many to tell apart.
+
+    Style `|`: ticks at the top edge, however many, which no line hides.
+    """
     rows = np.nan_to_num(np.atleast_2d(array(levels)))
     middle = np.median(rows, axis=0)
-    if len(middle) > MAX_LINES:
-        axis.vlines(
-            middle, 0, 0.12, color=color, linewidth=0.6, transform=axis.get_xaxis_transform()
-        )
+    if style == "|" or len(middle) > MAX_LINES:
+        foot, width = (0.88, 1.2) if style == "|" else (0.0, 0.6)
+        place = axis.get_xaxis_transform()
+        width = 0.6 if len(middle) > MAX_LINES else width
+        axis.vlines(middle, foot, foot + 0.12, color=color, linewidth=width, transform=place)
         return
     for place in middle:
-        axis.axvline(place, color=color, linestyle=style, linewidth=0.9)
+        axis.axvline(place, ymax=0.87, color=color, linestyle=style, linewidth=0.9)
     if len(rows) > 1 and style == "-":
         for low, high in np.percentile(rows, [10, 90], axis=0).T:
-            axis.axvspan(low, high, color=color, alpha=0.18, linewidth=0)
+            axis.axvspan(low, high, color=color, alpha=0.1, linewidth=0)
 
 
 def _bins(values: np.ndarray) -> int:

@@ -14,6 +14,7 @@ from compose import stopped_in_epoch, tiny
 from omegaconf import DictConfig
 from waiting import Watch
 
+from qexp import plot
 from qexp.errors import ConfigError, RunError
 from qexp.quant.codebook import Codebook
 from qexp.recipes import outcome
@@ -237,6 +238,22 @@ def test_the_last_tenth_of_the_steps_has_fixed_codebooks(tmp_path: Path, float_r
         train(tiny(tmp_path, *options, "dataset.train_images=160"))  # ten steps
     per_step = len(seen) // 10
     assert [all(seen[i * per_step : (i + 1) * per_step]) for i in range(10)] == [True] * 9 + [False]
+
+
+def test_codebooks_are_drawn_from_where_calibration_put_them(
+    tmp_path: Path, float_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[plot.TrajectoryPlot] = []
+    monkeypatch.setattr(plot, "codebook_trajectories", lambda items, *rest: drawn.extend(items))
+    options = ["quantizer=adq", "bits=3", f"model.checkpoint={float_run}", "recipe.epochs=1"]
+    _, folder = train(tiny(tmp_path, *options, "recipe.plots=true"))
+    (epoch,) = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()
+                if '"event": "epoch"' in x]  # fmt: skip
+    assert len(drawn) == 6
+    for item in drawn:
+        assert item.epochs.tolist() == [0, 1]
+        assert item.levels[1].tolist() == pytest.approx(epoch["codebooks"][item.name])
+        assert not torch.equal(item.levels[0], item.levels[1])
 
 
 def test_several_processes_and_synced_norms_are_another_protocol(

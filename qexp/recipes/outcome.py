@@ -181,7 +181,9 @@ def result(
     write_bytes(run.dir / "layers.csv", ("\n".join(cost.csv_lines()) + "\n").encode())
     if omega and cfg.recipe.get("plots", True):
         rows = [asdict(layer) for layer in cost.layers]
-        plot.sensitivity(rows, run.dir / "sensitivity.png", cfg.bitwidth.name)
+        how = f"metric {cfg.bitwidth.metric}, {cfg.bitwidth.allocation}"
+        title = f"{run.dir.parent.parent.name}, {run.dir.parent.name}: {how}"
+        plot.sensitivity(rows, run.dir / "sensitivity.png", title)
     return {
         "method": (None if is_float(cfg) else run.label) or cfg.get("method") or cfg.quantizer.name,
         "dataset": cfg.dataset.name,

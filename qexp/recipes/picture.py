@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from qexp import plot
+from qexp.quant.calibrate import sample
 from qexp.quant.convert import quant_layers
 from qexp.quant.quantizer import Quantizer
 from qexp.recipes.observe import observe
 from qexp.runner.run import Run
 
-KEPT = 8192  # weights of a layer, evenly spaced
+KEPT = 8192  # weights of a layer, or values of its input, drawn at random
 DRAWN_LEVELS = 32  # a codebook with more levels than this is not followed over the epochs
 
 Before = dict[str, dict[str, Tensor]]
@@ -95,7 +96,8 @@ def draw(
         plot.activation_thresholds(acts, run.dir / "activations.png", title)
     if factors:
         plot.factors(factors, run.dir / "factors.png", title)
-    _draw_codebooks(run, history, title)
+    start = {name: old["levels"].flatten().tolist() for name, old in before.items()}
+    _draw_codebooks(run, start, history, title)
 
 
 def _activation(name: str, quantizer: Quantizer, x: Tensor) -> plot.ActivationPlot:
@@ -105,19 +107,25 @@ def _activation(name: str, quantizer: Quantizer, x: Tensor) -> plot.ActivationPl
     )
 
 
-def _draw_codebooks(run: Run, history: Sequence[Mapping[str, Any]], title: str) -> None:
+def _draw_codebooks(
+    run: Run,
+    start: Mapping[str, Sequence[float]],
+    history: Sequence[Mapping[str, Any]],
+    title: str,
+) -> None:
+    """The levels of `history`'s epochs, from epoch 0 on: where calibration had put them."""
     books = [(row["epoch"], row["codebooks"]) for row in history if row.get("codebooks")]
-    if len(books) < 2:
+    if not books:
         return
-    first = books[0][1]
     items = []
-    for name, levels in first.items():
-        rows = [(e, b[name]) for e, b in books if len(b.get(name, ())) == len(levels)]
+    for name, levels in books[0][1].items():
+        rows = [
+            (e, b[name]) for e, b in [(0, start), *books] if len(b.get(name, ())) == len(levels)
+        ]
         epochs, path = zip(*rows, strict=True)
         items.append(plot.TrajectoryPlot(name, torch.tensor(epochs), torch.tensor(path)))
     plot.codebook_trajectories(items, run.dir / "codebooks.png", title)
 
 
 def _sample(x: Tensor) -> Tensor:
-    flat = x.detach().float().flatten()
-    return flat[:: max(1, len(flat) // KEPT)].cpu().clone()  # a view would train on
+    return sample(x, KEPT).cpu().clone()  # a view would train on
