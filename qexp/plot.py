@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MAX_PANELS = 24
-FINITE = 1e300  # a sensitivity above it is that of a diverged network
 MAX_LINES = 16  # more levels than this are drawn as ticks at the foot of a panel
 
 
@@ -212,7 +211,7 @@ def sensitivity(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "") 
     place = np.arange(len(rows))
     measured = [number(row.get("sensitivity")) for row in rows]
     # Marks, not bars: on a log axis the length of a bar says nothing.
-    shown = [m if m and 0 < m < FINITE else np.nan for m in measured]
+    shown = [m if m and 0 < m < np.inf else np.nan for m in measured]
     top.plot(place, shown, "o", color=BLUE, ms=5)
     if np.isfinite(shown).any():
         top.set_yscale("log")
@@ -238,7 +237,7 @@ def _draw_levels(axis: Axes, levels: Any, color: str, style: str) -> None:
 
     Style `|`: ticks at the top edge, however many, which no line hides.
     """
-    rows = np.nan_to_num(np.atleast_2d(array(levels)))
+    rows = np.nan_to_num(np.atleast_2d(array(levels)), posinf=0, neginf=0)
     middle = np.median(rows, axis=0)
     if style == "|" or len(middle) > MAX_LINES:
         foot, width = (0.88, 1.2) if style == "|" else (0.0, 0.6)
