@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from qexp.figure import number
-from qexp.report import COLUMNS, cells, protocol_lines
+from qexp.report_cells import COLUMNS, cells
+from qexp.report_markdown import NOTE, WARNING, protocol_lines, size, titles
 from qexp.report_plot import Curve, Point, learning, pareto
+from qexp.report_protocols import Differing, differing
+from qexp.report_rows import Row, Table
 from qexp.report_runs import RunRecord
-from qexp.report_tables import Row, Table
 
 FILES = ("result.json", "config.yaml", "layers.csv", "train.log")
 MAX_CURVES = 200  # lines in a figure of learning curves; more would be one smear
@@ -35,6 +37,7 @@ td.number, th.number { text-align: right; }
 td.number, td.bits { white-space: nowrap; }
 tr.flags td { border-top: 0; padding-top: 0; color: #a03000; }
 tr.failed td { background: #fdf1ec; }
+.warning { color: #a03000; }
 .note { color: #555; font-size: .9em; max-width: 75rem; overflow-wrap: anywhere; }
 img { max-width: 100%; height: auto; display: block; margin: 1rem 0; }
 details { margin: .3rem 0; } summary { cursor: pointer; }
@@ -46,21 +49,42 @@ details { margin: .3rem 0; } summary { cursor: pointer; }
 
 def page(tables: Sequence[Table], beside: Path) -> str:
     """The whole page; `beside` is the folder it will lie in."""
-    index = "".join(f'<li><a href="#t{i}">{escape(t.title)}</a></li>' for i, t in enumerate(tables))
-    body = "".join(_section(table, f"t{i}", beside) for i, table in enumerate(tables))
+    names = titles(tables)
+    index = "".join(
+        f'<li><a href="#t{i}">{escape(table.title)}</a>: {size(table)}</li>'
+        for i, table in enumerate(tables)
+    )
+    apart = "".join(_differing(found) for found in differing(tables))
+    apart = f'<p class="warning">{WARNING}</p>{apart}' if apart else ""
+    sections = zip(tables, names, strict=True)
+    body = "".join(_section(t, name, f"t{i}", beside) for i, (t, name) in enumerate(sections))
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
         f"<title>qexp report</title><style>{STYLE}</style></head><body><h1>qexp report</h1>"
-        f"<ul>{index}</ul>{body}</body></html>\n"
+        f'<ol>{index}</ol><p class="note">{escape(NOTE)}</p>{apart}{body}</body></html>\n'
     )
 
 
-def _section(table: Table, anchor: str, beside: Path) -> str:
+def _differing(found: Differing) -> str:
+    head, *lines = found.lines()
+    names = "".join(f"<th>{escape(name)}</th>" for name in head)
+    rows = []
+    for position, *values in lines:
+        link = f'<td><a href="#t{int(position) - 1}">{position}</a></td>'
+        rows.append(f"<tr>{link}{''.join(f'<td>{escape(value)}</td>' for value in values)}</tr>")
+    return (
+        f"<p><b>{escape(found.subject)}</b>: what differs</p>"
+        f'<div class="wide"><table><thead><tr>{names}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _section(table: Table, name: str, anchor: str, beside: Path) -> str:
     notes = "<br>".join(escape(line.strip()) for line in protocol_lines(table))
     details = "".join(_details(row, beside) for row in table.rows)
     return (
-        f'<h2 id="{anchor}">{escape(table.title)}</h2>'
+        f'<h2 id="{anchor}">{escape(name)}</h2>'
         f'<div class="wide">{_table(table.rows, beside)}</div><p class="note">{notes}</p>'
         f"{_figures(table)}<h3>Layers and runs</h3>{details}"
     )

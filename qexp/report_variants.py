@@ -61,7 +61,7 @@ def name_variants(variants: Sequence[Mapping[str, Any]]) -> list[str]:
         named_by_class = option == TARGET
         for alike in [range(len(variants))] if named_by_class else _by_class(variants, part):
             values = {i: str(variants[i].get(key, ABSENT)) for i in alike}
-            usual = _commonest([*values.values()])
+            usual = commonest([*values.values()])
             for i, value in values.items():
                 if value != usual:
                     name = f"{part}={value.rpartition('.')[2]}"
@@ -77,7 +77,7 @@ def _by_class(variants: Sequence[Mapping[str, Any]], part: str) -> list[list[int
     return [*found.values()]
 
 
-def _commonest(values: Sequence[str]) -> str | None:
+def commonest(values: Sequence[str]) -> str | None:
     """The value that occurs most; None where two do."""
     ranked = Counter(values).most_common(2)
     if len(ranked) > 1 and ranked[0][1] == ranked[1][1]:

@@ -54,7 +54,7 @@ def make_run(
     folder.mkdir(parents=True)
     status = {"state": state, "error": error} if error else {"state": state}
     (folder / "status.json").write_text(json.dumps(status))
-    recipe = {"name": "qat", "epochs": (protocol or PROTOCOL)["epochs"]}
+    recipe = {"name": "qat", "epochs": (protocol or PROTOCOL).get("epochs")}
     config = {
         "seed": seed,
         "bits": bits,
@@ -79,7 +79,7 @@ def make_run(
             "best_selected_on": "test", "fp32_top1": 91.73, "drop": 91.73 - (top1 or 0),
             "size_bytes": 36000 * bits, "bops": 41e6 * bits * bits, "seed": seed,
             "commit": "abc", "dirty": False, "protocol": protocol or PROTOCOL,
-            "protocol_hash": "p" + str((protocol or PROTOCOL)["epochs"]), "health": {},
+            "protocol_hash": "p" + str((protocol or PROTOCOL).get("epochs")), "health": {},
         }  # fmt: skip
         (folder / "result.json").write_text(json.dumps({**fields, **result}))
     return folder
@@ -128,10 +128,11 @@ def test_another_protocol_is_flagged_with_the_keys_that_differ(tmp_path, capsys)
     make_run(tmp_path, "b", method="pact")
     longer = {**PROTOCOL, "epochs": 60, "distill": {"weight": 0.5, "temperature": 1.0}}
     make_run(tmp_path, "c", method="asq", protocol=longer)
-    text = report(capsys, str(tmp_path))
+    together = ("--group", "dataset,model")
+    text = report(capsys, str(tmp_path), *together)
     assert "Protocol p60 differs, do not compare: epochs: 60 instead of 10" in text
     assert "distill.weight: 0.5 instead of 0.0" in text
-    flagged = {row["method"]: row["flags"] for row in rows(capsys, tmp_path)}
+    flagged = {row["method"]: row["flags"] for row in rows(capsys, tmp_path, *together)}
     assert flagged["asq"] == "protocol differs: epochs, distill.weight"
     assert flagged["lsq"] == flagged["pact"] == ""
 
@@ -142,7 +143,8 @@ def test_a_row_of_another_recipe_is_flagged_by_the_number_of_its_keys(tmp_path, 
         make_run(tmp_path, f"pact{seed}", method="pact", seed=seed)
     other = {"dataset": "cifar10", "epochs": 0, **{f"ptq_{k}": k for k in range(12)}}
     make_run(tmp_path, "qdrop", method="qdrop", protocol=other, protocol_hash="other")
-    (flags,) = [row["flags"] for row in rows(capsys, tmp_path) if row["method"] == "qdrop"]
+    listed = rows(capsys, tmp_path, "--group", "dataset,model")
+    (flags,) = [row["flags"] for row in listed if row["method"] == "qdrop"]
     assert "protocol differs: epochs" in flags
     assert "keys that one of them lacks (another recipe)" in flags
     assert "ptq_3" not in flags
@@ -173,6 +175,76 @@ def test_grouping_by_protocol_makes_tables_without_flags(tmp_path, capsys) -> No
     listed = rows(capsys, tmp_path, "--group", "dataset,protocol")
     assert len({row["table"] for row in listed}) == 2
     assert all(row["flags"] == "" for row in listed)
+
+
+def test_each_protocol_has_a_table_named_by_what_sets_it_apart(tmp_path, capsys) -> None:
+    for i, method in enumerate(("lsq", "pact", "asq")):
+        make_run(tmp_path, f"{method}", method=method, seed=i)
+    slow = {**PROTOCOL, "lr": 0.002}
+    make_run(tmp_path, "slow", protocol=slow, protocol_hash="slow")
+    long = {**PROTOCOL, "epochs": 60, "distill": {"weight": 0.5, "temperature": 1.0}}
+    make_run(tmp_path, "long", protocol=long)
+    ptq = {"dataset": "cifar10", "iterations": 300, "images": 512, "first_last": "8"}
+    make_run(tmp_path, "ptq", method="qdrop", recipe="ptq", protocol=ptq, protocol_hash="ptq")
+    text = report(capsys, str(tmp_path))
+    assert [line for line in text.splitlines() if line.startswith("## ")] == [
+        "## Tables",
+        "## 1. cifar10, resnet20: ptq, images 512, iterations 300",
+        "## 2. cifar10, resnet20: qat, epochs 10, lr 0.01",
+        "## 3. cifar10, resnet20: qat, epochs 60, lr 0.01, distill.weight 0.5",
+        "## 4. cifar10, resnet20: qat, epochs 10, lr 0.002",
+    ]
+    assert (
+        "2. [cifar10, resnet20: qat, epochs 10, lr 0.01]"
+        "(#2-cifar10-resnet20-qat-epochs-10-lr-001): 3 rows, 3 runs" in text
+    )
+    assert text.count("do not compare") == 1
+    assert (  # what differs among the protocols of one recipe, and nothing else
+        "cifar10, resnet20, qat: what differs\n\n"
+        "| table | protocol | epochs | lr | distill.weight |\n| --- | --- | --- | --- | --- |\n"
+        "| 2 | p10 | 10 | 0.01 | 0.0 |\n| 3 | p60 | 60 | 0.01 | 0.5 |\n"
+        "| 4 | slow | 10 | 0.002 | 0.0 |\n" in text
+    )
+    page = report(capsys, str(tmp_path), "--format", "html")
+    assert page.count("<h2 id=") == 4
+    assert page.count("accuracy against cost") == 4  # each has figures of its own
+
+
+def test_a_run_of_a_seed_with_another_protocol_by_accident_is_told_apart(tmp_path, capsys) -> None:
+    make_run(tmp_path, "a", seed=0)
+    make_run(tmp_path, "b", seed=1, protocol={**PROTOCOL, "lr": 0.02}, protocol_hash="other")
+    listed = rows(capsys, tmp_path)
+    assert [(row["n"], row["protocol"]) for row in listed] == [
+        ("1", "qat, epochs 10, lr 0.02"),
+        ("1", "qat, epochs 10, lr 0.01"),
+    ]
+    assert "| table | protocol | lr |" in report(capsys, str(tmp_path))
+
+
+def test_an_activation_sample_from_before_it_was_recorded_is_named(tmp_path, capsys) -> None:
+    make_run(tmp_path, "old")
+    new = {**PROTOCOL, "act_sample": "random"}
+    make_run(tmp_path, "new", protocol=new, protocol_hash="new")
+    assert {row["protocol"] for row in rows(capsys, tmp_path)} == {
+        "qat, epochs 10, act_sample stride",
+        "qat, epochs 10, act_sample random",
+    }
+
+
+def test_a_run_without_result_joins_the_table_of_its_recipe(tmp_path, capsys) -> None:
+    make_run(tmp_path, "a")
+    make_run(tmp_path, "long", protocol={**PROTOCOL, "epochs": 60})
+    long = {**PROTOCOL, "epochs": 60}
+    make_run(tmp_path, "failed", method="asq", state="failed", error="NaN", protocol=long)
+    odd = {**PROTOCOL, "epochs": 7}
+    make_run(tmp_path, "odd", method="asq", state="failed", error="NaN", protocol=odd)
+    tables = {(row["table"], row["method"]) for row in rows(capsys, tmp_path)}
+    assert tables == {
+        ("cifar10, resnet20: qat, epochs 10", "lsq"),
+        ("cifar10, resnet20: qat, epochs 60", "lsq"),
+        ("cifar10, resnet20: qat, epochs 60", "asq"),
+        ("cifar10, resnet20: qat, epochs 7, no finished run", "asq"),
+    }
 
 
 def test_failed_interrupted_and_dead_runs_stay_in_the_table(tmp_path, capsys) -> None:
@@ -369,7 +441,7 @@ def test_the_html_page_is_self_contained_and_links_to_each_run(tmp_path, capsys)
 def test_the_format_follows_the_files_ending(tmp_path, capsys) -> None:
     make_run(tmp_path / "runs", "a")
     main([str(tmp_path / "runs"), "--out", str(tmp_path / "t.csv")])
-    assert (tmp_path / "t.csv").read_text().startswith("table,dataset,")
+    assert (tmp_path / "t.csv").read_text().startswith("table,recipe,dataset,")
 
 
 def test_no_runs_says_how_to_train_one(tmp_path, monkeypatch) -> None:
