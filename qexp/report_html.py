@@ -17,13 +17,12 @@ from typing import Any
 from qexp.figure import number
 from qexp.report_cells import COLUMNS, cells
 from qexp.report_markdown import NOTE, WARNING, protocol_lines, size, titles
-from qexp.report_plot import Curve, Point, learning, pareto
+from qexp.report_plot import MOST, Curve, Look, Point, learning, looks, pareto
 from qexp.report_protocols import Differing, differing
 from qexp.report_rows import Row, Table
 from qexp.report_runs import RunRecord
 
 FILES = ("result.json", "config.yaml", "layers.csv", "train.log")
-MAX_CURVES = 200  # lines in a figure of learning curves; more would be one smear
 STYLE = """
 body { font: 13px/1.4 system-ui, sans-serif; color: #1b1b1b; margin: 2rem auto; max-width: 92rem;
        padding: 0 1.5rem; }
@@ -121,19 +120,31 @@ def _kind(column: str) -> str:
 def _figures(table: Table) -> str:
     """Only rows of the table's protocol: a figure has no room for a flag."""
     rows = [row for row in table.rows if row.top1 and row.protocol_hash not in table.others]
+    rows, left_out = _most_accurate(rows)
+    drawn = looks(row.name for row in rows)
     costs = {"size [kB]": ("size_bytes", 1e-3), "average weight bits, all layers": ("bits", 1.0)}
     charts = {label: _points(rows, key, unit) for label, (key, unit) in costs.items()}
     charts = {label: points for label, points in charts.items() if points}
     curves = [curve for row in rows for run in row.counted for curve in _curve(row, run)]
     parts = []
-    if charts:
-        parts.append(_image(pareto, charts, f"{table.title}: accuracy against cost"))
-    if curves:
-        shown, title = curves[:MAX_CURVES], f"{table.title}: learning curves"
-        if len(curves) > MAX_CURVES:
-            title += f" (first {MAX_CURVES} of {len(curves)} runs)"
-        parts.append(_image(learning, shown, title))
+    for draw, data, what in (
+        (pareto, charts, "accuracy against cost"),
+        (learning, curves, "learning curves"),
+    ):
+        if data:
+            parts.append(_image(draw, data, f"{table.title}: {what}{left_out}", drawn))
     return "".join(parts)
+
+
+def _most_accurate(rows: Sequence[Row]) -> tuple[list[Row], str]:
+    """The rows of as many names as a figure can tell apart, and a note of those left out."""
+    best: dict[str, float] = {}
+    for row in rows:
+        best[row.name] = max(best.get(row.name, 0.0), row.top1.mean if row.top1 else 0.0)
+    kept = {*sorted(best, key=lambda name: -best[name])[:MOST], "fp32"}
+    left = len(best.keys() - kept)
+    note = f" ({len(best) - left} most accurate of {len(best)} methods)" if left else ""
+    return [row for row in rows if row.name in kept], note
 
 
 def _points(rows: Sequence[Row], key: str, unit: float) -> list[Point]:
@@ -154,9 +165,9 @@ def _curve(row: Row, run: RunRecord) -> list[Curve]:
     return [Curve(row.name, row.bits, [e["epoch"] for e in epochs], [e["top1"] for e in epochs])]
 
 
-def _image(draw: Callable[..., None], data: Any, title: str) -> str:
+def _image(draw: Callable[..., None], data: Any, title: str, drawn: Mapping[str, Look]) -> str:
     out = io.BytesIO()
-    draw(data, out, title, format="png")
+    draw(data, out, title, drawn=drawn, format="png")
     code = base64.b64encode(out.getvalue()).decode()
     return f'<img alt="{escape(title)}" src="data:image/png;base64,{code}">'
 

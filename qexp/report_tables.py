@@ -135,11 +135,23 @@ def _compare(table: Table) -> None:
 
 
 def _name_variants(rows: Sequence[Row]) -> None:
-    """Tell rows of one method and width apart by the options in which they differ."""
+    """Tell the rows of a method apart by its options, the same way at each width.
+
+    A policy's options are named only where rows of one name and width are left.
+    """
+    methods: dict[str, list[Row]] = {}
+    for row in rows:
+        methods.setdefault(row.first.method, []).append(row)
+    for group in methods.values():
+        _name(group, "quantizer.")
     same: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        same.setdefault((row.first.method, row.bits), []).append(row)
+        same.setdefault((row.name, row.bits), []).append(row)
     for group in same.values():
-        names = name_variants([row.first.variant for row in group])
-        for row, options in zip(group, names, strict=True):
-            row.options = options
+        _name(group, "bitwidth.")
+
+
+def _name(rows: Sequence[Row], part: str) -> None:
+    own = [{k: v for k, v in r.first.variant.items() if k.startswith(part)} for r in rows]
+    for row, options in zip(rows, name_variants(own), strict=True):
+        row.options = ", ".join(filter(None, (row.options, options)))

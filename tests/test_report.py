@@ -294,6 +294,33 @@ def test_quantizer_options_tell_rows_of_one_name_apart(tmp_path, capsys) -> None
     ]
 
 
+def test_a_method_has_one_name_over_all_widths(tmp_path, capsys) -> None:
+    for bits in (2, 4):
+        make_run(tmp_path, f"mse{bits}", bits=bits, quantizer={"weight": {"init": "mse"}})
+    make_run(tmp_path, "lsq2", bits=2, quantizer={"weight": {"init": "lsq"}})  # not at 4 bits
+    make_run(tmp_path, "other", bits=4, method="pact")
+    listed = {(row["method"], row["bits"]) for row in rows(capsys, tmp_path)}
+    assert listed == {
+        ("lsq", "W2A2"),
+        ("lsq", "W4A4"),
+        ("lsq [quantizer.weight.init=lsq]", "W2A2"),
+        ("pact", "W4A4"),
+    }
+
+
+def test_an_option_that_a_run_lacks_is_named_by_its_default_or_not_at_all() -> None:
+    asq = {"quantizer.act._target_": "qexp.quant.asq.ASQ"}
+    assert name_variants([asq, asq | {"quantizer.act.init": "mse"}]) == [
+        "quantizer.act.init=lsq", "quantizer.act.init=mse",
+    ]  # fmt: skip
+    both = [asq, asq | {"quantizer.act.init": "mse"}, asq | {"quantizer.act.init": "lsq"}]
+    assert name_variants(both) == ["", "quantizer.act.init=mse", ""]
+    elsewhere = {"quantizer.act._target_": "mine.Act"}
+    found = name_variants([elsewhere, elsewhere | {"quantizer.act.init": "mse"}, {}])
+    assert found == ["", "quantizer.act.init=mse", ""]
+    assert "=-" not in " ".join(found)
+
+
 def test_variants_are_named_by_what_differs_from_most_and_parts_by_their_class() -> None:
     post = {"quantizer.weight._target_": "qexp.quant.power.POST", "quantizer.weight.levels": "full"}
     variants = [
@@ -314,7 +341,7 @@ def test_an_option_that_is_off_is_no_other_method_than_before_the_option(tmp_pat
     make_run(tmp_path, "on", quantizer={"weight": {"init": "mse", "new": 0.1}}, seed=2, top1=80.0)
     found = {row["method"]: (row["n"], float(row["top1_mean"])) for row in rows(capsys, tmp_path)}
     assert found == {
-        "lsq [quantizer.weight.new=-]": ("2", 91.0),
+        "lsq": ("2", 91.0),
         "lsq [quantizer.weight.new=0.1]": ("1", 80.0),
     }
 
