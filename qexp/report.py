@@ -23,6 +23,7 @@ from qexp.report_rows import Row, Table
 from qexp.report_runs import read_runs
 from qexp.report_tables import GROUPS, make_tables
 
+OPTIONS = ("out", "format", "group", "papers")
 FORMATS = ("md", "csv", "html")
 EXAMPLES = """\
 examples:
@@ -35,6 +36,7 @@ examples:
 def main(argv: list[str]) -> int:
     """Run `qexp report`; returns the exit code. Raises QexpError for a user's error."""
     given = _parser().parse_args(argv)
+    _refuse_overrides(given.folders)
     by = _groups(given.group)
     roots = [Path(f) for f in given.folders] or [Path("outputs")]
     runs = read_runs(roots) if given.folders or roots[0].is_dir() else []
@@ -71,6 +73,18 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--papers", metavar="FILE", help="published numbers (default: shipped)")
     return parser
+
+
+def _refuse_overrides(folders: Sequence[str]) -> None:
+    """Other commands spell options `out=x.html`; here that would be a folder's name."""
+    for folder in folders:
+        name, equals, value = folder.partition("=")
+        if equals and not Path(folder).exists():
+            spelled = f"--{name} {value}" if name in OPTIONS else f"--{', --'.join(OPTIONS)}"
+            raise ConfigError(
+                f"report: '{folder}' is no folder. Options of report begin with two dashes: "
+                f"{spelled}." + ("" if name in OPTIONS else did_you_mean(name, OPTIONS))
+            )
 
 
 def _groups(text: str) -> list[str]:
@@ -115,7 +129,8 @@ def to_csv(tables: Sequence[Table]) -> str:
 
 
 def _csv_row(table: Table, row: Row) -> dict[str, Any]:
-    run, top1, best = row.first, row.top1, row.stat("top1_best")
+    run, top1, split = row.first, row.top1, selected_on(row)
+    best = row.stat("top1_best") if split else None
     mean = lambda *path: getattr(row.stat(*path), "mean", None)  # noqa: E731
     return {
         "table": table.title,
@@ -132,15 +147,18 @@ def _csv_row(table: Table, row: Row) -> dict[str, Any]:
         "top1_worst": top1 and top1.low,
         "top1_best_seed": top1 and top1.high,
         "top1_best_epoch": best and best.mean,
-        "best_epoch_selected_on": selected_on(row) if best else None,
+        "best_epoch_selected_on": split if best else None,
         "float_top1": mean("fp32_top1"),
         "drop": mean("drop"),
         "paper_top1": row.paper and row.paper.top1,
+        "paper_bits": row.paper and row.paper.bits,
         "paper_float_top1": row.paper and row.paper.float_top1,
+        "paper_drop": row.paper and row.paper.drop,
         "paper_source": row.paper and row.paper.cite,
         "paper_kind": row.paper and row.paper.kind,
         "paper_verified": row.paper and row.paper.verified,
         "difference": row.difference,
+        "drop_difference": row.drop_difference,
         "w_bits_by_param": mean("bits", "weight_by_param"),
         "w_bits_by_layer": mean("bits", "weight_by_layer"),
         "w_bits_with_outer": mean("bits", "weight_with_outer"),

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from qexp.report_papers import Paper, match
 from qexp.report_rows import Row
 
+SAME_FLOAT = 0.1  # points: papers print one decimal
+
 
 def flag_(row: Row, papers: Sequence[Paper]) -> None:
     """Find the row's published number, and append its flags."""
@@ -23,8 +25,8 @@ def flag_(row: Row, papers: Sequence[Paper]) -> None:
         mixed=not run.uniform,
         distilled=distilled,
     )
-    if row.paper and row.paper.distillation == ("no" if distilled else "yes"):
-        row.flags.append("paper with distillation" if not distilled else "paper w/o distillation")
+    if row.paper:
+        row.flags += _unlike(row, row.paper, distilled)
     if row.repeats:
         seeds = sorted({str(r.seed) for r in row.repeats})
         row.flags.append(f"seed {', '.join(seeds)} ran again: the newest counts")
@@ -40,6 +42,27 @@ def flag_(row: Row, papers: Sequence[Paper]) -> None:
         row.flags.append(f"{kind.replace('_', ' ')}: {count}")
     for other in row.unfinished:
         row.flags.append(f"seed {other.seed} {other.state}: {other.error or 'no reason recorded'}")
+
+
+def _unlike(row: Row, paper: Paper, distilled: bool) -> list[str]:
+    """In what the published number was made otherwise than ours, as far as its source says."""
+    flags = []
+    if not paper.widths_known:
+        flags.append(f"published at {paper.bits}")
+    if paper.distillation == ("no" if distilled else "yes"):
+        flags.append("paper w/o distillation" if distilled else "paper with distillation")
+    if not row.counted:
+        return flags
+    protocol, start = row.first.protocol, row.stat("fp32_top1")
+    epochs, first_last = protocol.get("epochs", 0), str(protocol.get("first_last", ""))
+    apart = []
+    if paper.epochs and float(paper.epochs) != epochs:
+        apart.append(f"{paper.epochs} epochs (ours {epochs})")
+    if paper.first_last and first_last and paper.first_last != first_last:
+        apart.append(f"first/last {paper.first_last} (ours {first_last})")
+    if paper.float_top1 is not None and start and abs(paper.float_top1 - start.mean) > SAME_FLOAT:
+        apart.append(f"float {paper.float_top1:g} (ours {start.mean:.2f})")
+    return [*flags, *([f"published with {', '.join(apart)}"] if apart else [])]
 
 
 def _health(row: Row) -> Counter[str]:

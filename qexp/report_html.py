@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qexp.figure import number
-from qexp.report_cells import COLUMNS, cells
+from qexp.report_cells import COLUMNS, NONE, cells
 from qexp.report_markdown import NOTE, WARNING, protocol_lines, size, titles
 from qexp.report_plot import MOST, Curve, Look, Point, learning, looks, pareto
 from qexp.report_protocols import Differing, differing
@@ -23,6 +23,7 @@ from qexp.report_rows import Row, Table
 from qexp.report_runs import RunRecord
 
 FILES = ("result.json", "config.yaml", "layers.csv", "train.log")
+EMPTY = "A column in which a table has nothing is left out."
 STYLE = """
 body { font: 13px/1.4 system-ui, sans-serif; color: #1b1b1b; margin: 2rem auto; max-width: 92rem;
        padding: 0 1.5rem; }
@@ -34,8 +35,10 @@ th, td { padding: .25rem .5rem; border-top: 1px solid #ddd; text-align: left;
 th { border-bottom: 2px solid #555; border-top: 0; font-weight: 600; vertical-align: bottom; }
 td.number, th.number { text-align: right; }
 td.number, td.bits { white-space: nowrap; }
+td.text { min-width: 9rem; max-width: 15rem; overflow-wrap: break-word; }
+.rows tr > :first-child { position: sticky; left: 0; background: #fff; }
 tr.flags td { border-top: 0; padding-top: 0; color: #a03000; }
-tr.failed td { background: #fdf1ec; }
+tr.failed td, .rows tr.failed > :first-child { background: #fdf1ec; }
 .warning { color: #a03000; }
 .note { color: #555; font-size: .9em; max-width: 75rem; overflow-wrap: anywhere; }
 img { max-width: 100%; height: auto; display: block; margin: 1rem 0; }
@@ -61,7 +64,7 @@ def page(tables: Sequence[Table], beside: Path) -> str:
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
         f"<title>qexp report</title><style>{STYLE}</style></head><body><h1>qexp report</h1>"
-        f'<ol>{index}</ol><p class="note">{escape(NOTE)}</p>{apart}{body}</body></html>\n'
+        f'<ol>{index}</ol><p class="note">{escape(NOTE)} {EMPTY}</p>{apart}{body}</body></html>\n'
     )
 
 
@@ -90,29 +93,30 @@ def _section(table: Table, name: str, anchor: str, beside: Path) -> str:
 
 
 def _table(rows: Sequence[Row], beside: Path) -> str:
-    """The Markdown table's columns; flags get a line of their own, where they cannot be missed."""
-    names = COLUMNS[:-1]
-    head = "".join(f'<th class="{_kind(name)}">{escape(name)}</th>' for name in names)
+    """The Markdown table's columns, as far as one row has something in them; flags get a line of
+    their own, where they cannot be missed."""
+    *texts, flags = zip(*[cells(row) for row in rows], strict=True)
+    columns = {n: c for n, c in zip(COLUMNS, texts, strict=False) if {*c} != {NONE}}
+    head = "".join(f'<th class="{_kind(name)}">{escape(name)}</th>' for name in columns)
     lines = []
-    for row in rows:
-        *texts, flags = (escape(text) for text in cells(row))
+    for i, row in enumerate(rows):
+        shown = {name: escape(column[i]) for name, column in columns.items()}
         if row.counted:  # the name leads to the first seed's result, the details below to all
             link = _relative(row.first.folder / "result.json", beside)
-            texts[0] = f'<a href="{escape(link)}">{texts[0]}</a>'
-        data = "".join(
-            f'<td class="{_kind(name)}">{text}</td>'
-            for name, text in zip(names, texts, strict=True)
-        )
+            shown["method"] = f'<a href="{escape(link)}">{shown["method"]}</a>'
+        data = "".join(f'<td class="{_kind(n)}">{text}</td>' for n, text in shown.items())
         state = "done" if row.counted else "failed"
         lines.append(f'<tr class="{state}">{data}</tr>')
-        if flags:
-            rest = f'<td colspan="{len(names) - 1}">{flags}</td>'
+        if flags[i]:
+            rest = f'<td colspan="{len(columns) - 1}">{escape(flags[i])}</td>'
             lines.append(f'<tr class="flags {state}"><td></td>{rest}</tr>')
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    return (
+        f'<table class="rows"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
+    )
 
 
 def _kind(column: str) -> str:
-    if column in ("method", "published", "protocol"):
+    if column in ("method", "published"):
         return "text"
     return "bits" if column == "bits" else "number"
 

@@ -41,6 +41,7 @@ class Row:
     Attributes:
         counted: one done run per seed, the newest.
         repeats: older done runs of a seed that is counted already.
+        copies: runs whose result is that of a counted one, as of a folder that was copied.
         unfinished: failed, interrupted, running and dead runs.
         flags: what a reader must know before comparing.
         options: what tells this row from another one of the same name.
@@ -48,6 +49,7 @@ class Row:
 
     counted: list[RunRecord]
     repeats: list[RunRecord] = field(default_factory=list)
+    copies: list[RunRecord] = field(default_factory=list)
     unfinished: list[RunRecord] = field(default_factory=list)
     paper: Paper | None = None
     flags: list[str] = field(default_factory=list)
@@ -59,7 +61,7 @@ class Row:
 
     @property
     def runs(self) -> list[RunRecord]:
-        return self.counted + self.repeats + self.unfinished
+        return self.counted + self.repeats + self.copies + self.unfinished
 
     @property
     def name(self) -> str:
@@ -85,8 +87,18 @@ class Row:
 
     @property
     def difference(self) -> float | None:
-        """Ours minus the paper's, points."""
-        return self.top1.mean - self.paper.top1 if self.top1 and self.paper else None
+        """Ours minus the paper's, points; None where the paper does not say both widths."""
+        if self.top1 is None or self.paper is None or not self.paper.widths_known:
+            return None
+        return self.top1.mean - self.paper.top1
+
+    @property
+    def drop_difference(self) -> float | None:
+        """Our drop from float minus the paper's, points: each against its own float network."""
+        ours, theirs = self.stat("drop"), self.paper and self.paper.drop
+        if self.difference is None or ours is None or theirs is None:
+            return None
+        return ours.mean - theirs
 
     @property
     def protocol_hash(self) -> str:

@@ -85,9 +85,11 @@ def _row(runs: Sequence[RunRecord]) -> Row:
         if run.done:
             newest[run.seed] = max(newest.get(run.seed, run), run, key=_age)
     counted = sorted(newest.values(), key=lambda r: str(r.seed))
+    again = [r for r in runs if r.done and newest[r.seed] is not r]
     return Row(
         counted,
-        repeats=[r for r in runs if r.done and newest[r.seed] is not r],
+        repeats=[r for r in again if r.result != newest[r.seed].result],
+        copies=[r for r in again if r.result == newest[r.seed].result],
         unfinished=[r for r in runs if not r.done],
     )
 
@@ -110,8 +112,8 @@ def _group(row: Row, name: str) -> str:
 
 def _order(row: Row) -> tuple[Any, ...]:
     """Float first, then wide to narrow, then by name."""
-    width = row.first.width("weight") or 0.0
-    return (not row.first.is_float, -width, row.first.method, row.protocol_hash)
+    w, a = (row.first.width(operand) or 0.0 for operand in ("weight", "act"))
+    return (not row.first.is_float, -w, -a, row.first.method, row.protocol_hash)
 
 
 def _compare(table: Table) -> None:

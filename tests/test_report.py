@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from qexp.errors import ConfigError, RunError
-from qexp.report import main
+from qexp.report import EXAMPLES, main
 from qexp.report_variants import name_variants
 
 PROTOCOL = {
@@ -426,6 +427,89 @@ def test_a_re_run_by_others_is_not_passed_off_as_the_papers(tmp_path, capsys) ->
     assert "90.5 (float 91; someone/repo, README; somebody's re-run)" in text
 
 
+MIXED = """\
+method,model,dataset,w_bits,a_bits,policy,top1,float_top1,first_last,distillation,epochs,kind,source,table,verified,notes
+adq,resnet20,cifar10,2.81,,mixed,90.5,91,,,,paper,arXiv 1,abstract,yes,
+lsq,resnet20,cifar10,3,4,mixed,90.0,92.5,8,no,10,paper,arXiv 2,Table 1,yes,
+hawq,resnet20,cifar10,,,mixed,90.0,92.5,8,no,10,paper,arXiv 3,,yes,
+"""
+
+
+def mixed_run(root: Path, name: str, w_bits: float, a_bits: float, **fields: Any) -> None:
+    own = {"weight_by_param": w_bits, "weight_by_layer": w_bits, "act_by_layer": a_bits}
+    make_run(root, name, policy="sensitivity", **fields)
+    path = root / name / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"bits": own}))
+
+
+def test_a_mixed_paper_without_input_bits_is_shown_with_what_it_says(tmp_path, capsys) -> None:
+    papers = tmp_path / "papers.csv"
+    papers.write_text(MIXED)
+    mixed_run(tmp_path, "near", 2.8, 3.4, method="adq")
+    mixed_run(tmp_path, "known", 3.01, 3.99, method="lsq")
+    mixed_run(tmp_path, "nothing", 5.0, 5.0, method="hawq")
+    listed = {row["bits"]: row for row in rows(capsys, tmp_path, "--papers", str(papers))}
+    near = listed["W2.8A3.4 sensitivity"]
+    assert (near["paper_top1"], near["paper_bits"]) == ("90.5", "W2.81 (inputs unknown)")
+    assert near["difference"] == near["drop_difference"] == ""
+    assert "published at W2.81 (inputs unknown)" in near["flags"]
+    assert float(listed["W3.01A3.99 sensitivity"]["difference"]) == pytest.approx(1.0)
+    assert listed["W5A5 sensitivity"]["paper_bits"] == "unknown bits"
+    assert listed["W5A5 sensitivity"]["difference"] == ""
+    text = report(capsys, str(tmp_path), "--papers", str(papers))
+    assert "| 90.5 at W2.81 (inputs unknown) (float 91; arXiv 1, abstract) | n/a |" in text
+    mixed_run(tmp_path / "far", "run", 2.5, 3.4, method="adq")
+    (far,) = rows(capsys, tmp_path / "far", "--papers", str(papers))
+    assert far["paper_top1"] == ""
+
+
+def test_a_paper_with_another_protocol_is_flagged_and_drops_are_compared(tmp_path, capsys) -> None:
+    papers = tmp_path / "papers.csv"
+    head, row, *_ = PAPERS.splitlines()
+    papers.write_text(f"{head}\n{row.replace(',91,8,', ',92.5,fp32,')}\n")
+    make_run(tmp_path, "a", top1=91.0)
+    (found,) = rows(capsys, tmp_path, "--papers", str(papers))
+    assert found["flags"] == (
+        "published with 200 epochs (ours 10), first/last fp32 (ours 8), float 92.5 (ours 91.73)"
+    )
+    assert float(found["paper_drop"]) == pytest.approx(92.5 - 90.5)
+    assert float(found["drop_difference"]) == pytest.approx((91.73 - 91.0) - (92.5 - 90.5))
+    assert "| +0.50 / -1.27 |" in report(capsys, str(tmp_path), "--papers", str(papers))
+    alike = row.replace(",200,", ",10,").replace(",91,8,", ",91.7,8,")
+    papers.write_text(f"{head}\n{alike}\n")
+    (found,) = rows(capsys, tmp_path, "--papers", str(papers))
+    assert found["flags"] == ""
+
+
+def test_a_copy_of_a_run_is_no_second_run_of_its_seed(tmp_path, capsys) -> None:
+    make_run(tmp_path, "results/a", finished="2026-01-02T00:00:00Z")
+    make_run(tmp_path, "results/copy/a", finished="2026-01-02T00:00:00Z")
+    (row,) = rows(capsys, tmp_path)
+    assert (row["n"], row["flags"]) == ("1", "")
+    assert len(row["folders"].split()) == 2  # both are told
+    make_run(tmp_path, "results/b", finished="2026-01-01T00:00:00Z", top1=90.0)
+    assert rows(capsys, tmp_path)[0]["flags"] == "seed 0 ran again: the newest counts"
+
+
+def test_widths_are_ordered_by_weights_then_inputs(tmp_path, capsys) -> None:
+    for i, (w, a) in enumerate([(2, 2), (4, 4), (2, 4)]):
+        make_run(tmp_path, f"pact{i}", method="pact", w_bits=w, a_bits=a)
+        make_run(tmp_path, f"lsq{i}", w_bits=w, a_bits=a)
+    assert [f"{row['method']} {row['bits']}" for row in rows(capsys, tmp_path)] == [
+        "lsq W4A4", "pact W4A4", "lsq W2A4", "pact W2A4", "lsq W2A2", "pact W2A2",
+    ]  # fmt: skip
+
+
+def test_a_method_that_trains_nothing_has_no_best_epoch(tmp_path, capsys) -> None:
+    make_run(tmp_path, "a", method="nearest", best_selected_on="none", best_epoch=None)
+    (row,) = rows(capsys, tmp_path)
+    assert row["top1_best_epoch"] == row["best_epoch_selected_on"] == ""
+    text = report(capsys, str(tmp_path))
+    assert "selected" not in text
+    head, _, line = [x for x in text.splitlines() if x.startswith("|")][:3]
+    assert line.split(" | ")[head.split(" | ").index("best epoch")] == "n/a"
+
+
 class _Structure(HTMLParser):
     """Checks that every tag closes, and collects what the page would fetch."""
 
@@ -465,6 +549,27 @@ def test_the_html_page_is_self_contained_and_links_to_each_run(tmp_path, capsys)
     assert all((out.parent / link).exists() for link in local)
 
 
+def test_a_wide_table_scrolls_in_its_own_box_and_keeps_its_first_column(tmp_path, capsys) -> None:
+    make_run(tmp_path, "a")
+    text = report(capsys, str(tmp_path), "--format", "html")
+    assert '<div class="wide"><table class="rows">' in text
+    assert ".wide { overflow-x: auto; }" in text
+    assert ".rows tr > :first-child { position: sticky; left: 0;" in text
+    head = text.split("<thead>")[1].split("</thead>")[0]
+    first = [cell.split("<")[0] for cell in head.split('">')[1:]][:5]
+    assert first == ["method", "bits", "top-1, last epoch", "drop", "float"]  # with nothing empty
+    papers = tmp_path / "papers.csv"
+    papers.write_text(PAPERS)
+    text = report(capsys, str(tmp_path), "--format", "html", "--papers", str(papers))
+    assert '<th class="text">published</th>' in text
+
+
+def test_the_examples_of_the_help_name_folders_that_exist() -> None:
+    named = re.findall(r"results/[\w/-]+", EXAMPLES)
+    assert named
+    assert all((Path(__file__).parents[1] / name).is_dir() for name in named)
+
+
 def test_the_format_follows_the_files_ending(tmp_path, capsys) -> None:
     make_run(tmp_path / "runs", "a")
     main([str(tmp_path / "runs"), "--out", str(tmp_path / "t.csv")])
@@ -484,6 +589,16 @@ def test_no_runs_says_how_to_train_one(tmp_path, monkeypatch) -> None:
     ("argv", "line"),
     [
         (["nowhere"], "report: folder 'nowhere' does not exist."),
+        (
+            ["outputs", "out=x.html"],
+            "report: 'out=x.html' is no folder. Options of report begin with two dashes: "
+            "--out x.html.",
+        ),
+        (
+            ["fromat=md"],
+            "report: 'fromat=md' is no folder. Options of report begin with two dashes: "
+            "--out, --format, --group, --papers. Did you mean 'format'?",
+        ),
         (["--group", "modle"], "report: cannot group by 'modle'."),
         (["--papers", "none.csv"], "report: no file 'none.csv'."),
         (["--out", "table.pdf"], "report: 'table.pdf' ends in none of .md, .csv, .html."),
