@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -75,8 +76,15 @@ def save(
 ) -> None:
     """Write `figure` with a title and a note below it; the path's ending is the format, or
     `format=` of `save_as` for a stream."""
-    figure.suptitle("\n".join(filter(None, (title, note))), fontsize=SMALL + 1)
+    title_(figure, title, note)
     figure.savefig(path, dpi=DPI, **save_as)
+
+
+def title_(figure: Figure, title: str, note: str = "") -> None:
+    """A title, broken into lines that fit the figure, and a note below it."""
+    letters = int(figure.get_figwidth() * 72 / (0.55 * (SMALL + 1)))
+    lines = [line for text in (title, note) for line in textwrap.wrap(text, letters)]
+    figure.suptitle("\n".join(lines), fontsize=SMALL + 1)
 
 
 def flat(values: Any) -> np.ndarray:

@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from qexp.figure import number
-from qexp.report import COLUMNS, cells, protocol_lines
-from qexp.report_plot import Curve, Point, learning, pareto
+from qexp.report_cells import COLUMNS, NONE, cells
+from qexp.report_markdown import NOTE, WARNING, protocol_lines, size, titles
+from qexp.report_plot import MOST, Curve, Look, Point, learning, looks, pareto
+from qexp.report_protocols import Differing, differing
+from qexp.report_rows import Row, Table
 from qexp.report_runs import RunRecord
-from qexp.report_tables import Row, Table
 
 FILES = ("result.json", "config.yaml", "layers.csv", "train.log")
-MAX_CURVES = 200  # lines in a figure of learning curves; more would be one smear
+EMPTY = "A column in which a table has nothing is left out."
 STYLE = """
 body { font: 13px/1.4 system-ui, sans-serif; color: #1b1b1b; margin: 2rem auto; max-width: 92rem;
        padding: 0 1.5rem; }
@@ -33,8 +35,11 @@ th, td { padding: .25rem .5rem; border-top: 1px solid #ddd; text-align: left;
 th { border-bottom: 2px solid #555; border-top: 0; font-weight: 600; vertical-align: bottom; }
 td.number, th.number { text-align: right; }
 td.number, td.bits { white-space: nowrap; }
+td.text { min-width: 9rem; max-width: 15rem; overflow-wrap: break-word; }
+.rows tr > :first-child { position: sticky; left: 0; background: #fff; }
 tr.flags td { border-top: 0; padding-top: 0; color: #a03000; }
-tr.failed td { background: #fdf1ec; }
+tr.failed td, .rows tr.failed > :first-child { background: #fdf1ec; }
+.warning { color: #a03000; }
 .note { color: #555; font-size: .9em; max-width: 75rem; overflow-wrap: anywhere; }
 img { max-width: 100%; height: auto; display: block; margin: 1rem 0; }
 details { margin: .3rem 0; } summary { cursor: pointer; }
@@ -46,50 +51,72 @@ details { margin: .3rem 0; } summary { cursor: pointer; }
 
 def page(tables: Sequence[Table], beside: Path) -> str:
     """The whole page; `beside` is the folder it will lie in."""
-    index = "".join(f'<li><a href="#t{i}">{escape(t.title)}</a></li>' for i, t in enumerate(tables))
-    body = "".join(_section(table, f"t{i}", beside) for i, table in enumerate(tables))
+    names = titles(tables)
+    index = "".join(
+        f'<li><a href="#t{i}">{escape(table.title)}</a>: {size(table)}</li>'
+        for i, table in enumerate(tables)
+    )
+    apart = "".join(_differing(found) for found in differing(tables))
+    apart = f'<p class="warning">{WARNING}</p>{apart}' if apart else ""
+    sections = zip(tables, names, strict=True)
+    body = "".join(_section(t, name, f"t{i}", beside) for i, (t, name) in enumerate(sections))
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
         f"<title>qexp report</title><style>{STYLE}</style></head><body><h1>qexp report</h1>"
-        f"<ul>{index}</ul>{body}</body></html>\n"
+        f'<ol>{index}</ol><p class="note">{escape(NOTE)} {EMPTY}</p>{apart}{body}</body></html>\n'
     )
 
 
-def _section(table: Table, anchor: str, beside: Path) -> str:
+def _differing(found: Differing) -> str:
+    head, *lines = found.lines()
+    names = "".join(f"<th>{escape(name)}</th>" for name in head)
+    rows = []
+    for position, *values in lines:
+        link = f'<td><a href="#t{int(position) - 1}">{position}</a></td>'
+        rows.append(f"<tr>{link}{''.join(f'<td>{escape(value)}</td>' for value in values)}</tr>")
+    return (
+        f"<p><b>{escape(found.subject)}</b>: what differs</p>"
+        f'<div class="wide"><table><thead><tr>{names}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _section(table: Table, name: str, anchor: str, beside: Path) -> str:
     notes = "<br>".join(escape(line.strip()) for line in protocol_lines(table))
     details = "".join(_details(row, beside) for row in table.rows)
     return (
-        f'<h2 id="{anchor}">{escape(table.title)}</h2>'
+        f'<h2 id="{anchor}">{escape(name)}</h2>'
         f'<div class="wide">{_table(table.rows, beside)}</div><p class="note">{notes}</p>'
         f"{_figures(table)}<h3>Layers and runs</h3>{details}"
     )
 
 
 def _table(rows: Sequence[Row], beside: Path) -> str:
-    """The Markdown table's columns; flags get a line of their own, where they cannot be missed."""
-    names = COLUMNS[:-1]
-    head = "".join(f'<th class="{_kind(name)}">{escape(name)}</th>' for name in names)
+    """The Markdown table's columns, as far as one row has something in them; flags get a line of
+    their own, where they cannot be missed."""
+    *texts, flags = zip(*[cells(row) for row in rows], strict=True)
+    columns = {n: c for n, c in zip(COLUMNS, texts, strict=False) if {*c} != {NONE}}
+    head = "".join(f'<th class="{_kind(name)}">{escape(name)}</th>' for name in columns)
     lines = []
-    for row in rows:
-        *texts, flags = (escape(text) for text in cells(row))
+    for i, row in enumerate(rows):
+        shown = {name: escape(column[i]) for name, column in columns.items()}
         if row.counted:  # the name leads to the first seed's result, the details below to all
             link = _relative(row.first.folder / "result.json", beside)
-            texts[0] = f'<a href="{escape(link)}">{texts[0]}</a>'
-        data = "".join(
-            f'<td class="{_kind(name)}">{text}</td>'
-            for name, text in zip(names, texts, strict=True)
-        )
+            shown["method"] = f'<a href="{escape(link)}">{shown["method"]}</a>'
+        data = "".join(f'<td class="{_kind(n)}">{text}</td>' for n, text in shown.items())
         state = "done" if row.counted else "failed"
         lines.append(f'<tr class="{state}">{data}</tr>')
-        if flags:
-            rest = f'<td colspan="{len(names) - 1}">{flags}</td>'
+        if flags[i]:
+            rest = f'<td colspan="{len(columns) - 1}">{escape(flags[i])}</td>'
             lines.append(f'<tr class="flags {state}"><td></td>{rest}</tr>')
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    return (
+        f'<table class="rows"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
+    )
 
 
 def _kind(column: str) -> str:
-    if column in ("method", "published", "protocol"):
+    if column in ("method", "published"):
         return "text"
     return "bits" if column == "bits" else "number"
 
@@ -97,19 +124,31 @@ def _kind(column: str) -> str:
 def _figures(table: Table) -> str:
     """Only rows of the table's protocol: a figure has no room for a flag."""
     rows = [row for row in table.rows if row.top1 and row.protocol_hash not in table.others]
+    rows, left_out = _most_accurate(rows)
+    drawn = looks(row.name for row in rows)
     costs = {"size [kB]": ("size_bytes", 1e-3), "average weight bits, all layers": ("bits", 1.0)}
     charts = {label: _points(rows, key, unit) for label, (key, unit) in costs.items()}
     charts = {label: points for label, points in charts.items() if points}
     curves = [curve for row in rows for run in row.counted for curve in _curve(row, run)]
     parts = []
-    if charts:
-        parts.append(_image(pareto, charts, f"{table.title}: accuracy against cost"))
-    if curves:
-        shown, title = curves[:MAX_CURVES], f"{table.title}: learning curves"
-        if len(curves) > MAX_CURVES:
-            title += f" (first {MAX_CURVES} of {len(curves)} runs)"
-        parts.append(_image(learning, shown, title))
+    for draw, data, what in (
+        (pareto, charts, "accuracy against cost"),
+        (learning, curves, "learning curves"),
+    ):
+        if data:
+            parts.append(_image(draw, data, f"{table.title}: {what}{left_out}", drawn))
     return "".join(parts)
+
+
+def _most_accurate(rows: Sequence[Row]) -> tuple[list[Row], str]:
+    """The rows of as many names as a figure can tell apart, and a note of those left out."""
+    best: dict[str, float] = {}
+    for row in rows:
+        best[row.name] = max(best.get(row.name, 0.0), row.top1.mean if row.top1 else 0.0)
+    kept = {*sorted(best, key=lambda name: -best[name])[:MOST], "fp32"}
+    left = len(best.keys() - kept)
+    note = f" ({len(best) - left} most accurate of {len(best)} methods)" if left else ""
+    return [row for row in rows if row.name in kept], note
 
 
 def _points(rows: Sequence[Row], key: str, unit: float) -> list[Point]:
@@ -130,9 +169,9 @@ def _curve(row: Row, run: RunRecord) -> list[Curve]:
     return [Curve(row.name, row.bits, [e["epoch"] for e in epochs], [e["top1"] for e in epochs])]
 
 
-def _image(draw: Callable[..., None], data: Any, title: str) -> str:
+def _image(draw: Callable[..., None], data: Any, title: str, drawn: Mapping[str, Look]) -> str:
     out = io.BytesIO()
-    draw(data, out, title, format="png")
+    draw(data, out, title, drawn=drawn, format="png")
     code = base64.b64encode(out.getvalue()).decode()
     return f'<img alt="{escape(title)}" src="data:image/png;base64,{code}">'
 

@@ -1,7 +1,9 @@
 """Published numbers: `results/papers.csv`, and the one that belongs beside a row of ours.
 
 A number is shown beside ours only if method, model, data set, both widths and the kind of bit-width
-policy are the same; nothing is interpolated. A number with distillation is shown beside a run
+policy are the same; nothing is interpolated. The averages of a mixed policy are the same within
+`NEAR`; where a source does not say one, its number is shown with what it says and without a
+difference. A number with distillation is shown beside a run
 without (and the reverse) only when there is no other, and flagged. Among several, one from memory
 comes last; else the authors' paper comes before the authors' repository and that before a re-run.
 
@@ -34,6 +36,7 @@ from qexp.errors import ConfigError
 
 KINDS = ("paper", "authors", "rerun")
 VERIFIED = ("yes", "reported", "no")
+NEAR = 0.02  # bits: two averages of a mixed policy that papers would print as one
 PACKAGE = Path(__file__).parent
 PLACES = (Path("results/papers.csv"), PACKAGE / "papers.csv", PACKAGE.parent / "results/papers.csv")
 
@@ -63,6 +66,24 @@ class Paper:
     def cite(self) -> str:
         """`arXiv 1902.08153, Table 1`."""
         return f"{self.source}, {self.table}" if self.table else self.source
+
+    @property
+    def widths_known(self) -> bool:
+        """Whether the source says the bits of weights and of inputs."""
+        return self.w_bits is not None and self.a_bits is not None
+
+    @property
+    def bits(self) -> str:
+        """`W4A4`, `W2.81 (inputs unknown)`, `unknown bits`."""
+        if self.w_bits is None:
+            return "unknown bits" if self.a_bits is None else f"A{self.a_bits:g} (weights unknown)"
+        known = f"W{self.w_bits:g}"
+        return f"{known} (inputs unknown)" if self.a_bits is None else f"{known}A{self.a_bits:g}"
+
+    @property
+    def drop(self) -> float | None:
+        """The source's own float minus its quantized top-1, points."""
+        return None if self.float_top1 is None else self.float_top1 - self.top1
 
 
 COLUMNS = tuple(f.name for f in fields(Paper))
@@ -112,19 +133,28 @@ def match(
     distilled: bool,
 ) -> Paper | None:
     """The published number of exactly this case, best source first; None when there is none."""
-    key = (method, model, dataset, w_bits, a_bits, "mixed" if mixed else "uniform")
+    key = (method, model, dataset, "mixed" if mixed else "uniform")
     if w_bits is None or a_bits is None or method == "fp32":  # no paper owns a float network
         return None
-    found = [
-        p for p in papers if (p.method, p.model, p.dataset, p.w_bits, p.a_bits, p.policy) == key
-    ]
+    same = [p for p in papers if (p.method, p.model, p.dataset, p.policy) == key]
+    near = NEAR if mixed else 0.0
+    found = [p for p in same if _meets(p, w_bits, a_bits, near, unknown=mixed)]
     wanted = "yes" if distilled else "no"
     return min(
         found,
         key=lambda p: (
+            not p.widths_known,
             p.distillation not in (wanted, ""),
             p.verified == "no",
             KINDS.index(p.kind),
         ),
         default=None,
+    )
+
+
+def _meets(paper: Paper, w_bits: float, a_bits: float, near: float, *, unknown: bool) -> bool:
+    """Whether both widths are ours within `near`; `unknown` lets one pass that it does not say."""
+    pairs = ((paper.w_bits, w_bits), (paper.a_bits, a_bits))
+    return all(
+        unknown if theirs is None else abs(theirs - ours) <= near + 1e-9 for theirs, ours in pairs
     )

@@ -1,15 +1,35 @@
-"""Figures of tables of runs: accuracy against cost, learning curves."""
+"""Figures of tables of runs: accuracy against cost, learning curves.
+
+A name keeps one colour, one marker and one line style in all figures of a table, over all widths:
+`looks` gives them out, no two alike. The legend lies below the panels, in room of its own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from qexp.figure import GREY, PALETTE, SMALL, panels, save
+from qexp.figure import DPI, GREY, PALETTE, SMALL, panels, title_
 
 MARKERS = "osD^vP*X"
+LINES = ("-", "--", ":", "-.")
+MOST = len(PALETTE) * len(LINES)  # names that a figure can tell apart
+BANDED = 9  # names whose bands over seeds can be told apart
+LETTER = 0.62 * SMALL  # width of a letter in points, about
+LEGEND_ROW = 0.18  # inches
+# Where the label of a point may stand: offset in points, and the side it is aligned to.
+BESIDE = ((-5, 4, "right"), (5, -10, "left"), (5, 4, "left"), (-5, -10, "right"))
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one name is drawn."""
+
+    color: str
+    marker: str
+    line: str
 
 
 @dataclass(frozen=True)
@@ -25,12 +45,25 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """Test top-1 (percent) of one run over its epochs; runs of one name share a colour."""
+    """Test top-1 (percent) of one run over its epochs; the runs of a name and width are seeds."""
 
     name: str
     bits: str
     epochs: Sequence[int]
     top1: Sequence[float]
+
+
+def looks(names: Iterable[str]) -> dict[str, Look]:
+    """The look of each name, by the names' order in the alphabet; float is grey."""
+    found = {
+        name: Look(
+            PALETTE[i % len(PALETTE)],
+            MARKERS[(i + i // len(PALETTE)) % len(MARKERS)],
+            LINES[i // len(PALETTE) % len(LINES)],
+        )
+        for i, name in enumerate(sorted({*names} - {"fp32"}))
+    }
+    return {**found, "fp32": Look(GREY, "o", "-")}
 
 
 def front(points: Sequence[Point]) -> list[Point]:
@@ -43,7 +76,12 @@ def front(points: Sequence[Point]) -> list[Point]:
 
 
 def pareto(
-    charts: Mapping[str, Sequence[Point]], path: Path | IO[bytes], title: str = "", **save_as: Any
+    charts: Mapping[str, Sequence[Point]],
+    path: Path | IO[bytes],
+    title: str = "",
+    *,
+    drawn: Mapping[str, Look] | None = None,
+    **save_as: Any,
 ) -> None:
     """Mean top-1 against each cost, one panel a cost, the Pareto front as a line.
 
@@ -51,74 +89,117 @@ def pareto(
         charts: by the label of the cost's axis, with its unit.
         path: where to; its ending is the format.
         title: above the figure.
+        drawn: the looks of the names; given out anew if None.
         save_as: `format="png"` when `path` is a stream.
     """
-    figure, axes = panels(len(charts), columns=2, width=5.0, height=3.8)
-    looks = _looks(p.name for points in charts.values() for p in points)
+    names = dict.fromkeys(p.name for points in charts.values() for p in points)
+    drawn = drawn or looks(names)
+    figure, axes = panels(len(charts), columns=2, width=5.4, height=3.9)
+    handles: dict[str, Any] = {}
     for axis, (cost, points) in zip(axes, charts.items(), strict=True):
         best = front(points)
         axis.plot([p.cost for p in best], [p.top1 for p in best], color=GREY, lw=1, zorder=1)
-        for name, (color, marker) in looks.items():
+        for name in names:
             own = [p for p in points if p.name == name]
-            if not own:
-                continue
-            axis.errorbar(
-                [p.cost for p in own],
-                [p.top1 for p in own],
-                yerr=[p.std or 0.0 for p in own],
-                fmt=marker,
-                color=color,
-                ms=5,
-                elinewidth=0.8,
-                label=name,
-            )
-        for point in best:
-            axis.annotate(
-                point.bits, (point.cost, point.top1), textcoords="offset points", xytext=(-4, 5),
-                ha="right", fontsize=SMALL - 1.5, color="#444444",
-            )  # fmt: skip
-        axis.margins(x=0.12, y=0.1)
+            if own:
+                handles[name] = axis.errorbar(
+                    [p.cost for p in own], [p.top1 for p in own], yerr=[p.std or 0.0 for p in own],
+                    fmt=drawn[name].marker, color=drawn[name].color, ms=5, elinewidth=0.8,
+                )  # fmt: skip
+        axis.margins(x=0.1, y=0.1)
         axis.set(xlabel=cost, ylabel="top-1, last epoch [%]")
         axis.grid(alpha=0.25)
-    _side_legend(figure, axes[0])
-    save(figure, path, title, "grey: Pareto front; bars: deviation over seeds", **save_as)
+    _legend(figure, handles)
+    title_(figure, title, "grey: Pareto front; bars: deviation over seeds")
+    figure.draw_without_rendering()  # places of points are final from here
+    for axis, points in zip(axes, charts.values(), strict=True):
+        label_front(axis, front(points))
+    figure.savefig(path, dpi=DPI, **save_as)
+
+
+def label_front(axis: Any, points: Sequence[Point]) -> list[str]:
+    """Write the bits beside the best point of each width, where no other label stands.
+
+    Returns:
+        the labels that found room.
+    """
+    best = {point.bits: point for point in points}  # the last of a width is its most accurate
+    unit = axis.figure.dpi / 72  # pixels in a point
+    inside = axis.get_window_extent()
+    taken: list[tuple[float, float, float, float]] = []
+    for point in sorted(best.values(), key=lambda p: -p.top1):
+        x, y = axis.transData.transform((point.cost, point.top1))
+        wide, high = LETTER * len(point.bits) * unit, SMALL * unit
+        for right, up, side in BESIDE:
+            left = x + right * unit - (wide if side == "right" else 0.0)
+            low = y + up * unit
+            box = (left, low, left + wide, low + high)
+            if left < inside.x0 or box[2] > inside.x1 or any(_meet(box, b) for b in taken):
+                continue
+            taken.append(box)
+            axis.annotate(
+                point.bits, (point.cost, point.top1), textcoords="offset points",
+                xytext=(right, up), ha=side, fontsize=SMALL - 1, color="#444444",
+            )  # fmt: skip
+            break
+    return [text.get_text() for text in axis.texts]
+
+
+def _meet(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def learning(
-    curves: Sequence[Curve], path: Path | IO[bytes], title: str = "", **save_as: Any
+    curves: Sequence[Curve],
+    path: Path | IO[bytes],
+    title: str = "",
+    *,
+    drawn: Mapping[str, Look] | None = None,
+    **save_as: Any,
 ) -> None:
-    """Test top-1 over epochs, one panel for each bit-width, one thin line a run."""
-    widths = list(dict.fromkeys(curve.bits for curve in curves))
-    figure, axes = panels(len(widths), width=3.2, height=2.9)
-    looks = _looks(curve.name for curve in curves)
-    named: dict[str, Any] = {}
-    for axis, bits in zip(axes, widths, strict=True):
-        for curve in (c for c in curves if c.bits == bits):
-            mark = "o" if len(curve.epochs) < 4 else None
-            color = looks[curve.name][0]
-            (line,) = axis.plot(curve.epochs, curve.top1, color=color, lw=1, marker=mark, ms=3)
-            named.setdefault(curve.name, line)
-        axis.set_title(bits, fontsize=SMALL)
+    """Test top-1 over epochs, one panel for each width; the mean over seeds and their span."""
+    groups: dict[tuple[str, str], list[Curve]] = {}
+    for curve in curves:
+        groups.setdefault((curve.bits, curve.name), []).append(curve)
+    widths = list(dict.fromkeys(bits for bits, _ in groups))
+    drawn = drawn or looks(curve.name for curve in curves)
+    columns = len(widths) if len(widths) < 5 else 3
+    figure, axes = panels(len(widths), columns=columns, width=10.8 / columns, height=3.6)
+    handles: dict[str, Any] = {}
+    banded = len(drawn) <= BANDED
+    for axis, width in zip(axes, widths, strict=True):
+        for (bits, name), own in groups.items():
+            if bits != width:
+                continue
+            epochs = sorted(set.intersection(*(set(curve.epochs) for curve in own)))
+            seeds = [[dict(zip(c.epochs, c.top1, strict=True))[e] for e in epochs] for c in own]
+            mean = [sum(values) / len(values) for values in zip(*seeds, strict=True)]
+            look = drawn[name]
+            mark = look.marker if len(epochs) < 4 else None
+            (handles[name],) = axis.plot(
+                epochs, mean, look.line, color=look.color, lw=1.3, marker=mark, ms=4
+            )
+            if len(seeds) > 1 and banded:
+                low, high = ([f(v) for v in zip(*seeds, strict=True)] for f in (min, max))
+                axis.fill_between(epochs, low, high, color=look.color, alpha=0.12, lw=0)
+        axis.set_title(width, fontsize=SMALL + 1)
         axis.set_xlabel("epoch")
         axis.locator_params(axis="x", integer=True)
         axis.grid(alpha=0.25)
     figure.supylabel("test top-1 [%]", fontsize=SMALL)
+    _legend(figure, handles)
+    title_(figure, title, "lines: mean over seeds" + "; bands: least to greatest" * banded)
+    figure.savefig(path, dpi=DPI, **save_as)
+
+
+def _legend(figure: Any, handles: Mapping[str, Any]) -> None:
+    """All names below the panels, in as many columns as fit; the figure grows by their rows."""
+    names = sorted(handles)
+    shown = [name.replace("quantizer.", "") for name in names]
+    widest = (max(map(len, shown), default=0) * LETTER + 5 * SMALL) / 72
+    columns = max(1, min(len(shown), int(figure.get_figwidth() / widest)))
+    figure.set_figheight(figure.get_figheight() + LEGEND_ROW * -(-len(shown) // columns))
     figure.legend(
-        list(named.values()), list(named), loc="outside right center", frameon=False, fontsize=SMALL
-    )
-    save(figure, path, title, **save_as)
-
-
-def _looks(names: Any) -> dict[str, tuple[str, str]]:
-    """Colour and marker of each name, the same in every figure of a table; float is grey."""
-    quantized = [name for name in dict.fromkeys(names) if name != "fp32"]
-    looks = {
-        name: (PALETTE[i % len(PALETTE)], MARKERS[(i // len(PALETTE) + i) % len(MARKERS)])
-        for i, name in enumerate(sorted(quantized))
-    }
-    return {**looks, "fp32": (GREY, "o")}
-
-
-def _side_legend(figure: Any, axis: Any) -> None:
-    handles, names = axis.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside right center", frameon=False, fontsize=SMALL)
+        [handles[name] for name in names], shown, loc="outside lower center", ncols=columns,
+        frameon=False, fontsize=SMALL,
+    )  # fmt: skip

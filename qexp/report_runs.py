@@ -61,6 +61,11 @@ class RunRecord:
         return str(self.result.get("method") or named or "unknown")
 
     @property
+    def recipe(self) -> str:
+        named = self.result.get("recipe") or at(self.config, "recipe", "name")
+        return str(named or "unknown")
+
+    @property
     def policy(self) -> str | None:
         return self.result.get("policy") or at(self.config, "bitwidth", "name")
 

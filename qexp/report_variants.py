@@ -37,31 +37,41 @@ def drop_new_options_(runs: Sequence[RunRecord]) -> None:
 
 
 def _is_default(variant: Mapping[str, Any], key: str) -> bool:
+    default = default_of(variant, key)
+    return not variant[key] if default is ABSENT else variant[key] == default
+
+
+def default_of(variant: Mapping[str, Any], key: str) -> Any:
+    """What the class at `key` does where nobody asks for the option; ABSENT where unknown."""
     part, _, option = key.rpartition(".")
     module, _, name = str(variant.get(f"{part}.{TARGET}", "")).rpartition(".")
     if not module.startswith("qexp."):  # nothing else is imported for a report
-        return not variant[key]
+        return ABSENT
     try:
         parameters = inspect.signature(getattr(import_module(module), name)).parameters
     except (ImportError, AttributeError, TypeError, ValueError):
-        return not variant[key]
+        return ABSENT
     default = parameters[option].default if option in parameters else inspect.Parameter.empty
-    return not variant[key] if default is inspect.Parameter.empty else variant[key] == default
+    return ABSENT if default is inspect.Parameter.empty else default
 
 
 def name_variants(variants: Sequence[Mapping[str, Any]]) -> list[str]:
     """For each variant the options in which it differs from most of the others, `option=value`.
 
     Where no value is commonest, each is named. A part of another class (`quantizer.weight=POST`) is
-    named by it, and its further options are compared among parts of that class alone.
+    named by it, and its further options are compared among parts of that class alone. An option
+    that a variant lacks, as code from before had it, is at its class's default; where that is not
+    known, lacking it is the usual and has no name.
     """
     shown: list[list[str]] = [[] for _ in variants]
+    known = [i for i, variant in enumerate(variants) if variant]  # of a run without config, nothing
     for key in dict.fromkeys(k for variant in variants for k in variant):
         part, _, option = key.rpartition(".")
         named_by_class = option == TARGET
-        for alike in [range(len(variants))] if named_by_class else _by_class(variants, part):
-            values = {i: str(variants[i].get(key, ABSENT)) for i in alike}
-            usual = _commonest([*values.values()])
+        for alike in [known] if named_by_class else _by_class(variants, part, known):
+            values = {i: str(variants[i].get(key, default_of(variants[i], key))) for i in alike}
+            lacking = ABSENT in values.values()
+            usual = ABSENT if lacking else commonest([*values.values()])
             for i, value in values.items():
                 if value != usual:
                     name = f"{part}={value.rpartition('.')[2]}"
@@ -69,15 +79,17 @@ def name_variants(variants: Sequence[Mapping[str, Any]]) -> list[str]:
     return [", ".join(options) for options in shown]
 
 
-def _by_class(variants: Sequence[Mapping[str, Any]], part: str) -> list[list[int]]:
-    """Which variants have the same class at `part`."""
+def _by_class(
+    variants: Sequence[Mapping[str, Any]], part: str, known: Sequence[int]
+) -> list[list[int]]:
+    """Which of the variants `known` have the same class at `part`."""
     found: dict[str, list[int]] = {}
-    for i, variant in enumerate(variants):
-        found.setdefault(str(variant.get(f"{part}.{TARGET}")), []).append(i)
+    for i in known:
+        found.setdefault(str(variants[i].get(f"{part}.{TARGET}")), []).append(i)
     return [*found.values()]
 
 
-def _commonest(values: Sequence[str]) -> str | None:
+def commonest(values: Sequence[str]) -> str | None:
     """The value that occurs most; None where two do."""
     ranked = Counter(values).most_common(2)
     if len(ranked) > 1 and ranked[0][1] == ranked[1][1]:

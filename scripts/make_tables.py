@@ -20,10 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from qexp.errors import QexpError
-from qexp.report import cited, markdown, markdown_row, show
+from qexp.report_cells import cited, show
+from qexp.report_markdown import markdown, markdown_row
 from qexp.report_papers import Paper, read_papers
+from qexp.report_protocols import is_start
+from qexp.report_rows import Row, Table
 from qexp.report_runs import read_runs
-from qexp.report_tables import Row, Table, is_start, make_tables
+from qexp.report_tables import make_tables
 
 MARK = re.compile(
     r"<!-- table:(?P<name>[\w./-]+)(?P<full> full)? -->\n.*?<!-- /table -->", re.DOTALL
@@ -88,22 +91,11 @@ def render(
     runs = read_runs([folder])
     if full:
         return markdown(make_tables(runs, papers)).strip()
-    tables = make_tables(runs, papers)
-    parts = [pivot(part, start) for table in tables for part in by_protocol(table)]
+    parts = [pivot(table, start) for table in make_tables(runs, papers)]
     command = folder / "command.txt"
     if command.is_file():
         parts.append(f"Made by: `{command.read_text().strip()}`")
     return "\n\n".join(parts)
-
-
-def by_protocol(table: Table) -> list[Table]:
-    """One table a protocol, so that none mixes two. A run that never ended goes with the first."""
-    other = {name: [r for r in table.rows if r.protocol_hash == name] for name in table.others}
-    rest = [row for row in table.rows if row.protocol_hash not in table.others]
-    parts = [Table(table.title, rest, table.protocol, table.protocol_hash)]
-    for name, rows in other.items():
-        parts.append(Table(table.title, rows, rows[0].compared(), name))
-    return parts
 
 
 def pivot(table: Table, start: Path) -> str:
@@ -147,7 +139,7 @@ def headline(table: Table, start: Path) -> str:
     highs = [stat.high for stat in starts if stat]
     if any(not row.first.is_float and row.counted for row in table.rows):
         told += f", calibrated on {sampled(table.protocol)}"
-    parts = [f"**{table.title}** (protocol `{table.protocol_hash or 'unknown'}`): {told}"]
+    parts = [f"**{table.subject}** (protocol `{table.protocol_hash or 'unknown'}`): {told}"]
     if lows:
         same = f"{min(lows):.2f}" == f"{max(highs):.2f}"
         parts.append(f"float start {min(lows):.2f}" + ("" if same else f" to {max(highs):.2f}"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from qexp.errors import ConfigError, RunError
-from qexp.report import main
+from qexp.report import EXAMPLES, main
 from qexp.report_variants import name_variants
 
 PROTOCOL = {
@@ -54,7 +55,7 @@ def make_run(
     folder.mkdir(parents=True)
     status = {"state": state, "error": error} if error else {"state": state}
     (folder / "status.json").write_text(json.dumps(status))
-    recipe = {"name": "qat", "epochs": (protocol or PROTOCOL)["epochs"]}
+    recipe = {"name": "qat", "epochs": (protocol or PROTOCOL).get("epochs")}
     config = {
         "seed": seed,
         "bits": bits,
@@ -79,7 +80,7 @@ def make_run(
             "best_selected_on": "test", "fp32_top1": 91.73, "drop": 91.73 - (top1 or 0),
             "size_bytes": 36000 * bits, "bops": 41e6 * bits * bits, "seed": seed,
             "commit": "abc", "dirty": False, "protocol": protocol or PROTOCOL,
-            "protocol_hash": "p" + str((protocol or PROTOCOL)["epochs"]), "health": {},
+            "protocol_hash": "p" + str((protocol or PROTOCOL).get("epochs")), "health": {},
         }  # fmt: skip
         (folder / "result.json").write_text(json.dumps({**fields, **result}))
     return folder
@@ -128,10 +129,11 @@ def test_another_protocol_is_flagged_with_the_keys_that_differ(tmp_path, capsys)
     make_run(tmp_path, "b", method="pact")
     longer = {**PROTOCOL, "epochs": 60, "distill": {"weight": 0.5, "temperature": 1.0}}
     make_run(tmp_path, "c", method="asq", protocol=longer)
-    text = report(capsys, str(tmp_path))
+    together = ("--group", "dataset,model")
+    text = report(capsys, str(tmp_path), *together)
     assert "Protocol p60 differs, do not compare: epochs: 60 instead of 10" in text
     assert "distill.weight: 0.5 instead of 0.0" in text
-    flagged = {row["method"]: row["flags"] for row in rows(capsys, tmp_path)}
+    flagged = {row["method"]: row["flags"] for row in rows(capsys, tmp_path, *together)}
     assert flagged["asq"] == "protocol differs: epochs, distill.weight"
     assert flagged["lsq"] == flagged["pact"] == ""
 
@@ -142,7 +144,8 @@ def test_a_row_of_another_recipe_is_flagged_by_the_number_of_its_keys(tmp_path, 
         make_run(tmp_path, f"pact{seed}", method="pact", seed=seed)
     other = {"dataset": "cifar10", "epochs": 0, **{f"ptq_{k}": k for k in range(12)}}
     make_run(tmp_path, "qdrop", method="qdrop", protocol=other, protocol_hash="other")
-    (flags,) = [row["flags"] for row in rows(capsys, tmp_path) if row["method"] == "qdrop"]
+    listed = rows(capsys, tmp_path, "--group", "dataset,model")
+    (flags,) = [row["flags"] for row in listed if row["method"] == "qdrop"]
     assert "protocol differs: epochs" in flags
     assert "keys that one of them lacks (another recipe)" in flags
     assert "ptq_3" not in flags
@@ -173,6 +176,76 @@ def test_grouping_by_protocol_makes_tables_without_flags(tmp_path, capsys) -> No
     listed = rows(capsys, tmp_path, "--group", "dataset,protocol")
     assert len({row["table"] for row in listed}) == 2
     assert all(row["flags"] == "" for row in listed)
+
+
+def test_each_protocol_has_a_table_named_by_what_sets_it_apart(tmp_path, capsys) -> None:
+    for i, method in enumerate(("lsq", "pact", "asq")):
+        make_run(tmp_path, f"{method}", method=method, seed=i)
+    slow = {**PROTOCOL, "lr": 0.002}
+    make_run(tmp_path, "slow", protocol=slow, protocol_hash="slow")
+    long = {**PROTOCOL, "epochs": 60, "distill": {"weight": 0.5, "temperature": 1.0}}
+    make_run(tmp_path, "long", protocol=long)
+    ptq = {"dataset": "cifar10", "iterations": 300, "images": 512, "first_last": "8"}
+    make_run(tmp_path, "ptq", method="qdrop", recipe="ptq", protocol=ptq, protocol_hash="ptq")
+    text = report(capsys, str(tmp_path))
+    assert [line for line in text.splitlines() if line.startswith("## ")] == [
+        "## Tables",
+        "## 1. cifar10, resnet20: ptq, images 512, iterations 300",
+        "## 2. cifar10, resnet20: qat, epochs 10, lr 0.01",
+        "## 3. cifar10, resnet20: qat, epochs 60, lr 0.01, distill.weight 0.5",
+        "## 4. cifar10, resnet20: qat, epochs 10, lr 0.002",
+    ]
+    assert (
+        "2. [cifar10, resnet20: qat, epochs 10, lr 0.01]"
+        "(#2-cifar10-resnet20-qat-epochs-10-lr-001): 3 rows, 3 runs" in text
+    )
+    assert text.count("do not compare") == 1
+    assert (  # what differs among the protocols of one recipe, and nothing else
+        "cifar10, resnet20, qat: what differs\n\n"
+        "| table | protocol | epochs | lr | distill.weight |\n| --- | --- | --- | --- | --- |\n"
+        "| 2 | p10 | 10 | 0.01 | 0.0 |\n| 3 | p60 | 60 | 0.01 | 0.5 |\n"
+        "| 4 | slow | 10 | 0.002 | 0.0 |\n" in text
+    )
+    page = report(capsys, str(tmp_path), "--format", "html")
+    assert page.count("<h2 id=") == 4
+    assert page.count("accuracy against cost") == 4  # each has figures of its own
+
+
+def test_a_run_of_a_seed_with_another_protocol_by_accident_is_told_apart(tmp_path, capsys) -> None:
+    make_run(tmp_path, "a", seed=0)
+    make_run(tmp_path, "b", seed=1, protocol={**PROTOCOL, "lr": 0.02}, protocol_hash="other")
+    listed = rows(capsys, tmp_path)
+    assert [(row["n"], row["protocol"]) for row in listed] == [
+        ("1", "qat, epochs 10, lr 0.02"),
+        ("1", "qat, epochs 10, lr 0.01"),
+    ]
+    assert "| table | protocol | lr |" in report(capsys, str(tmp_path))
+
+
+def test_an_activation_sample_from_before_it_was_recorded_is_named(tmp_path, capsys) -> None:
+    make_run(tmp_path, "old")
+    new = {**PROTOCOL, "act_sample": "random"}
+    make_run(tmp_path, "new", protocol=new, protocol_hash="new")
+    assert {row["protocol"] for row in rows(capsys, tmp_path)} == {
+        "qat, epochs 10, act_sample stride",
+        "qat, epochs 10, act_sample random",
+    }
+
+
+def test_a_run_without_result_joins_the_table_of_its_recipe(tmp_path, capsys) -> None:
+    make_run(tmp_path, "a")
+    make_run(tmp_path, "long", protocol={**PROTOCOL, "epochs": 60})
+    long = {**PROTOCOL, "epochs": 60}
+    make_run(tmp_path, "failed", method="asq", state="failed", error="NaN", protocol=long)
+    odd = {**PROTOCOL, "epochs": 7}
+    make_run(tmp_path, "odd", method="asq", state="failed", error="NaN", protocol=odd)
+    tables = {(row["table"], row["method"]) for row in rows(capsys, tmp_path)}
+    assert tables == {
+        ("cifar10, resnet20: qat, epochs 10", "lsq"),
+        ("cifar10, resnet20: qat, epochs 60", "lsq"),
+        ("cifar10, resnet20: qat, epochs 60", "asq"),
+        ("cifar10, resnet20: qat, epochs 7, no finished run", "asq"),
+    }
 
 
 def test_failed_interrupted_and_dead_runs_stay_in_the_table(tmp_path, capsys) -> None:
@@ -222,6 +295,33 @@ def test_quantizer_options_tell_rows_of_one_name_apart(tmp_path, capsys) -> None
     ]
 
 
+def test_a_method_has_one_name_over_all_widths(tmp_path, capsys) -> None:
+    for bits in (2, 4):
+        make_run(tmp_path, f"mse{bits}", bits=bits, quantizer={"weight": {"init": "mse"}})
+    make_run(tmp_path, "lsq2", bits=2, quantizer={"weight": {"init": "lsq"}})  # not at 4 bits
+    make_run(tmp_path, "other", bits=4, method="pact")
+    listed = {(row["method"], row["bits"]) for row in rows(capsys, tmp_path)}
+    assert listed == {
+        ("lsq", "W2A2"),
+        ("lsq", "W4A4"),
+        ("lsq [quantizer.weight.init=lsq]", "W2A2"),
+        ("pact", "W4A4"),
+    }
+
+
+def test_an_option_that_a_run_lacks_is_named_by_its_default_or_not_at_all() -> None:
+    asq = {"quantizer.act._target_": "qexp.quant.asq.ASQ"}
+    assert name_variants([asq, asq | {"quantizer.act.init": "mse"}]) == [
+        "quantizer.act.init=lsq", "quantizer.act.init=mse",
+    ]  # fmt: skip
+    both = [asq, asq | {"quantizer.act.init": "mse"}, asq | {"quantizer.act.init": "lsq"}]
+    assert name_variants(both) == ["", "quantizer.act.init=mse", ""]
+    elsewhere = {"quantizer.act._target_": "mine.Act"}
+    found = name_variants([elsewhere, elsewhere | {"quantizer.act.init": "mse"}, {}])
+    assert found == ["", "quantizer.act.init=mse", ""]
+    assert "=-" not in " ".join(found)
+
+
 def test_variants_are_named_by_what_differs_from_most_and_parts_by_their_class() -> None:
     post = {"quantizer.weight._target_": "qexp.quant.power.POST", "quantizer.weight.levels": "full"}
     variants = [
@@ -242,7 +342,7 @@ def test_an_option_that_is_off_is_no_other_method_than_before_the_option(tmp_pat
     make_run(tmp_path, "on", quantizer={"weight": {"init": "mse", "new": 0.1}}, seed=2, top1=80.0)
     found = {row["method"]: (row["n"], float(row["top1_mean"])) for row in rows(capsys, tmp_path)}
     assert found == {
-        "lsq [quantizer.weight.new=-]": ("2", 91.0),
+        "lsq": ("2", 91.0),
         "lsq [quantizer.weight.new=0.1]": ("1", 80.0),
     }
 
@@ -327,6 +427,89 @@ def test_a_re_run_by_others_is_not_passed_off_as_the_papers(tmp_path, capsys) ->
     assert "90.5 (float 91; someone/repo, README; somebody's re-run)" in text
 
 
+MIXED = """\
+method,model,dataset,w_bits,a_bits,policy,top1,float_top1,first_last,distillation,epochs,kind,source,table,verified,notes
+adq,resnet20,cifar10,2.81,,mixed,90.5,91,,,,paper,arXiv 1,abstract,yes,
+lsq,resnet20,cifar10,3,4,mixed,90.0,92.5,8,no,10,paper,arXiv 2,Table 1,yes,
+hawq,resnet20,cifar10,,,mixed,90.0,92.5,8,no,10,paper,arXiv 3,,yes,
+"""
+
+
+def mixed_run(root: Path, name: str, w_bits: float, a_bits: float, **fields: Any) -> None:
+    own = {"weight_by_param": w_bits, "weight_by_layer": w_bits, "act_by_layer": a_bits}
+    make_run(root, name, policy="sensitivity", **fields)
+    path = root / name / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"bits": own}))
+
+
+def test_a_mixed_paper_without_input_bits_is_shown_with_what_it_says(tmp_path, capsys) -> None:
+    papers = tmp_path / "papers.csv"
+    papers.write_text(MIXED)
+    mixed_run(tmp_path, "near", 2.8, 3.4, method="adq")
+    mixed_run(tmp_path, "known", 3.01, 3.99, method="lsq")
+    mixed_run(tmp_path, "nothing", 5.0, 5.0, method="hawq")
+    listed = {row["bits"]: row for row in rows(capsys, tmp_path, "--papers", str(papers))}
+    near = listed["W2.8A3.4 sensitivity"]
+    assert (near["paper_top1"], near["paper_bits"]) == ("90.5", "W2.81 (inputs unknown)")
+    assert near["difference"] == near["drop_difference"] == ""
+    assert "published at W2.81 (inputs unknown)" in near["flags"]
+    assert float(listed["W3.01A3.99 sensitivity"]["difference"]) == pytest.approx(1.0)
+    assert listed["W5A5 sensitivity"]["paper_bits"] == "unknown bits"
+    assert listed["W5A5 sensitivity"]["difference"] == ""
+    text = report(capsys, str(tmp_path), "--papers", str(papers))
+    assert "| 90.5 at W2.81 (inputs unknown) (float 91; arXiv 1, abstract) | n/a |" in text
+    mixed_run(tmp_path / "far", "run", 2.5, 3.4, method="adq")
+    (far,) = rows(capsys, tmp_path / "far", "--papers", str(papers))
+    assert far["paper_top1"] == ""
+
+
+def test_a_paper_with_another_protocol_is_flagged_and_drops_are_compared(tmp_path, capsys) -> None:
+    papers = tmp_path / "papers.csv"
+    head, row, *_ = PAPERS.splitlines()
+    papers.write_text(f"{head}\n{row.replace(',91,8,', ',92.5,fp32,')}\n")
+    make_run(tmp_path, "a", top1=91.0)
+    (found,) = rows(capsys, tmp_path, "--papers", str(papers))
+    assert found["flags"] == (
+        "published with 200 epochs (ours 10), first/last fp32 (ours 8), float 92.5 (ours 91.73)"
+    )
+    assert float(found["paper_drop"]) == pytest.approx(92.5 - 90.5)
+    assert float(found["drop_difference"]) == pytest.approx((91.73 - 91.0) - (92.5 - 90.5))
+    assert "| +0.50 / -1.27 |" in report(capsys, str(tmp_path), "--papers", str(papers))
+    alike = row.replace(",200,", ",10,").replace(",91,8,", ",91.7,8,")
+    papers.write_text(f"{head}\n{alike}\n")
+    (found,) = rows(capsys, tmp_path, "--papers", str(papers))
+    assert found["flags"] == ""
+
+
+def test_a_copy_of_a_run_is_no_second_run_of_its_seed(tmp_path, capsys) -> None:
+    make_run(tmp_path, "results/a", finished="2026-01-02T00:00:00Z")
+    make_run(tmp_path, "results/copy/a", finished="2026-01-02T00:00:00Z")
+    (row,) = rows(capsys, tmp_path)
+    assert (row["n"], row["flags"]) == ("1", "")
+    assert len(row["folders"].split()) == 2  # both are told
+    make_run(tmp_path, "results/b", finished="2026-01-01T00:00:00Z", top1=90.0)
+    assert rows(capsys, tmp_path)[0]["flags"] == "seed 0 ran again: the newest counts"
+
+
+def test_widths_are_ordered_by_weights_then_inputs(tmp_path, capsys) -> None:
+    for i, (w, a) in enumerate([(2, 2), (4, 4), (2, 4)]):
+        make_run(tmp_path, f"pact{i}", method="pact", w_bits=w, a_bits=a)
+        make_run(tmp_path, f"lsq{i}", w_bits=w, a_bits=a)
+    assert [f"{row['method']} {row['bits']}" for row in rows(capsys, tmp_path)] == [
+        "lsq W4A4", "pact W4A4", "lsq W2A4", "pact W2A4", "lsq W2A2", "pact W2A2",
+    ]  # fmt: skip
+
+
+def test_a_method_that_trains_nothing_has_no_best_epoch(tmp_path, capsys) -> None:
+    make_run(tmp_path, "a", method="nearest", best_selected_on="none", best_epoch=None)
+    (row,) = rows(capsys, tmp_path)
+    assert row["top1_best_epoch"] == row["best_epoch_selected_on"] == ""
+    text = report(capsys, str(tmp_path))
+    assert "selected" not in text
+    head, _, line = [x for x in text.splitlines() if x.startswith("|")][:3]
+    assert line.split(" | ")[head.split(" | ").index("best epoch")] == "n/a"
+
+
 class _Structure(HTMLParser):
     """Checks that every tag closes, and collects what the page would fetch."""
 
@@ -366,10 +549,31 @@ def test_the_html_page_is_self_contained_and_links_to_each_run(tmp_path, capsys)
     assert all((out.parent / link).exists() for link in local)
 
 
+def test_a_wide_table_scrolls_in_its_own_box_and_keeps_its_first_column(tmp_path, capsys) -> None:
+    make_run(tmp_path, "a")
+    text = report(capsys, str(tmp_path), "--format", "html")
+    assert '<div class="wide"><table class="rows">' in text
+    assert ".wide { overflow-x: auto; }" in text
+    assert ".rows tr > :first-child { position: sticky; left: 0;" in text
+    head = text.split("<thead>")[1].split("</thead>")[0]
+    first = [cell.split("<")[0] for cell in head.split('">')[1:]][:5]
+    assert first == ["method", "bits", "top-1, last epoch", "drop", "float"]  # with nothing empty
+    papers = tmp_path / "papers.csv"
+    papers.write_text(PAPERS)
+    text = report(capsys, str(tmp_path), "--format", "html", "--papers", str(papers))
+    assert '<th class="text">published</th>' in text
+
+
+def test_the_examples_of_the_help_name_folders_that_exist() -> None:
+    named = re.findall(r"results/[\w/-]+", EXAMPLES)
+    assert named
+    assert all((Path(__file__).parents[1] / name).is_dir() for name in named)
+
+
 def test_the_format_follows_the_files_ending(tmp_path, capsys) -> None:
     make_run(tmp_path / "runs", "a")
     main([str(tmp_path / "runs"), "--out", str(tmp_path / "t.csv")])
-    assert (tmp_path / "t.csv").read_text().startswith("table,dataset,")
+    assert (tmp_path / "t.csv").read_text().startswith("table,recipe,dataset,")
 
 
 def test_no_runs_says_how_to_train_one(tmp_path, monkeypatch) -> None:
@@ -385,6 +589,16 @@ def test_no_runs_says_how_to_train_one(tmp_path, monkeypatch) -> None:
     ("argv", "line"),
     [
         (["nowhere"], "report: folder 'nowhere' does not exist."),
+        (
+            ["outputs", "out=x.html"],
+            "report: 'out=x.html' is no folder. Options of report begin with two dashes: "
+            "--out x.html.",
+        ),
+        (
+            ["fromat=md"],
+            "report: 'fromat=md' is no folder. Options of report begin with two dashes: "
+            "--out, --format, --group, --papers. Did you mean 'format'?",
+        ),
         (["--group", "modle"], "report: cannot group by 'modle'."),
         (["--papers", "none.csv"], "report: no file 'none.csv'."),
         (["--out", "table.pdf"], "report: 'table.pdf' ends in none of .md, .csv, .html."),

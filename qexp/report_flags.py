@@ -1,0 +1,75 @@
+"""Flags: what a reader must know of a row before comparing it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from qexp.report_papers import Paper, match
+from qexp.report_rows import Row
+
+SAME_FLOAT = 0.1  # points: papers print one decimal
+
+
+def flag_(row: Row, papers: Sequence[Paper]) -> None:
+    """Find the row's published number, and append its flags."""
+    run = row.first
+    distilled = bool(run.protocol.get("distill.weight"))
+    row.paper = match(
+        papers,
+        method=run.method,
+        model=run.model,
+        dataset=run.dataset,
+        w_bits=run.width("weight"),
+        a_bits=run.width("act"),
+        mixed=not run.uniform,
+        distilled=distilled,
+    )
+    if row.paper:
+        row.flags += _unlike(row, row.paper, distilled)
+    if row.repeats:
+        seeds = sorted({str(r.seed) for r in row.repeats})
+        row.flags.append(f"seed {', '.join(seeds)} ran again: the newest counts")
+    commits = {str(r.result.get("commit")) for r in row.counted}
+    if len(commits) > 1:
+        row.flags.append(f"{len(commits)} commits")
+    if any(r.result.get("dirty") for r in row.counted):
+        row.flags.append("uncommitted code")
+    measured, nominal = row.stat("bits", "weight_by_param"), run.width("weight")
+    if run.uniform and measured and nominal and measured.mean > nominal + 0.01:
+        row.flags.append(f"holds more levels than {nominal:g} bit: {measured.mean:.2f}")
+    for kind, count in sorted(_health(row).items()):
+        row.flags.append(f"{kind.replace('_', ' ')}: {count}")
+    for other in row.unfinished:
+        row.flags.append(f"seed {other.seed} {other.state}: {other.error or 'no reason recorded'}")
+
+
+def _unlike(row: Row, paper: Paper, distilled: bool) -> list[str]:
+    """In what the published number was made otherwise than ours, as far as its source says."""
+    flags = []
+    if not paper.widths_known:
+        flags.append(f"published at {paper.bits}")
+    if paper.distillation == ("no" if distilled else "yes"):
+        flags.append("paper w/o distillation" if distilled else "paper with distillation")
+    if not row.counted:
+        return flags
+    protocol, start = row.first.protocol, row.stat("fp32_top1")
+    epochs, first_last = protocol.get("epochs", 0), str(protocol.get("first_last", ""))
+    apart = []
+    if paper.epochs and float(paper.epochs) != epochs:
+        apart.append(f"{paper.epochs} epochs (ours {epochs})")
+    if paper.first_last and first_last and paper.first_last != first_last:
+        apart.append(f"first/last {paper.first_last} (ours {first_last})")
+    if paper.float_top1 is not None and start and abs(paper.float_top1 - start.mean) > SAME_FLOAT:
+        apart.append(f"float {paper.float_top1:g} (ours {start.mean:.2f})")
+    return [*flags, *([f"published with {', '.join(apart)}"] if apart else [])]
+
+
+def _health(row: Row) -> Counter[str]:
+    """Sum over seeds and layers of what `result.health` counted."""
+    total: Counter[str] = Counter()
+    for run in row.counted:
+        for kind, found in (run.result.get("health") or {}).items():
+            count = sum(found.values()) if isinstance(found, Mapping) else found
+            total[kind] += count if isinstance(count, int) else 0
+    return +total

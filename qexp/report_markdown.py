@@ -1,0 +1,82 @@
+"""The report as GitHub Markdown: contents, where protocols differ, a table for each protocol."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from qexp.report_cells import COLUMNS, cells
+from qexp.report_protocols import Differing, brief, differing
+from qexp.report_rows import Table
+
+WARNING = "Rows of different tables ran under different protocols: do not compare them."
+NOTE = (
+    "top-1 in percent on the test split at the last epoch, mean ± sample standard deviation over "
+    "n seeds; drop = float - ours."
+)
+
+
+def markdown(tables: Sequence[Table]) -> str:
+    """All tables, with the protocols below each; contents first where there are several."""
+    names = titles(tables)
+    parts = [contents(tables)] if len(tables) > 1 else []
+    if apart := differing(tables):
+        parts += [WARNING, *map(_differing, apart)]
+    for table, name in zip(tables, names, strict=True):
+        lines = [f"## {name}", "", *_table(COLUMNS, [cells(row) for row in table.rows])]
+        parts.append("\n".join([*lines, "", *protocol_lines(table)]))
+    return "\n\n".join([*parts, NOTE]) + "\n"
+
+
+def titles(tables: Sequence[Table]) -> list[str]:
+    """The headings, numbered where there are several."""
+    if len(tables) == 1:
+        return [tables[0].title]
+    return [f"{i}. {table.title}" for i, table in enumerate(tables, start=1)]
+
+
+def size(table: Table) -> str:
+    """`12 rows, 36 runs`."""
+    runs = sum(len(row.runs) for row in table.rows)
+    words = [(len(table.rows), "row"), (runs, "run")]
+    return ", ".join(f"{n} {word}{'' if n == 1 else 's'}" for n, word in words)
+
+
+def contents(tables: Sequence[Table]) -> str:
+    """A numbered list of the headings, linked as GitHub names them."""
+    lines = []
+    for i, (table, name) in enumerate(zip(tables, titles(tables), strict=True), start=1):
+        anchor = re.sub(r"[^\w\- ]", "", name.lower()).replace(" ", "-")
+        lines.append(f"{i}. [{table.title}](#{anchor}): {size(table)}")
+    return "\n".join(["## Tables", "", *lines])
+
+
+def _differing(found: Differing) -> str:
+    head, *lines = found.lines()
+    return "\n".join([f"{found.subject}: what differs", "", *_table(head, lines)])
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    return [markdown_row(head), "|" + " --- |" * len(head), *map(markdown_row, lines)]
+
+
+def markdown_row(texts: Sequence[str]) -> str:
+    """One line of a Markdown table."""
+    return "| " + " | ".join(_cell(text) for text in texts) + " |"
+
+
+def _cell(text: str) -> str:
+    """Safe inside a Markdown table: an error that quotes `<class 'int'>` is no tag."""
+    return re.sub(r"<(?!/?sub>)", "&lt;", text).replace("|", "\\|").replace("\n", " ")
+
+
+def protocol_lines(table: Table) -> list[str]:
+    """The table's protocol in one line, and one line for each that differs."""
+    common = " ".join(f"{key}={brief(value)}" for key, value in table.protocol.items())
+    lines = [f"Protocol {table.protocol_hash or 'unknown'}: {common or 'no finished run'}."]
+    for other, keys in table.others.items():
+        changed = ", ".join(
+            f"{k}: {brief(theirs)} instead of {brief(ours)}" for k, (ours, theirs) in keys.items()
+        )
+        lines.append(f"Protocol {other} differs, do not compare: {changed}.")
+    return [f"{line}  " for line in lines[:-1]] + lines[-1:]
