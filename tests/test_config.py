@@ -71,6 +71,14 @@ def _leaves(node: Any, path: str = "") -> list[tuple[str, Any]]:
     return [] if isinstance(text, str) and "${" in text else [(path, text)]
 
 
+def test_asq_lsq_is_the_pair_in_one_word() -> None:
+    word = OmegaConf.to_container(composed("quantizer=asq_lsq").quantizer)
+    pair = OmegaConf.to_container(composed("quantizer=asq", "quantizer/weight=lsq").quantizer)
+    assert isinstance(word, dict)
+    assert isinstance(pair, dict)
+    assert word == pair | {"name": "lsq+asq"}  # how a run of the pair is named, below
+
+
 def test_defaults_have_self_first_and_experiment_last() -> None:
     defaults = [str(d) for d in OmegaConf.load(CONFIGS / "train.yaml").defaults]
     assert defaults[0] == "_self_"
