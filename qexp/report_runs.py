@@ -103,10 +103,15 @@ class RunRecord:
 
     @cached_property
     def variant(self) -> dict[str, Any]:
-        """What tells two quantizers of one name apart: their options and their policy's."""
+        """What tells two quantizers of one name apart: their options and their policy's.
+
+        The name itself is `method`: `quantizer=asq quantizer/weight=lsq` and `quantizer=asq_lsq`
+        are the method lsq+asq, though one config still says asq.
+        """
         keys = ("quantizer", "bitwidth")
         own = {k: self.config[k] for k in keys if self.config.get(k)}
-        return {k: v for k, v in flatten(own) if k.rpartition(".")[2] not in NOT_EXPERIMENT}
+        leaves = ((k, v) for k, v in flatten(own) if k != "quantizer.name")
+        return {k: v for k, v in leaves if k.rpartition(".")[2] not in NOT_EXPERIMENT}
 
     @cached_property
     def experiment(self) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +21,7 @@ from qexp.signature import says
 CONFIGS = Path(__file__).parent.parent / "configs"
 GROUPS = ("dataset", "model", "recipe", "bitwidth", "quantizer", "experiment")
 CHOICES = [f"{g}={p.stem}" for g in GROUPS for p in sorted((CONFIGS / g).glob("*.yaml"))]
+EXPERIMENTS = sorted((CONFIGS / "experiment").glob("*.yaml"))
 PARTS = [
     f"quantizer/{side}={path.stem}"
     for side in ("weight", "act", "outer")
@@ -47,9 +51,7 @@ def test_what_a_custom_model_lacks_is_named_and_its_keywords_are_checked() -> No
     assert any("model.dept'" in line and "depth" in line for line in lines)
 
 
-@pytest.mark.parametrize(
-    "path", sorted((CONFIGS / "experiment").glob("*.yaml")), ids=lambda p: p.stem
-)
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
 def test_every_leaf_of_an_experiment_survives_composition(path: Path) -> None:
     text = OmegaConf.load(path)
     cfg = composed(f"experiment={path.stem}")
@@ -69,6 +71,63 @@ def _leaves(node: Any, path: str = "") -> list[tuple[str, Any]]:
     value = OmegaConf.to_container(node, resolve=False) if isinstance(node, ListConfig) else node
     text = getattr(value, "_value", lambda: value)()
     return [] if isinstance(text, str) and "${" in text else [(path, text)]
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
+def test_an_experiment_says_what_it_claims_how_it_is_run_and_what_that_costs(path: Path) -> None:
+    head = header(path)
+    assert head.keys() & {"Claim", "Purpose"}
+    assert {"Protocol", "Command", "Cost"} <= head.keys()
+    assert re.search(r"\b\d[\d,.]* (h|min|s)\b", head["Cost"])
+    runs = [math.prod(len(v) for v in options(c).values()) for c in commands(head["Command"])]
+    if sum(runs) > 1:
+        said = [int(n) for n in re.findall(r"\b(\d+) runs\b", head["Cost"])]
+        assert {runs[0], sum(runs)} & set(said)
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
+def test_the_commands_of_an_experiment_compose(path: Path) -> None:
+    head = header(path)
+    assert commands(head["Command"])
+    for command in commands("\n".join(head.values())):
+        swept = options(command)
+        assert f"experiment={path.stem}" in command
+        for values in itertools.zip_longest(*swept.values()):  # each value once, not every mix
+            words = [
+                f"{key}={own[0] if value is None else value}"
+                for (key, own), value in zip(swept.items(), values, strict=True)
+            ]
+            check(composed(*words), Train)
+
+
+def header(path: Path) -> dict[str, str]:
+    """The paragraphs of an experiment's first comment, by the word that each begins with."""
+    lines = itertools.takewhile(lambda line: line[0] == "#", path.read_text().splitlines()[1:])
+    text = "\n".join(line.removeprefix("#").removeprefix(" ") for line in lines)
+    found = re.split(r"^([A-Z][\w ]*):", text, flags=re.MULTILINE)
+    return dict(zip(found[1::2], found[2::2], strict=True))
+
+
+def commands(text: str) -> list[str]:
+    """What follows `qexp train`, up to the end of the line or a remark."""
+    return re.findall(r"qexp train (.+?)(?=\n|  | \(|$)", text)
+
+
+def options(command: str) -> dict[str, list[str]]:
+    """The values that each key of a command takes, with `-m` those of the experiment's sweep."""
+    words = command.split()
+    given = dict(word.split("=", 1) for word in words if word != "-m")
+    text = OmegaConf.load(CONFIGS / "experiment" / f"{given['experiment']}.yaml")
+    sweep = OmegaConf.select(text, "hydra.sweeper.params") if "-m" in words else None
+    return {key: str(value).split(",") for key, value in {**(sweep or {}), **given}.items()}
+
+
+def test_asq_lsq_is_the_pair_in_one_word() -> None:
+    word = OmegaConf.to_container(composed("quantizer=asq_lsq").quantizer)
+    pair = OmegaConf.to_container(composed("quantizer=asq", "quantizer/weight=lsq").quantizer)
+    assert isinstance(word, dict)
+    assert isinstance(pair, dict)
+    assert word == pair | {"name": "lsq+asq"}  # how a run of the pair is named, below
 
 
 def test_defaults_have_self_first_and_experiment_last() -> None:

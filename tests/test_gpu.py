@@ -22,8 +22,8 @@ pytestmark = [
     pytest.mark.timeout(1200),
 ]
 HERE = ("out=out", f"device={DEVICE}", "model.checkpoint=none")
-TRAINED = ("lsq", "lsqplus", "lsq_per_channel", "pact", "dorefa", "pot", "apot", "post", "asq",
-           "n2uq", "adq")  # fmt: skip
+TRAINED = ("lsq", "lsqplus", "lsq_per_channel", "pact", "dorefa", "pot", "apot", "post", "asq_lsq",
+           "asq", "n2uq", "adq")  # fmt: skip
 
 
 def words(base: tuple[str, ...]) -> list[str]:

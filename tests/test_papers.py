@@ -53,6 +53,10 @@ def test_a_number_nobody_could_confirm_says_so() -> None:
     assert all("memory" in p.notes for p in PAPERS if p.verified == "no")
 
 
+def test_what_was_read_in_the_source_does_not_leave_its_table_open() -> None:
+    assert not [_where(p) for p in PAPERS if p.verified == "yes" and " or " in p.table]
+
+
 def test_asq_has_no_absolute_number_because_none_is_known() -> None:
     assert not [p for p in PAPERS if p.method == "asq"]
 

@@ -322,6 +322,12 @@ def test_an_option_that_a_run_lacks_is_named_by_its_default_or_not_at_all() -> N
     assert "=-" not in " ".join(found)
 
 
+def test_a_mix_of_parts_and_its_config_in_one_word_are_one_row(tmp_path, capsys) -> None:
+    make_run(tmp_path, "pair", method="lsq+asq", quantizer={"name": "asq", "weight": {"init": 1}})
+    make_run(tmp_path, "word", method="lsq+asq", quantizer={"weight": {"init": 1}}, seed=1)
+    assert [(row["method"], row["n"]) for row in rows(capsys, tmp_path)] == [("lsq+asq", "2")]
+
+
 def test_variants_are_named_by_what_differs_from_most_and_parts_by_their_class() -> None:
     post = {"quantizer.weight._target_": "qexp.quant.power.POST", "quantizer.weight.levels": "full"}
     variants = [
