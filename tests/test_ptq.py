@@ -20,8 +20,9 @@ from qexp.quant.convert import Bits, quant_layers, quantize_
 from qexp.quant.fold import fold_bn_
 from qexp.quant.nearest import Nearest
 from qexp.quant.trace import trace
-from qexp.recipes import build
+from qexp.recipes import build, outcome
 from qexp.recipes import ptq as ptq_module
+from qexp.recipes import units as units_module
 from qexp.recipes.evaluate import evaluate_run
 from qexp.recipes.ptq import ptq
 from qexp.recipes.ptq_settings import Settings
@@ -94,6 +95,44 @@ def test_a_run_stopped_between_units_resumes_bit_for_bit(
     assert result["top1"] == json.loads((whole / "result.json").read_text())["top1"]
 
 
+def same(a: Any, b: Any) -> bool:
+    """Whether two checkpoints hold the same, but for the costs of their units."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        costs = {"wall_s", "peak_bytes"}
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a.keys() - costs)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize("method", ["nearest", "adaround", "qdrop"])
+def test_a_run_stopped_before_its_result_does_not_correct_twice(
+    tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (f"quantizer={method}", "bits=2", "quantizer.reconstruct.bias_correction=true")
+    whole, folder = quantized(tiny(tmp_path / "whole", *words))
+    stopped = tiny(tmp_path / "stopped", *words)
+
+    def stop(*given: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(outcome, "protocol", stop)
+        with pytest.raises(KeyboardInterrupt):
+            quantized(stopped)
+    saved = checkpoint.load(Path(stopped.folder) / "last.pt")
+    resumed, place = quantized(stopped, resume=True)
+    assert same(checkpoint.load(place / "last.pt"), saved)
+    assert same(saved, checkpoint.load(folder / "last.pt"))
+    assert len(whole["reconstruction"]["bias_shifts"]) == 8
+    for key in ("top1", "health", "protocol_hash"):
+        assert resumed[key] == whole[key]
+    for key in ("bias_shifts", "fold_error", "worse_than_start"):
+        assert resumed["reconstruction"][key] == whole["reconstruction"][key]
+
+
 def test_saved_float_network_rounds_to_the_learned_codes(tmp_path: Path) -> None:
     cfg = tiny(tmp_path, "quantizer=qdrop", "bits=2", "recipe.iterations=20")
     _, folder = quantized(cfg)
@@ -126,14 +165,14 @@ def test_a_second_pass_keeps_what_the_first_has_learned(tmp_path: Path, late: st
     rates = dict.fromkeys(("rounding", "scale", "border", "mixing"), 0.01)
     cfg = tiny(tmp_path, *words, *(f"recipe.lr.{k}={v}" for k, v in rates.items()))
     seen: list[dict[str, torch.Tensor]] = []
-    real = ptq_module.reconstruct_unit
+    real = units_module.reconstruct_unit
 
     def spy(model: torch.nn.Module, *args: Any, **more: Any) -> dict[str, Any]:
         seen.append({k: v.clone() for k, v in model.state_dict().items()})
         return real(model, *args, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ptq_module, "reconstruct_unit", spy)
+        patch.setattr(units_module, "reconstruct_unit", spy)
         quantized(cfg)
     first, second = seen[1], seen[5]  # after one unit; before the second pass
     own = ".scale" if late == "borders" else ".border"
