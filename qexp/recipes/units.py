@@ -1,15 +1,18 @@
-"""Unit by unit: the loop of post-training quantization (ptq.py), and what it says of each unit."""
+"""Unit by unit: the loop of post-training quantization (ptq.py), and what it says of each unit.
+
+`rise_bytes` is the most memory a unit took above what was in use when it began, recorded inputs
+and outputs included, on disk too while they are mapped (None: the system does not tell, as macOS).
+Results of earlier versions have `peak_bytes` instead: the most that the process ever had, in
+earlier units and jobs too.
+"""
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
 from torch import nn
 from tqdm import tqdm
@@ -21,6 +24,7 @@ from qexp.quant.plan import Method, Pass
 from qexp.quant.reconstruct import Data, reconstruct_unit
 from qexp.recipes import build
 from qexp.recipes.ptq_settings import Settings
+from qexp.runner.memory import Peak
 from qexp.runner.run import Run
 
 
@@ -72,6 +76,7 @@ class Work:
         if self.cfg.max_steps is not None:
             sweep = sweep._replace(iterations=min(sweep.iterations, self.cfg.max_steps))
         bar = tqdm(total=sweep.iterations, desc=unit.name, leave=False, disable=None)
+        peak = Peak(self.data.images.device)
         row = reconstruct_unit(
             model,
             self.reference,
@@ -87,7 +92,7 @@ class Work:
             tick=lambda iteration: bar.update(),
         )
         bar.close()
-        return row | {"peak_bytes": _peak_bytes(self.data.images.device)} if row else row
+        return row | {"rise_bytes": peak.rise()} if row else row
 
     def _calibrate_inputs(self, model: nn.Module) -> None:
         """Steps of activations again, now that the weights before them are the learned ones."""
@@ -111,23 +116,17 @@ def _report(run: Run, row: Mapping[str, Any], number: int, jobs: int, left: floa
     )
 
 
-def _peak_bytes(device: torch.device) -> int:
-    """Most memory this process ever had, on the device or (CPU) resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts kilobytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def summary(
     rows: Sequence[Mapping[str, Any]], fold_error: float, shifts: Mapping[str, float]
 ) -> dict[str, Any]:
     """What reconstruction cost and reached, for result.json."""
     units = [{k: v for k, v in row.items() if k != "trace"} for row in rows if row]
+    # Units of a run that an earlier version began have none.
+    rises = [row["rise_bytes"] for row in units if row.get("rise_bytes") is not None]
     return {
         "units": units,
         "wall_s": sum(row["wall_s"] for row in units),
-        "peak_bytes": max((row["peak_bytes"] for row in units), default=0),
+        "rise_bytes": max(rises, default=None),
         "worse_than_start": [row["unit"] for row in units if row["error"] > row["error_before"]],
         "fold_error": fold_error,
         "bias_shifts": dict(shifts),
