@@ -360,6 +360,22 @@ def test_each_units_memory_is_its_own(tmp_path: Path) -> None:
     assert result["reconstruction"]["rise_bytes"] == max(u["rise_bytes"] for u in units.values())
 
 
+def test_arrays_go_to_disk_before_they_take_the_free_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = []
+    for free in (None, 10**12, 100_000):
+        monkeypatch.setattr(units_module, "free_bytes", lambda device, free=free: free)
+        result, folder = quantized(tiny(tmp_path / str(free), "quantizer=qdrop"))
+        rows = result["reconstruction"]["units"]
+        kept = max(row["cache_bytes"] - row["spilled_bytes"] for row in rows)
+        found.append((kept, checkpoint.load(folder / "last.pt")["model"]))
+        assert ("GB on disk" in capsys.readouterr().out) == (free == 100_000)
+    assert found[0][0] == found[1][0] > 50_000
+    assert 0 < found[2][0] <= 50_000  # half of what is free
+    assert same(found[0][1], found[2][1])
+
+
 def test_a_method_without_units_has_no_peak_of_them(tmp_path: Path) -> None:
     assert quantized(tiny(tmp_path, "quantizer=nearest"))[0]["reconstruction"]["rise_bytes"] is None
 

@@ -24,8 +24,11 @@ from qexp.quant.plan import Method, Pass
 from qexp.quant.reconstruct import Data, reconstruct_unit
 from qexp.recipes import build
 from qexp.recipes.ptq_settings import Settings
-from qexp.runner.memory import Peak
+from qexp.runner.memory import Peak, free_bytes
 from qexp.runner.run import Run
+
+# Of the free memory, what the recorded inputs and outputs of a unit may take: learning needs some.
+SHARE = 0.5
 
 
 def units_of(method: Method, reference: nn.Module, network: build.Network) -> list[Unit]:
@@ -54,7 +57,7 @@ class Work:
             self.sweeps[sweep].iterations * sum(macs[n] for n in self.units[k].layers)
             for sweep, k in jobs
         ]
-        store = Store(self.data.images.device, self.s.cache_gb * 1e9, run.dir)
+        store = Store(self.data.images.device, self._cache_bytes(), run.dir)
         began = time.perf_counter()
         for number, (sweep, k) in enumerate(jobs):
             if number < skip:
@@ -77,6 +80,7 @@ class Work:
             sweep = sweep._replace(iterations=min(sweep.iterations, self.cfg.max_steps))
         bar = tqdm(total=sweep.iterations, desc=unit.name, leave=False, disable=None)
         peak = Peak(self.data.images.device)
+        store.limit = self._cache_bytes()
         row = reconstruct_unit(
             model,
             self.reference,
@@ -94,6 +98,12 @@ class Work:
         bar.close()
         return row | {"rise_bytes": peak.rise()} if row else row
 
+    def _cache_bytes(self) -> float:
+        """Bytes of recorded inputs and outputs that may stay on the device now."""
+        free = free_bytes(self.data.images.device)
+        limit = self.s.cache_gb * 1e9
+        return limit if free is None else min(limit, SHARE * free)
+
     def _calibrate_inputs(self, model: nn.Module) -> None:
         """Steps of activations again, now that the weights before them are the learned ones."""
         for layer in quant_layers(model).values():
@@ -109,10 +119,12 @@ def _report(run: Run, row: Mapping[str, Any], number: int, jobs: int, left: floa
     for key in ("error", "error_before", "wall_s"):
         run.scalar(f"unit/{key}", row[key], number)
     rounded = "" if row["converged"] is None else f" | decided {100 * row['converged']:.1f} %"
+    spilled = row["spilled_bytes"]
+    on_disk = f" | {spilled / 1e9:.1f} GB on disk" if spilled else ""
     run.info(
         f"unit {number + 1:02d}/{jobs} {row['unit']} ({row['pass']}) | error "
         f"{row['error_before']:.4f} -> {row['error']:.4f}{rounded} | "
-        f"{row['wall_s']:.0f} s | eta {round(left) // 60}:{round(left) % 60:02d}"
+        f"{row['wall_s']:.0f} s{on_disk} | eta {round(left) // 60}:{round(left) % 60:02d}"
     )
 
 
