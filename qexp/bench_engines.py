@@ -9,11 +9,8 @@ onnx_int8   `format=onnx_int8` in onnxruntime, on the CPU
 from __future__ import annotations
 
 import copy
-import ctypes
-import gc
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +22,8 @@ from qexp.errors import ConfigError
 from qexp.export.command import require
 from qexp.export.network import restore
 from qexp.export.packed import Packed, pack_network, to_bytes
-from qexp.runner.device import synchronize, tf32
+from qexp.runner.device import tf32
+from qexp.runner.memory import Peak
 
 FLOAT, AGAIN, FLOAT_ONNX = "float", "float again", "float_onnx"
 FLOAT_TF32, FLOAT_BF16 = "float_tf32", "float_bf16"
@@ -185,31 +183,7 @@ ENGINES: dict[str, Callable[[Packed, Place, Tensor], Loaded]] = {
 @torch.no_grad()
 def _weighed(load: Callable[[], Run], x: Tensor) -> tuple[Run, int | None]:
     """`(engine, memory that loading it and one pass added at their highest)`."""
-    gc.collect()
-    if x.is_cuda:
-        synchronize(x.device)
-        torch.cuda.reset_peak_memory_stats(x.device)
-        allocated = torch.cuda.memory_allocated(x.device)
-        run = load()
-        run(x)
-        return run, torch.cuda.max_memory_allocated(x.device) - allocated
-    before = _restart_mark()
+    peak = Peak(x.device)
     run = load()
     run(x)
-    return run, None if before is None else _memory("VmHWM") - before
-
-
-def _restart_mark() -> int | None:
-    """Resident bytes now, from which on the high-water mark counts; None if not Linux, glibc."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # hand freed memory back, so that all of it is seen again
-        Path("/proc/self/clear_refs").write_text("5")
-        return _memory("VmRSS")
-    except (OSError, AttributeError, KeyError):
-        return None
-
-
-def _memory(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    found = dict(line.split(":", 1) for line in lines if ":" in line)
-    return int(found[name].split()[0]) * 1024  # kB
+    return run, peak.rise()

@@ -7,12 +7,10 @@ alike. The order is another each turn, so that none always follows the same neig
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -25,6 +23,7 @@ from qexp.quant.trace import Layer
 from qexp.recipes.compilation import compiled
 from qexp.recipes.saving import kept_bytes, save_less_
 from qexp.runner.device import synchronize
+from qexp.runner.memory import Peak
 
 LEARNING_RATE = 1e-4  # small: the images are noise, and no step may diverge
 
@@ -126,28 +125,7 @@ def _timed(contender: Contender, device: torch.device) -> None:
 
 
 def peak_bytes(contender: Contender, device: torch.device) -> int | None:
-    """What a step needs above what is allocated before it; None where it cannot be read.
-
-    On a GPU from torch's allocator; on Linux from the high-water mark of resident memory.
-    """
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        contender.step()
-        return torch.cuda.max_memory_allocated(device) - before
-    gc.collect()
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # hand freed memory back, so that all of it is seen again
-        Path("/proc/self/clear_refs").write_text("5")  # the mark starts anew
-        before = _status("VmRSS")
-        contender.step()
-        return _status("VmHWM") - before
-    except (OSError, AttributeError, KeyError):  # not Linux, or not glibc
-        contender.step()
-        return None
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    return int(fields[name].split()[0]) * 1024  # kB
+    """What a step needs above what is allocated before it; None where it cannot be read."""
+    peak = Peak(device)
+    contender.step()
+    return peak.rise()

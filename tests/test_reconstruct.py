@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import errno
 import math
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -151,6 +153,54 @@ def test_a_cache_on_disk_changes_nothing_and_leaves_no_file(tmp_path: Path) -> N
     assert results[0][1]["spilled_bytes"] == 0
     assert results[1][1]["spilled_bytes"] > 0
     assert not list(tmp_path.iterdir())
+
+
+def test_an_array_on_disk_has_its_blocks_before_it_is_mapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    real = torch.from_file
+
+    def spy(path: str, **more: Any) -> Tensor:
+        taken.append(512 * Path(path).stat().st_blocks)
+        return real(path, **more)
+
+    monkeypatch.setattr(torch, "from_file", spy)
+    array = Store(torch.device("cpu"), 0, tmp_path).array((100, 1000))
+    assert taken[0] >= array.nbytes == 400_000  # a sparse file has none
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("code", [None, errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_without_room_for_an_array_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int | None
+) -> None:
+    def full(*given: int) -> None:
+        raise OSError(code, "full")
+
+    size = 2**50  # more than any disk has
+    if code is not None:
+        monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+        size = 1000
+    line = r"no space left for [\d.]+ GB of a unit's inputs and outputs. Free some"
+    with pytest.raises(RunError, match=line):
+        Store(torch.device("cpu"), 0, tmp_path).array((size,))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("code", [None, errno.EOPNOTSUPP])
+def test_an_array_goes_to_a_disk_that_cannot_reserve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int | None
+) -> None:
+    def refuse(*given: int) -> None:
+        raise OSError(code, "not supported")
+
+    if code is None:
+        monkeypatch.delattr(os, "posix_fallocate")
+    else:
+        monkeypatch.setattr(os, "posix_fallocate", refuse)
+    array = Store(torch.device("cpu"), 0, tmp_path).array((1000,))
+    assert float(array.fill_(2).sum()) == 2000
 
 
 def test_a_unit_with_nothing_to_learn_is_left_alone() -> None:

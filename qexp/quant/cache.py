@@ -6,10 +6,15 @@ exist only while they are open, so reconstruction of a large network needs disk,
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from qexp.errors import RunError
 
 
 class Store:
@@ -27,20 +32,51 @@ class Store:
         self.spilled = 0
 
     def array(self, shape: tuple[int, ...]) -> Tensor:
-        """An uninitialised float32 array."""
+        """An uninitialised float32 array.
+
+        Raises:
+            RunError: the disk has no room for it.
+        """
         size = 4 * int(torch.Size(shape).numel())
         if self.folder is None or self.used + size <= self.limit:
             self.used += size
             return torch.empty(shape, device=self.device)
         path = self.folder / f"cache-{self.spilled}.bin"
         self.spilled += size
-        flat = torch.from_file(str(path), shared=True, size=size // 4, dtype=torch.float32)
-        path.unlink()  # the mapping keeps the blocks until it is closed
+        try:
+            _reserve(path, size)
+            flat = torch.from_file(str(path), shared=True, size=size // 4, dtype=torch.float32)
+        finally:
+            path.unlink(missing_ok=True)  # the mapping keeps the blocks until it is closed
         return flat.view(shape)
 
     def clear(self) -> None:
         """Count from zero again; the caller has dropped its arrays."""
         self.used = self.spilled = 0
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Make a file that has all its blocks: a write to a mapping cannot say that the disk is full.
+
+    It would end the process with SIGBUS, without a word.
+    """
+    room = shutil.disk_usage(path.parent).free >= size
+    reserve = getattr(os, "posix_fallocate", None)  # macOS has none
+    with path.open("wb") as file:
+        try:
+            if room and size and reserve:
+                reserve(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                room = False
+            elif error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # the file system cannot
+                raise
+    if not room:
+        raise RunError(
+            f"run: {path.parent}: no space left for {size / 1e9:.1f} GB of a unit's inputs and "
+            "outputs. Free some, or set out=... or a larger recipe.cache_gb, then start or resume "
+            "the run."
+        )
 
 
 class _StopForward(Exception):  # noqa: N818 - not an error

@@ -8,30 +8,24 @@ how long, to this recipe. A method without reconstruction ends after calibration
 
 A run can stop anywhere and continue bit for bit: `last.pt` is written after every unit, and each
 unit draws from its own seed. The finished `last.pt` also holds `float`, the folded float network
-with every weight moved to where round-to-nearest gives its learned code: the start of QAT.
+with every weight moved to where round-to-nearest gives its learned code: the start of QAT. It is
+the mark that all is learned and corrected: a run that has it goes straight to the result.
 """
 
 from __future__ import annotations
 
 import copy
-import resource
-import sys
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from qexp import plot_ptq
 from qexp.errors import ConfigError, RunError
 from qexp.quant.adaround import AdaRound
 from qexp.quant.bias import correct_bias_
-from qexp.quant.blocks import Unit, find_units
-from qexp.quant.cache import Store
 from qexp.quant.convert import (
     Bits,
     calibrate_,
@@ -41,13 +35,14 @@ from qexp.quant.convert import (
     quantizers,
 )
 from qexp.quant.fold import fold_bn_
-from qexp.quant.plan import Method, Pass, passes
-from qexp.quant.reconstruct import Data, reconstruct_unit
+from qexp.quant.plan import passes
+from qexp.quant.reconstruct import Data
 from qexp.recipes import build, outcome, settings
 from qexp.recipes.compilation import choose, compile_for
 from qexp.recipes.evaluate import evaluate
 from qexp.recipes.ptq_settings import Settings
 from qexp.recipes.start import float_start
+from qexp.recipes.units import Work, summary, units_of
 from qexp.recipes.watch import unlearned
 from qexp.runner import checkpoint
 from qexp.runner.device import pick_device, seed_everything
@@ -66,6 +61,7 @@ def ptq(cfg: DictConfig, run: Run) -> dict[str, Any]:
     seed_everything(cfg.seed)
     last = run.dir / "last.pt"
     saved = checkpoint.load(last) if run.resumed and last.exists() else None
+    over = saved is not None and "float" in saved  # learned and corrected; the result is missing
 
     # The start: data, a float network, its batch norms folded.
     dataset = build.make_dataset(cfg, device)
@@ -120,19 +116,21 @@ def ptq(cfg: DictConfig, run: Run) -> dict[str, Any]:
         # Units change, so only kernels are worth compiling.
         mode = choose(cfg.compile, network.layers, 3 * s.iterations * s.minibatch, device)
         compile_for("kernels" if mode == "model" else mode, model, [], 0, device, run)
-        work = _Work(cfg, s, method, reference, data, sweeps, _units(method, reference, network))
+    if sweeps and not over:
+        work = Work(cfg, s, method, reference, data, sweeps, units_of(method, reference, network))
         for row in work.rows(run, network, len(done)):
             done.append(row)
             save()
-    shifts = {}
-    if method.bias_correction:
+    shifts: dict[str, float] = saved.get("bias_shifts", {}) if saved is not None else {}
+    if method.bias_correction and not over:
         shifts = correct_bias_(model, reference, data.images[: s.act_images])
 
     # The outcome.
     if s.plots:
         plot_ptq.draw([row for row in done if row], run.dir, cfg.quantizer.name)
     test = evaluate(model, dataset.eval_batches("test"))
-    save(float=float_state(model), top1=test.top1)
+    if not over:
+        save(float=float_state(model), top1=test.top1, bias_shifts=shifts)
     protocol = outcome.protocol(cfg, asdict(s), dataset, start.record(), run.segments)
     run.info(f"top-1 {test.top1:.2f}" + (f", float {start.top1:.2f}" if start.top1 else ""))
     return outcome.result(
@@ -147,7 +145,7 @@ def ptq(cfg: DictConfig, run: Run) -> dict[str, Any]:
         best_selected_on="none",
         epochs=0,
         images_per_s=test.images_per_s,
-        reconstruction={"method": asdict(method), **_summary(done, fold_error, shifts)},
+        reconstruction={"method": asdict(method), **summary(done, fold_error, shifts)},
     )
 
 
@@ -167,115 +165,6 @@ def _fold(model: nn.Module, images: Tensor, run: Run) -> float:
     for fold in kept:
         run.warn(f"batch norm '{fold.norm}' is not folded: {fold.note}")
     return error
-
-
-def _units(method: Method, reference: nn.Module, network: build.Network) -> list[Unit]:
-    assert method.granularity != "none"
-    return find_units(reference, [layer.name for layer in network.layers], method.granularity)
-
-
-@dataclass
-class _Work:
-    """All units of all passes, with what each of them needs."""
-
-    cfg: DictConfig
-    s: Settings
-    method: Method
-    reference: nn.Module
-    data: Data
-    sweeps: Sequence[Pass]
-    units: Sequence[Unit]
-
-    def rows(self, run: Run, network: build.Network, skip: int) -> Any:
-        """Reconstruct from unit number `skip` on; yields what happened in each."""
-        macs = {layer.name: layer.macs for layer in network.layers}
-        jobs = [(sweep, k) for sweep in range(len(self.sweeps)) for k in range(len(self.units))]
-        effort = [
-            self.sweeps[sweep].iterations * sum(macs[n] for n in self.units[k].layers)
-            for sweep, k in jobs
-        ]
-        store = Store(self.data.images.device, self.s.cache_gb * 1e9, run.dir)
-        began = time.perf_counter()
-        for number, (sweep, k) in enumerate(jobs):
-            if number < skip:
-                continue
-            if k == 0 and sweep == 1 and not self.method.quantized_inputs:
-                self._calibrate_inputs(network.model)
-            row = self._one(network.model, self.sweeps[sweep], k, number, store)
-            yield row
-            spent = time.perf_counter() - began
-            ahead = sum(effort[number + 1 :]) / max(1, sum(effort[skip : number + 1]))
-            _report(run, row, number, len(jobs), spent * ahead)
-        if len(self.sweeps) == 1 and not self.method.quantized_inputs:
-            self._calibrate_inputs(network.model)
-
-    def _one(
-        self, model: nn.Module, sweep: Pass, k: int, number: int, store: Store
-    ) -> dict[str, Any]:
-        unit = self.units[k]
-        if self.cfg.max_steps is not None:
-            sweep = sweep._replace(iterations=min(sweep.iterations, self.cfg.max_steps))
-        bar = tqdm(total=sweep.iterations, desc=unit.name, leave=False, disable=None)
-        row = reconstruct_unit(
-            model,
-            self.reference,
-            unit,
-            self.data,
-            sweep,
-            self.method,
-            self.s,
-            store,
-            later=[name for u in self.units[k + 1 :] for name in u.layers],
-            seed=1_000_003 * self.cfg.seed + 2 * number,
-            batch_size=self.s.batch_size,
-            tick=lambda iteration: bar.update(),
-        )
-        bar.close()
-        return row | {"peak_bytes": _peak_bytes(self.data.images.device)} if row else row
-
-    def _calibrate_inputs(self, model: nn.Module) -> None:
-        """Steps of activations again, now that the weights before them are the learned ones."""
-        for layer in quant_layers(model).values():
-            layer.act_quantizer.calibrated.fill_(False)
-        calibrate_(model, self.data.images[: self.s.act_images], fresh_only=True)
-
-
-def _report(run: Run, row: Mapping[str, Any], number: int, jobs: int, left: float) -> None:
-    """One event and one line a unit."""
-    if not row:
-        return
-    run.event("unit", number=number, **row)
-    for key in ("error", "error_before", "wall_s"):
-        run.scalar(f"unit/{key}", row[key], number)
-    rounded = "" if row["converged"] is None else f" | decided {100 * row['converged']:.1f} %"
-    run.info(
-        f"unit {number + 1:02d}/{jobs} {row['unit']} ({row['pass']}) | error "
-        f"{row['error_before']:.4f} -> {row['error']:.4f}{rounded} | "
-        f"{row['wall_s']:.0f} s | eta {round(left) // 60}:{round(left) % 60:02d}"
-    )
-
-
-def _peak_bytes(device: torch.device) -> int:
-    """Most memory this process ever had, on the device or (CPU) resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts kilobytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _summary(
-    rows: Sequence[Mapping[str, Any]], fold_error: float, shifts: Mapping[str, float]
-) -> dict[str, Any]:
-    """What reconstruction cost and reached, for result.json."""
-    units = [{k: v for k, v in row.items() if k != "trace"} for row in rows if row]
-    return {
-        "units": units,
-        "wall_s": sum(row["wall_s"] for row in units),
-        "peak_bytes": max((row["peak_bytes"] for row in units), default=0),
-        "worse_than_start": [row["unit"] for row in units if row["error"] > row["error_before"]],
-        "fold_error": fold_error,
-        "bias_shifts": dict(shifts),
-    }
 
 
 @torch.no_grad()

@@ -1,0 +1,145 @@
+"""Unit by unit: the loop of post-training quantization (ptq.py), and what it says of each unit.
+
+`rise_bytes` is the most memory a unit took above what was in use when it began, recorded inputs
+and outputs included, on disk too while they are mapped (None: the system does not tell, as macOS).
+Results of earlier versions have `peak_bytes` instead: the most that the process ever had, in
+earlier units and jobs too.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig
+from torch import nn
+from tqdm import tqdm
+
+from qexp.quant.blocks import Unit, find_units
+from qexp.quant.cache import Store
+from qexp.quant.convert import calibrate_, quant_layers
+from qexp.quant.plan import Method, Pass
+from qexp.quant.reconstruct import Data, reconstruct_unit
+from qexp.recipes import build
+from qexp.recipes.ptq_settings import Settings
+from qexp.runner.memory import Peak, free_bytes
+from qexp.runner.run import Run
+
+# Of the free memory, what the recorded inputs and outputs of a unit may take: learning needs some.
+SHARE = 0.5
+
+
+def units_of(method: Method, reference: nn.Module, network: build.Network) -> list[Unit]:
+    """The parts that `method` learns one by one, in execution order."""
+    assert method.granularity != "none"
+    return find_units(reference, [layer.name for layer in network.layers], method.granularity)
+
+
+@dataclass
+class Work:
+    """All units of all passes, with what each of them needs."""
+
+    cfg: DictConfig
+    s: Settings
+    method: Method
+    reference: nn.Module
+    data: Data
+    sweeps: Sequence[Pass]
+    units: Sequence[Unit]
+
+    def rows(self, run: Run, network: build.Network, skip: int) -> Iterator[dict[str, Any]]:
+        """Reconstruct from unit number `skip` on; yields what happened in each."""
+        macs = {layer.name: layer.macs for layer in network.layers}
+        jobs = [(sweep, k) for sweep in range(len(self.sweeps)) for k in range(len(self.units))]
+        effort = [
+            self.sweeps[sweep].iterations * sum(macs[n] for n in self.units[k].layers)
+            for sweep, k in jobs
+        ]
+        store = Store(self.data.images.device, self._cache_bytes(), run.dir)
+        began = time.perf_counter()
+        for number, (sweep, k) in enumerate(jobs):
+            if number < skip:
+                continue
+            if k == 0 and sweep == 1 and not self.method.quantized_inputs:
+                self._calibrate_inputs(network.model)
+            row = self._one(network.model, self.sweeps[sweep], k, number, store)
+            yield row
+            spent = time.perf_counter() - began
+            ahead = sum(effort[number + 1 :]) / max(1, sum(effort[skip : number + 1]))
+            _report(run, row, number, len(jobs), spent * ahead)
+        if len(self.sweeps) == 1 and not self.method.quantized_inputs:
+            self._calibrate_inputs(network.model)
+
+    def _one(
+        self, model: nn.Module, sweep: Pass, k: int, number: int, store: Store
+    ) -> dict[str, Any]:
+        unit = self.units[k]
+        if self.cfg.max_steps is not None:
+            sweep = sweep._replace(iterations=min(sweep.iterations, self.cfg.max_steps))
+        bar = tqdm(total=sweep.iterations, desc=unit.name, leave=False, disable=None)
+        peak = Peak(self.data.images.device)
+        store.limit = self._cache_bytes()
+        row = reconstruct_unit(
+            model,
+            self.reference,
+            unit,
+            self.data,
+            sweep,
+            self.method,
+            self.s,
+            store,
+            later=[name for u in self.units[k + 1 :] for name in u.layers],
+            seed=1_000_003 * self.cfg.seed + 2 * number,
+            batch_size=self.s.batch_size,
+            tick=lambda iteration: bar.update(),
+        )
+        bar.close()
+        return row | {"rise_bytes": peak.rise()} if row else row
+
+    def _cache_bytes(self) -> float:
+        """Bytes of recorded inputs and outputs that may stay on the device now."""
+        free = free_bytes(self.data.images.device)
+        limit = self.s.cache_gb * 1e9
+        return limit if free is None else min(limit, SHARE * free)
+
+    def _calibrate_inputs(self, model: nn.Module) -> None:
+        """Steps of activations again, now that the weights before them are the learned ones."""
+        for layer in quant_layers(model).values():
+            layer.act_quantizer.calibrated.fill_(False)
+        calibrate_(model, self.data.images[: self.s.act_images], fresh_only=True)
+
+
+def _report(run: Run, row: Mapping[str, Any], number: int, jobs: int, left: float) -> None:
+    """One event and one line a unit."""
+    if not row:
+        return
+    run.event("unit", number=number, **row)
+    for key in ("error", "error_before", "wall_s"):
+        run.scalar(f"unit/{key}", row[key], number)
+    rounded = "" if row["converged"] is None else f" | decided {100 * row['converged']:.1f} %"
+    spilled = row["spilled_bytes"]
+    on_disk = f" | {spilled / 1e9:.1f} GB on disk" if spilled else ""
+    run.info(
+        f"unit {number + 1:02d}/{jobs} {row['unit']} ({row['pass']}) | error "
+        f"{row['error_before']:.4f} -> {row['error']:.4f}{rounded} | "
+        f"{row['wall_s']:.0f} s{on_disk} | eta {round(left) // 60}:{round(left) % 60:02d}"
+    )
+
+
+def summary(
+    rows: Sequence[Mapping[str, Any]], fold_error: float, shifts: Mapping[str, float]
+) -> dict[str, Any]:
+    """What reconstruction cost and reached, for result.json."""
+    units = [{k: v for k, v in row.items() if k != "trace"} for row in rows if row]
+    # Units of a run that an earlier version began have none.
+    rises = [row["rise_bytes"] for row in units if row.get("rise_bytes") is not None]
+    return {
+        "units": units,
+        "wall_s": sum(row["wall_s"] for row in units),
+        "rise_bytes": max(rises, default=None),
+        "worse_than_start": [row["unit"] for row in units if row["error"] > row["error_before"]],
+        "fold_error": fold_error,
+        "bias_shifts": dict(shifts),
+    }
