@@ -139,7 +139,7 @@ def note(mode: str) -> str:
     if mode not in ("off", "kernels"):
         return f"peers: none beside compile={mode}, they run eagerly; compile=off,kernels has them"
     missing = [package for package in PACKAGES if not _here(package)]
-    advice = f"; not installed: {', '.join(missing)} (the extra 'peers')" if missing else ""
+    advice = f"; without {', '.join(missing)}: pip install 'qexp[peers]'" if missing else ""
     return f"peers: run eagerly{advice}"
 
 
