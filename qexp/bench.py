@@ -26,17 +26,16 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from qexp import bench_table, messages
+from qexp import bench_peers, bench_table, messages
 from qexp.bench_floor import measure_machine
 from qexp.bench_output import write_folder
-from qexp.bench_peers import peers
 from qexp.bench_settings import DTYPES, Settings
 from qexp.bench_step import AGAIN, EAGER, FLOAT, Contender, Group, make_step, take_turns
 from qexp.config import configs_dir
 from qexp.errors import ConfigError
 from qexp.models.build import build_model
-from qexp.quant.convert import calibrate_, quant_layers, quantize_
-from qexp.quant.trace import trace
+from qexp.quant.convert import Bits, calibrate_, quant_layers
+from qexp.quant.trace import Layer, trace
 from qexp.recipes import build
 from qexp.runner.device import (
     compiler_available,
@@ -130,12 +129,21 @@ def _group(s: Settings, model: str, dtype: torch.dtype, mode: str, device: torch
         network = build.make_network(cfg, copy.deepcopy(net), (3, size, size))
         calibrate_(network.model, images)
         found.append(contender(name, network.model, mode))
-    if s.peers and mode == "off":
-        cfg = composed(s.quantizers[0], model, s.bits, s.overrides)
-        widths = build.make_network(cfg, copy.deepcopy(net), (3, size, size)).bits
-        for name, factories in peers().items():
+    if s.peers:
+        print(bench_peers.note(mode))
+    if s.peers and mode != "model":
+        for name in bench_peers.peers():
             network = copy.deepcopy(net)
-            quantize_(network, layers, widths, **factories)
+            bench_peers.quantize_as_(name, network, layers, _widths(s, model, layers))
             calibrate_(network, images)
             found.append(contender(name, network, "off"))
     return Group(layers, found)
+
+
+def _widths(s: Settings, model: str, layers: Sequence[Layer]) -> dict[str, Bits]:
+    """The peers' widths: uniform at `bits`, or as `overrides` say, whatever the methods have."""
+    chosen = any(word.startswith("bitwidth=") for word in s.overrides)
+    words = [] if chosen else ["bitwidth=uniform"]
+    cfg = composed("lsq", model, s.bits, [*words, *s.overrides])
+    with build.policy_errors(cfg):
+        return dict(build.make_policy(cfg).assign(layers))

@@ -7,13 +7,14 @@
     torchao   its LearnableFakeQuantize, where the package is installed
     brevitas  its IntQuant under a learned scale, where the package is installed
 
-Each does the quantizing inside our layers, on the operands that ours quantizes, from LSQ's start
-(torchao from its own observer).
+Each does the quantizing inside our layers, at the bench's widths, from LSQ's start (torchao from
+its own observer). They run eagerly, so they have their turn beside `compile=off` and
+`compile=kernels`, where the float network is eager too, and none beside `compile=model`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any
@@ -21,9 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qexp.errors import ConfigError
+from qexp.quant.convert import Bits, quantize_
 from qexp.quant.functional import round_ste, scale_grad
 from qexp.quant.lsq import grad_scale, lsq_scale
 from qexp.quant.quantizer import Quantizer
+from qexp.quant.trace import Layer
+
+PACKAGES = ("torchao", "brevitas")  # of the extra `peers`
 
 
 class Peer(Quantizer):
@@ -117,11 +123,40 @@ class Torchao(Peer):
 def peers() -> dict[str, dict[str, Any]]:
     """Quantizer factories by name, as keywords of `quantize_`, of every peer that is here."""
     found = {"aten": _factories(Peer, _aten), "composed": _factories(Peer, _composed)}
-    if find_spec("torchao") is not None:
+    if _here("torchao"):
         found["torchao"] = _factories(Torchao, _aten)
-    if find_spec("brevitas") is not None:
+    if _here("brevitas"):
         found["brevitas"] = _factories(Peer, _brevitas)
     return found
+
+
+def _here(package: str) -> bool:
+    return find_spec(package) is not None
+
+
+def note(mode: str) -> str:
+    """The line about the peers beside `compile=mode`."""
+    if mode not in ("off", "kernels"):
+        return f"peers: none beside compile={mode}, they run eagerly; compile=off,kernels has them"
+    missing = [package for package in PACKAGES if not _here(package)]
+    advice = f"; without {', '.join(missing)}: pip install 'qexp[peers]'" if missing else ""
+    return f"peers: run eagerly{advice}"
+
+
+def quantize_as_(
+    name: str, model: nn.Module, layers: Sequence[Layer], widths: Mapping[str, Bits]
+) -> None:
+    """Quantize `model` in place with the peer `name`.
+
+    Raises:
+        ConfigError: nothing is quantized at these widths: it would be timed as a float network.
+    """
+    quantize_(model, layers, widths, **peers()[name])
+    if not any(isinstance(module, Peer) for module in model.modules()):
+        raise ConfigError(
+            f"config: peers=true, but at these widths '{name}' quantizes nothing. "
+            "Use bits from 1 to 16, or peers=false."
+        )
 
 
 def _factories(cls: type[Peer], fake_quantize: Callable[..., Tensor]) -> dict[str, Any]:

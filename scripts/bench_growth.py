@@ -3,8 +3,9 @@
     python scripts/bench_growth.py results/bench_growth [--compile kernels] [--threads 1]
 
 One thing grows at a time from a ResNet-8 of width 1, 32 images of 32x32, 4 bits. Networks take
-turns, float among them; a point is the median CPU time of a step (GPU: wall). Printed is the
-slope in a log-log plot: 1 is linear growth. Writes growth.csv and growth.png.
+turns, float among them; a point is the median CPU time of a step (GPU: wall). Printed are the
+slopes of time and of memory in a log-log plot: 1 is linear growth. Against bits, which are the
+logarithm of the levels, 1 is logarithmic growth in the levels. Writes growth.csv and growth.png.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ GROWS: dict[str, tuple[float, ...]] = {
     "bits": (2, 4, 6, 8),
 }
 NAMES = {"cpu_ms": "CPU", "wall_ms": "wall"}
-QUANTIZERS = ("lsq", "asq", "post", "adq", "n2uq")
+QUANTIZERS = ("lsq", "asq", "post", "apot", "adq", "n2uq")
+WARMUP = 2
+GRAPHS = 64  # compiled kernels of all sizes and quantizers; dynamo's own limit is 8
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -83,7 +86,8 @@ def point(what: str, value: float, given: argparse.Namespace) -> list[dict[str, 
         Contender(name, net, make_step(net, given.compile, images, labels, torch.float32))
         for name, net in networks.items()
     ]
-    take_turns(contenders, given.repeats, 1, device)
+    with torch._dynamo.config.patch(recompile_limit=GRAPHS):
+        take_turns(contenders, given.repeats, WARMUP, device)
     return [
         {
             "grows": what,
@@ -112,15 +116,19 @@ def config(quantizer: str, bits: int) -> DictConfig:
 
 
 def slopes(what: str, rows: Sequence[dict[str, Any]]) -> str:
-    """The growth of each network between its first and last point, as an exponent."""
-    parts = []
-    for name in dict.fromkeys(r["quantizer"] for r in rows):
-        mine = [r for r in rows if r["quantizer"] == name]
-        first, last = mine[0], mine[-1]
-        key = time_key(rows)
-        times = math.log(last[key] / first[key]) / math.log(last["value"] / first["value"])
-        parts.append(f"{name} {times:.2f}")
-    return f"{what:6s} exponent of the step's {NAMES[time_key(rows)]} time: " + ", ".join(parts)
+    """The growth of each network between its first and last point, as exponents."""
+    lines, names = [], list(dict.fromkeys(r["quantizer"] for r in rows))
+    for key, name in ((time_key(rows), NAMES[time_key(rows)] + " time"), ("kept_bytes", "memory")):
+        parts = [f"{q} {exponent(rows, q, key):.2f}" for q in names]
+        lines.append(f"{what:6s} exponent of the step's {name}: " + ", ".join(parts))
+    return "\n".join(lines)
+
+
+def exponent(rows: Sequence[dict[str, Any]], quantizer: str, key: str) -> float:
+    """b of `key` ~ value**b from the first point to the last."""
+    mine = [r for r in rows if r["quantizer"] == quantizer]
+    first, last = mine[0], mine[-1]
+    return math.log(last[key] / first[key]) / math.log(last["value"] / first["value"])
 
 
 def time_key(rows: Sequence[dict[str, Any]]) -> str:

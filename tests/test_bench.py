@@ -6,16 +6,22 @@ import csv
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import Qexp
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
 from torch import nn
 
-from qexp import bench_step
+from qexp import bench, bench_step
 from qexp.bench_floor import Machine, measure_machine, operands, work
+from qexp.bench_peers import Peer
+from qexp.bench_settings import Settings
 from qexp.bench_step import Contender, make_step, take_turns
 from qexp.bench_words import translate
+from qexp.config import configs_dir
 from qexp.models.resnet import ResNet
 from qexp.quant.convert import Bits, quantize_
 from qexp.quant.lsq import LSQ
@@ -37,6 +43,11 @@ FIELDS = (
     "quantizer", "model", "batch", "dtype", "compile", "device", "step_ms", "float_step_ms",
     "ratio", "saved_bytes_ratio", "peak_bytes", "images_per_s", "repeats",
 )  # fmt: skip
+
+
+def compose_bench(*words: str) -> DictConfig:
+    with initialize_config_dir(str(configs_dir()), version_base="1.3"):
+        return compose("bench_train", [*words, "out=bench"])
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +75,57 @@ def test_bench_writes_a_row_for_every_quantizer_and_the_control(qexp: Qexp) -> N
         assert [r["quantizer"] for r in csv.DictReader(file)] == [r["quantizer"] for r in rows]
     assert Path("bench/bench.png").stat().st_size > 0
     assert json.loads(Path("bench/env.json").read_text())["threads"] == 1
+
+
+def test_peers_are_quantized_whatever_the_first_quantizer_is(qexp: Qexp) -> None:
+    words = ("quantizer=fp32,lsq", "bitwidth.weight=3", "compile=off", "peers=true")
+    done = qexp("bench", "train", *words, *TINY)
+    assert done.code == 0, done.err
+    rows = {r["quantizer"]: r for r in json.loads(Path("bench/bench.json").read_text())}
+    assert rows["fp32"]["saved_bytes_ratio"] == rows["fp32"]["floor_ratio"] == 1
+    for peer in ("aten", "composed"):
+        assert rows[peer]["saved_bytes_ratio"] > 1.05
+        assert rows[peer]["floor_ratio"] == pytest.approx(rows["lsq"]["floor_ratio"])
+
+
+def test_peers_have_the_benchs_widths_and_first_and_last_layer() -> None:
+    settings = Settings.of(compose_bench("quantizers=[fp32]", "bits=3"))
+    layers = trace(ResNet(depth=8, num_classes=4, width=0.25), (3, 8, 8))
+    widths = bench._widths(settings, "resnet8", layers)
+    names = [layer.name for layer in layers]
+    assert [widths[n] for n in names] == [(8, 8), *[(3, 3)] * (len(names) - 2), (8, 8)]
+    more = "overrides=['bitwidth.weight=2','bitwidth.first_last=fp32']"
+    settings = Settings.of(compose_bench("quantizers=[fp32]", "bits=3", more))
+    widths = bench._widths(settings, "resnet8", layers)
+    assert [widths[n] for n in names] == [(32, 32), *[(2, 3)] * (len(names) - 2), (32, 32)]
+
+
+def test_peers_that_would_quantize_nothing_are_refused(qexp: Qexp) -> None:
+    words = ("bits=32", "bitwidth.first_last=fp32", "quantizer=fp32", "peers=true", "compile=off")
+    done = qexp("bench", "train", *words, *TINY)
+    assert done.code == 2
+    assert done.err.startswith("config: peers=true, but at these widths 'aten' quantizes nothing.")
+    assert len(done.err.splitlines()) == 1
+    assert not Path("bench").exists()
+
+
+def test_peers_run_eagerly_beside_compiled_kernels_and_not_beside_compiled_networks(
+    qexp: Qexp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[tuple[bool, str]] = []
+
+    def make(model: nn.Module, mode: str, *_: Any) -> Any:
+        timed.append((any(isinstance(m, Peer) for m in model.modules()), mode))
+        return lambda: sum(p.sum() for p in model.parameters()).backward()  # type: ignore[union-attr]
+
+    monkeypatch.setattr("qexp.bench.make_step", make)
+    done = qexp("bench", "train", "compile=kernels,model", "peers=true", *TINY)
+    assert done.code == 0, done.err
+    assert {mode for peer, mode in timed if peer} == {"off"}
+    rows = json.loads(Path("bench/bench.json").read_text())
+    assert {r["compile"] for r in rows if r["quantizer"] == "composed"} == {"kernels"}
+    assert "peers: run eagerly" in done.out
+    assert "peers: none beside compile=model" in done.out
 
 
 def test_bench_of_a_sequence_of_dtypes_and_parts(qexp: Qexp) -> None:
