@@ -23,6 +23,10 @@ from omegaconf import DictConfig, OmegaConf
 
 STATUS = "status.json"
 RESULT = "result.json"
+EARLIER = "result.before.json"  # of a done run that is trained on, until it is done again
+RESUMED = (
+    ".hydra/resumed.yaml"  # overrides that `qexp resume` commands gave; a later one keeps them
+)
 
 # Keys that say where and how a run is computed, not what: the same numbers come out.
 NOT_IDENTITY = (
