@@ -52,6 +52,15 @@ def test_runs_that_ask_for_one_folder_at_once_each_get_their_own(tmp_path: Path)
     assert tmp_path / "run" in got
 
 
+def test_the_current_folder_may_be_claimed_and_another_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert claim(Path("."), {}) == tmp_path / "here"
+    assert claim(Path("."), {}) == tmp_path / "here-2"
+
+
 def test_a_finished_run_leaves_every_file_of_the_design(tmp_path: Path, cfg: DictConfig) -> None:
     with open_run(tmp_path / "run", cfg) as run:
         run.event("epoch", epoch=1, loss=float("nan"))

@@ -58,6 +58,8 @@ def claim(folder: Path, status: dict[str, Any]) -> Path:
 
     Two processes that ask for the same name at the same moment get two folders.
     """
+    if folder.name in ("", ".."):  # `folder=.`
+        folder = folder.resolve()
     attempt, number = folder, 1
     while True:
         attempt.mkdir(parents=True, exist_ok=True)
