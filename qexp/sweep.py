@@ -28,6 +28,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from qexp.errors import one_line
+from qexp.runner.atomic import append_line
 from qexp.runner.folder import find_done, identity, read_json
 
 JOBS = "jobs.jsonl"
@@ -89,9 +90,7 @@ def _done(cfg: DictConfig) -> dict[str, Any] | None:
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:
-    # One write of one line in append mode: jobs of a parallel launcher do not mix theirs.
-    with open(path, "a") as file:
-        file.write(json.dumps(line, default=str) + "\n")
+    append_line(path, json.dumps(line, default=str))
 
 
 def _say_failed(text: str) -> None:

@@ -155,6 +155,20 @@ def test_resume_continues_in_the_folder_and_adds_the_time(tmp_path: Path, cfg: D
     assert events == ["start", "resume"]
 
 
+def test_the_first_event_after_a_kill_is_a_line_of_its_own(tmp_path: Path, cfg: DictConfig) -> None:
+    with open_run(tmp_path / "run", cfg) as run:
+        run.event("epoch", epoch=1)
+        run.finish({})
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-5])
+    with open_run(tmp_path / "run", cfg, resume=True) as run:
+        run.event("epoch", epoch=2)
+        run.finish({})
+    events = [json.loads(line) for line in path.read_text().splitlines()[2:]]
+    assert [e["event"] for e in events] == ["resume", "epoch"]
+    assert events[1]["epoch"] == 2
+
+
 def test_a_running_run_cannot_be_resumed(tmp_path: Path, cfg: DictConfig) -> None:
     with open_run(tmp_path / "run", cfg) as run:
         with (

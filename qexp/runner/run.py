@@ -29,7 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from qexp.errors import RunError, one_line
 from qexp.runner import distributed
-from qexp.runner.atomic import finite, write_bytes, write_json
+from qexp.runner.atomic import finite, torn, write_bytes, write_json
 from qexp.runner.environment import describe
 from qexp.runner.folder import EARLIER, RESULT, STATUS, claim, identity, owner, read_json
 from qexp.runner.guards import global_state, os_errors, sigterm
@@ -61,6 +61,8 @@ class Run:
         self.label: str | None = status.get("label")
         self._earlier_s = float(status.get("wall_s", 0.0))
         self._metrics: IO[str] = open(folder / "metrics.jsonl", "a")  # noqa: SIM115
+        if torn(folder / "metrics.jsonl"):  # by a kill: the next event is a line of its own
+            self._metrics.write("\n")
         self._log: IO[str] = open(folder / "train.log", "a")  # noqa: SIM115
         self._writer: SummaryWriter | None = None
         self._environment: dict[str, Any] = describe(cfg.get("seed"), cfg.get("threads"))
