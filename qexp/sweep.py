@@ -60,6 +60,20 @@ def folder_for(*, dry: bool) -> Iterator[list[str]]:
         yield [f"hydra.sweep.dir={folder}"]
 
 
+@contextmanager
+def place_errors() -> Iterator[None]:
+    """Turn what the disk may refuse where the sweep's own folder is made into one line."""
+    try:
+        yield
+    except OSError:
+        if _folder is None:
+            raise
+        from qexp.runner.guards import os_errors
+
+        with os_errors(_folder):
+            raise
+
+
 def run_job(task: Callable[[DictConfig], dict[str, Any]], cfg: DictConfig) -> None:
     """Run one job; its end goes to jobs.jsonl, its error to stderr."""
     line: dict[str, Any] = {"overrides": list(HydraConfig.get().overrides.task)}

@@ -250,6 +250,18 @@ def test_bad_data_or_place_is_one_line_and_exit_1(
         assert "Traceback" in (status.parent / "train.log").read_text()
 
 
+@pytest.mark.parametrize("place", ["out=/proc/nope", "out=afile", "hydra.sweep.dir=afile"])
+def test_a_sweep_where_nothing_can_be_written_is_one_line(
+    qexp: Qexp, tmp_path: Path, place: str
+) -> None:
+    (tmp_path / "afile").touch()
+    said = qexp(*SMOKE, "-m", "seed=0,1", place)
+    assert matches(said.err, "run: *. Set out=*"), said.err
+    assert "Errno" not in said.err
+    assert said.code == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["afile"]
+
+
 def _settled(more: tuple[str, ...]) -> list[str]:
     """SMOKE with `more`, which may choose another data set than the synthetic one."""
     if not any(word.startswith("dataset=") for word in more):

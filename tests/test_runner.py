@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -250,6 +251,34 @@ def test_a_small_disk_fills_up_in_one_line(tmp_path: Path, cfg: DictConfig) -> N
         assert checkpoint.load(disk / "run" / "last.pt")["a"].numel() == 4  # the earlier one
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_that_fills_up_under_tensorboard_is_one_line(
+    tmp_path: Path, cfg: DictConfig, capfd: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[object] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading, "excepthook", seen.append)
+        with pytest.raises(RunError, match="larger than is allowed"):
+            _write_too_much(tmp_path / "run", cfg)
+        patch.undo()
+    assert not seen
+    assert capfd.readouterr().err == ""
+
+
+def _write_too_much(folder: Path, cfg: DictConfig) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write then raises EFBIG
+    try:
+        with open_run(folder, cfg) as run:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20000, limits[1]))
+            for step in range(10**6):
+                run.scalar("loss", 0.0, step)
+                if step % 1000 == 999:
+                    run._tensorboard().flush()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
 
 
 def test_no_permission_is_one_line(
