@@ -209,7 +209,8 @@ def _launch(
         sys.argv = ["qexp", *argv, *extra]
         sweep.forget()
         try:
-            task(job)()
+            with sweep.place_errors():
+                task(job)()
         finally:
             sys.argv = before
             failures = sweep.summary()

@@ -28,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qexp.errors import ConfigError, did_you_mean
 from qexp.gpu_slots import gpu_of_job, jobs_at_once
+from qexp.ranges import unusable
 from qexp.signature import Signature, against, missing_keys
 
 PACKAGE = Path(__file__).parent
@@ -136,7 +137,7 @@ def check(cfg: DictConfig, schema: type | None = None) -> None:
         plain: Any = OmegaConf.to_container(cfg, resolve=True)
         if schema is not None:
             problems += against(plain, Signature.of_dataclass(schema), "")
-        problems += _ranges(plain)
+        problems += [*_ranges(plain), *unusable(plain)]
         wrong = {line.split()[1] for line in problems}  # `bits` of "config: bits must be ..."
         for path, node in _targets(plain):
             problems += [

@@ -34,7 +34,6 @@ class Job:
         self.name = name
         self.resume = resume
         self.__name__ = name  # hydra.main wraps it like a function
-        self.started = False  # the config was accepted
         self._error: BaseException | None = None
 
     def __call__(self, cfg: DictConfig) -> None:
@@ -46,7 +45,6 @@ class Job:
             task(cfg)
         except Exception as error:
             self._error = error
-        self.started = not isinstance(self._error, ConfigError)
 
     def raise_error(self) -> None:
         """Raise what the single run raised, if it did."""

@@ -32,9 +32,8 @@ def explain(error: Exception, source: Source) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return _choice(error, source.folder)
     text = str(error)
-    match = re.match(r"Could not override '([^']+)'", text)
-    if match:
-        return _key(match[1], source)
+    if key := _refused(error):
+        return _keys(key, source)
     if isinstance(error, OverrideParseException):
         key, equals, value = str(error.override).partition("=")
         hint = f"Quote the value: \"{key}='{value}'\"" if equals and value else "Write key=value."
@@ -58,16 +57,25 @@ def _choice(error: MissingConfigException, config_path: Path) -> str:
     )
 
 
-def _key(key: str, source: Source) -> str:
-    """The line about an unknown key, with the keys of the deepest node that does exist."""
-    others = [o for o in source.overrides if o.partition("=")[0].lstrip("+~") != key]
-    node = cfg = _composed(source._replace(overrides=others))
+def _refused(error: Exception) -> str | None:
+    """The key that Hydra could not set, if that is the error."""
+    match = re.match(r"Could not override '([^']+)'", str(error))
+    return match[1] if match else None
+
+
+def _keys(key: str, source: Source) -> str:
+    """A line about each unknown key, with the keys of the deepest node that does exist."""
+    cfg, unknown = _composed(key, source)
+    return "\n".join(_key(cfg, unknown_, source.name) for unknown_ in unknown)
+
+
+def _key(cfg: DictConfig, key: str, config_name: str) -> str:
+    node, depth = cfg, 0
     path = key.replace("/", ".").partition("@")[0].split(".")
-    depth = 0
     while depth < len(path) - 1 and isinstance(node.get(path[depth]), DictConfig):
         node, depth = node[path[depth]], depth + 1
     known = [str(k) for k in node if not str(k).startswith("_") and k != "hydra"]
-    return unknown_key(".".join(path[: depth + 1]), known, _owner(cfg, path[:depth], source.name))
+    return unknown_key(".".join(path[: depth + 1]), known, _owner(cfg, path[:depth], config_name))
 
 
 def _owner(cfg: DictConfig, path: Sequence[str], config_name: str) -> str:
@@ -77,18 +85,33 @@ def _owner(cfg: DictConfig, path: Sequence[str], config_name: str) -> str:
     return str(choices.get("/".join(path)) or path[-1])
 
 
-def _composed(source: Source) -> DictConfig:
-    """The config without the key that stopped it; without any override if others are wrong too."""
+def _composed(key: str, source: Source) -> tuple[DictConfig, list[str]]:
+    """The config without `key` and what else is unknown, and all that was left out.
+
+    Where another error is left, no override is kept.
+    """
     from hydra import compose, initialize_config_dir
 
     GlobalHydra.instance().clear()
     path = [f"hydra.searchpath=[file://{Path(source.extra).resolve()}]"] if source.extra else []
+    kept, unknown = _without(source.overrides, key), [key]
     with initialize_config_dir(str(source.folder), version_base="1.3"):
-        for kept in (source.overrides, []):
+        while True:
             try:
                 cfg = compose(source.name, [*kept, *path], return_hydra_config=True)
-            except COMPOSITION:
+            except COMPOSITION as error:
+                another = _refused(error)
+                fewer = _without(kept, another) if another else kept
+                if not kept:
+                    break
+                if another and len(fewer) < len(kept):
+                    unknown.append(another)
+                kept = fewer if len(fewer) < len(kept) else []
                 continue
             OmegaConf.set_struct(cfg, False)
-            return cfg
+            return cfg, unknown
     raise ConfigError(f"config: '{source.name}' in {source.folder} cannot be composed.")
+
+
+def _without(overrides: Sequence[str], key: str) -> list[str]:
+    return [o for o in overrides if o.partition("=")[0].lstrip("+~") != key]

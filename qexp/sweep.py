@@ -28,6 +28,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from qexp.errors import one_line
+from qexp.runner.atomic import append_line
 from qexp.runner.folder import find_done, identity, read_json
 
 JOBS = "jobs.jsonl"
@@ -57,6 +58,20 @@ def folder_for(*, dry: bool) -> Iterator[list[str]]:
         return
     with tempfile.TemporaryDirectory(prefix="qexp-dry-run-") as folder:
         yield [f"hydra.sweep.dir={folder}"]
+
+
+@contextmanager
+def place_errors() -> Iterator[None]:
+    """Turn what the disk may refuse where the sweep's own folder is made into one line."""
+    try:
+        yield
+    except OSError:
+        if _folder is None:
+            raise
+        from qexp.runner.guards import os_errors
+
+        with os_errors(_folder):
+            raise
 
 
 def run_job(task: Callable[[DictConfig], dict[str, Any]], cfg: DictConfig) -> None:
@@ -89,9 +104,7 @@ def _done(cfg: DictConfig) -> dict[str, Any] | None:
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:
-    # One write of one line in append mode: jobs of a parallel launcher do not mix theirs.
-    with open(path, "a") as file:
-        file.write(json.dumps(line, default=str) + "\n")
+    append_line(path, json.dumps(line, default=str))
 
 
 def _say_failed(text: str) -> None:

@@ -14,16 +14,14 @@ from omegaconf import OmegaConf
 
 from qexp.errors import ConfigError, RunError
 from qexp.job import Job
-from qexp.runner.atomic import write_bytes
-from qexp.runner.folder import STATUS, find_runs, read_status
+from qexp.runner.folder import RESUMED, STATUS, find_runs, read_status
+from qexp.runner.resuming import RESUME
 from qexp.sweep import columns, read_jobs
 
-# Overrides that earlier `qexp resume` commands gave; a later one keeps them.
-RESUMED = Path(".hydra", "resumed.yaml")
 QUIET = (
     "hydra.run.dir=.",
     "hydra.output_subdir=null",
-    "hydra.job.name=resume",
+    f"hydra.job.name={RESUME}",
     "hydra/job_logging=none",
     "hydra/hydra_logging=none",
 )
@@ -97,16 +95,8 @@ def _resume_run(folder: Path, overrides: Sequence[str]) -> int:
     every = [*map(str, earlier), *overrides]
     place = "folder='" + str(folder).replace("'", "\\'") + "'"
     arguments = [*QUIET, *every, place, "dry_run=false"]
-    job = Job("train", resume=True)
-    code = 1
-    try:
-        code = hydra_main(job, (folder / ".hydra").resolve(), "config", arguments)
-    finally:
-        if (
-            overrides and job.started and status
-        ):  # a refused override must not refuse the next resume
-            write_bytes(folder / RESUMED, OmegaConf.to_yaml(every).encode())
-    return code
+    # An override that is refused must not refuse the next resume: `take` notes what is accepted.
+    return hydra_main(Job("train", resume=True), (folder / ".hydra").resolve(), "config", arguments)
 
 
 def _resume_sweep(folder: Path, overrides: Sequence[str]) -> int:

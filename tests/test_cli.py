@@ -14,7 +14,7 @@ import standin
 import torch
 from conftest import Qexp
 
-from qexp import __version__
+from qexp import __version__, sweep
 from qexp.runner.folder import find_runs, owner, read_json, read_status
 
 
@@ -266,6 +266,14 @@ def test_a_sweep_knows_a_job_that_was_killed(tiny: Qexp, qexp: Qexp) -> None:
     path.write_text("\n".join([*lines[:3], lines[3][:20]]))  # killed: its last line is cut short
     assert qexp("resume", str(sweep), "recipe.then=done").code == 0
     assert len(runs("done")) == 2
+
+
+def test_a_line_after_one_that_was_cut_short_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "jobs.jsonl"
+    path.write_text('{"overrides": ["bits=2"], "sta')
+    sweep._append(path, {"overrides": ["bits=3"], "status": "done"})
+    sweep._append(path, {"overrides": ["bits=4"], "status": "done"})
+    assert [job["overrides"] for job in sweep.read_jobs(tmp_path)] == [["bits=3"], ["bits=4"]]
 
 
 def test_a_sweep_folder_resumes_its_unfinished_runs(tiny: Qexp, qexp: Qexp) -> None:

@@ -85,6 +85,14 @@ COMMANDS = {
     "train seed=one": "config: seed must be an integer, got 'one' (str).",
     "train max_steps=0": "config: max_steps must be at least 1, or null for no limit; got 0.",
     "train threads=0": "config: threads must be at least 1, or null for all cores; got 0.",
+    "train threads=100000": "config: threads must be at most *, got 100000: this machine has *",
+    "train out=": "config: out is empty. Set out=outputs",
+    "train out= folder=": "config: out is empty. Set out=outputs",
+    "train folder=": "config: folder is empty. Leave it out, or set folder=outputs/NAME",
+    "train quantizer.weight=null": "config: quantizer.weight is null. Use quantizer/weight=none.",
+    "train quantizer.act=null": "config: quantizer.act is null. Use quantizer/act=none.",
+    "train model.checkpoint=5": "config: model.checkpoint must be a file, *, got 5 (int).",
+    "train model.checkpoint=": "config: model.checkpoint is empty. Set model.checkpoint=FILE, *",
     "train compile=yes": "config: compile must be one of off, kernels, model, auto, got *",
     "train device=gpu": "config: device 'gpu' is none of auto, cpu, cuda, cuda:N, mps.",
     "train device=cuda:99": "config: device=cuda:99, but *",
@@ -126,6 +134,15 @@ def test_a_wrong_command_or_config_is_one_line_and_exit_2(
     assert not list(tmp_path.iterdir())
 
 
+def test_two_wrong_keys_are_told_by_the_chosen_config_not_by_the_default(qexp: Qexp) -> None:
+    said = qexp("train", "recipe=ptq", "recipe.epochs=2", "recipe.calibration_image=3", "bits=2")
+    first, second = said.err.splitlines()
+    assert matches(first, "config: no key 'recipe.epochs' (ptq has: *).*")
+    assert matches(second, "config: no key 'recipe.calibration_image' (ptq has: *).*")
+    assert "calibration_images" not in said.err
+    assert said.code == 2
+
+
 def test_several_mistakes_are_told_at_once(qexp: Qexp) -> None:
     said = qexp("train", "bits=four", "recipe.lr=x", "seed=-1", "+model.dept=3")
     assert said.code == 2
@@ -134,7 +151,7 @@ def test_several_mistakes_are_told_at_once(qexp: Qexp) -> None:
     )
 
 
-# Checkpoints and data: the run has begun, exit 1
+# Data and places: exit 1
 
 
 def image(path: Path) -> None:
@@ -187,33 +204,6 @@ def too_large_subset(tmp_path: Path) -> tuple[str, ...]:
     return ("dataset.subset=100000",)
 
 
-def no_checkpoint(tmp_path: Path) -> tuple[str, ...]:
-    return (*START, "model.checkpoint=float.pt")
-
-
-def truncated_checkpoint(tmp_path: Path) -> tuple[str, ...]:
-    torch.save({"a": torch.zeros(1000)}, tmp_path / "float.pt")
-    whole = (tmp_path / "float.pt").read_bytes()
-    (tmp_path / "float.pt").write_bytes(whole[: len(whole) // 2])
-    return (*START, "model.checkpoint=float.pt")
-
-
-def other_model(tmp_path: Path) -> tuple[str, ...]:
-    torch.save(torch.nn.Linear(3, 3).state_dict(), tmp_path / "float.pt")
-    return (*START, "model.checkpoint=float.pt")
-
-
-def other_classes(tmp_path: Path) -> tuple[str, ...]:
-    from qexp.models.resnet import ResNet
-
-    torch.save(ResNet(num_classes=10, in_channels=3, depth=8).state_dict(), tmp_path / "float.pt")
-    return (*START, "model.checkpoint=float.pt", "dataset.classes=7")
-
-
-def unknown_weights(tmp_path: Path) -> tuple[str, ...]:
-    return (*START, "model=resnet18", "model.checkpoint=IMAGENET1K_V9", "dataset.image_size=32")
-
-
 def nan_loss(tmp_path: Path) -> tuple[str, ...]:
     return ("recipe.lr=1e30",)
 
@@ -238,12 +228,6 @@ RUNS = {
     wrong_class_count: "data: 1 classes under 'images', dataset.classes=3. *",
     unreadable_image: "data: images/train/*.png cannot be read as an image (*). Replace or *",
     too_large_subset: "data: *subset*100*",
-    no_checkpoint: "checkpoint: float.pt not found.*",
-    truncated_checkpoint: "checkpoint: float.pt is truncated or not a PyTorch state dict (*). *",
-    other_model: "checkpoint: float.pt does not fit the model: *missing*unexpected*Set model=*",
-    other_classes: "checkpoint: float.pt does not fit the model: checkpoint has 10 classes, "
-    "dataset has 7. *",
-    unknown_weights: "checkpoint: torchvision has no weights 'IMAGENET1K_V9' of resnet18 (*",
     nan_loss: "run: loss is * at epoch 1, step *; no checkpoint yet. Lower recipe.lr or set *",
     file_in_the_way: "run: outputs*: a * file*. Set out=..., then start or resume the run.",
     folder_of_another: "run: locked/outputs: no permission to write. Set out=... to a folder of *",
@@ -251,7 +235,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("prepare", RUNS, ids=lambda prepare: prepare.__name__)
-def test_bad_data_checkpoint_or_place_is_one_line_and_exit_1(
+def test_bad_data_or_place_is_one_line_and_exit_1(
     qexp: Qexp, tmp_path: Path, prepare: object
 ) -> None:
     if prepare is folder_of_another and os.geteuid() == 0:
@@ -266,11 +250,112 @@ def test_bad_data_checkpoint_or_place_is_one_line_and_exit_1(
         assert "Traceback" in (status.parent / "train.log").read_text()
 
 
+@pytest.mark.parametrize("place", ["out=/proc/nope", "out=afile", "hydra.sweep.dir=afile"])
+def test_a_sweep_where_nothing_can_be_written_is_one_line(
+    qexp: Qexp, tmp_path: Path, place: str
+) -> None:
+    (tmp_path / "afile").touch()
+    said = qexp(*SMOKE, "-m", "seed=0,1", place)
+    assert matches(said.err, "run: *. Set out=*"), said.err
+    assert "Errno" not in said.err
+    assert said.code == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["afile"]
+
+
 def _settled(more: tuple[str, ...]) -> list[str]:
     """SMOKE with `more`, which may choose another data set than the synthetic one."""
     if not any(word.startswith("dataset=") for word in more):
         return [*SMOKE, *more]
     return [*(word for word in SMOKE if not word.startswith("dataset")), *more]
+
+
+def no_checkpoint(tmp_path: Path) -> tuple[str, ...]:
+    return (*START, "model.checkpoint=float.pt")
+
+
+def truncated_checkpoint(tmp_path: Path) -> tuple[str, ...]:
+    torch.save({"a": torch.zeros(1000)}, tmp_path / "float.pt")
+    whole = (tmp_path / "float.pt").read_bytes()
+    (tmp_path / "float.pt").write_bytes(whole[: len(whole) // 2])
+    return (*START, "model.checkpoint=float.pt")
+
+
+def other_model(tmp_path: Path) -> tuple[str, ...]:
+    torch.save(torch.nn.Linear(3, 3).state_dict(), tmp_path / "float.pt")
+    return (*START, "model.checkpoint=float.pt")
+
+
+def other_classes(tmp_path: Path) -> tuple[str, ...]:
+    from qexp.models.resnet import ResNet
+
+    torch.save(ResNet(num_classes=10, in_channels=3, depth=8).state_dict(), tmp_path / "float.pt")
+    return (*START, "model.checkpoint=float.pt", "dataset.classes=7")
+
+
+def not_finite(tmp_path: Path) -> tuple[str, ...]:
+    from qexp.models.resnet import ResNet
+
+    state = ResNet(num_classes=10, in_channels=3, depth=8).state_dict()
+    state["conv1.weight"][0] = float("nan")
+    torch.save(state, tmp_path / "float.pt")
+    return (*START, "model.checkpoint=float.pt")
+
+
+def folder_without_checkpoint(tmp_path: Path) -> tuple[str, ...]:
+    (tmp_path / "float.pt").mkdir()
+    return (*START, "model.checkpoint=float.pt")
+
+
+def empty_file(tmp_path: Path) -> tuple[str, ...]:
+    (tmp_path / "float.pt").touch()
+    return (*START, "model.checkpoint=float.pt")
+
+
+def weights_of_another(tmp_path: Path) -> tuple[str, ...]:
+    return (*START, "model.checkpoint=IMAGENET1K_V1")
+
+
+def weights_of_other_classes(tmp_path: Path) -> tuple[str, ...]:
+    return (*START, "model=resnet18", "model.checkpoint=IMAGENET1K_V1", "dataset.image_size=32")
+
+
+def teacher(tmp_path: Path) -> tuple[str, ...]:
+    torch.save(torch.nn.Linear(3, 3).state_dict(), tmp_path / "float.pt")
+    return ("recipe.distill.teacher=float.pt", "recipe.distill.weight=0.5")
+
+
+def unknown_weights(tmp_path: Path) -> tuple[str, ...]:
+    return (*START, "model=resnet18", "model.checkpoint=IMAGENET1K_V9", "dataset.image_size=32")
+
+
+CHECKPOINTS = {
+    no_checkpoint: "checkpoint: float.pt not found.*",
+    truncated_checkpoint: "checkpoint: float.pt is truncated or not a PyTorch state dict (*). *",
+    other_model: "checkpoint: float.pt does not fit the model: *missing*unexpected*Set model=*",
+    other_classes: "checkpoint: float.pt does not fit the model: checkpoint has 10 classes, "
+    "dataset has 7. *",
+    not_finite: "checkpoint: float.pt holds NaN or infinite values (conv1.weight). Give one *",
+    folder_without_checkpoint: "checkpoint: float.pt is a folder. Give a file in it, such as *",
+    empty_file: "checkpoint: float.pt is truncated or not a PyTorch state dict (*). *",
+    weights_of_another: "checkpoint: ResNet has no torchvision weights 'IMAGENET1K_V1'. Set *",
+    weights_of_other_classes: "checkpoint: IMAGENET1K_V1 has 1000 classes, dataset has 10. *",
+    teacher: "config: recipe.distill.teacher: float.pt does not fit the model: *",
+    unknown_weights: "checkpoint: torchvision has no weights 'IMAGENET1K_V9' of resnet18 (*",
+}
+
+
+@pytest.mark.parametrize("dry", [False, True], ids=["run", "dry"])
+@pytest.mark.parametrize("prepare", CHECKPOINTS, ids=lambda prepare: prepare.__name__)
+def test_a_checkpoint_that_cannot_be_loaded_is_one_line_and_nothing_is_written(
+    qexp: Qexp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepare: object, dry: bool
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "float.pt"))  # no weights are here
+    more = prepare(tmp_path)  # type: ignore[operator]
+    before = sorted(tmp_path.rglob("*"))
+    said = qexp(*SMOKE, *more, f"dry_run={dry}")
+    assert matches(said.err, CHECKPOINTS[prepare]), said.err  # type: ignore[index]
+    assert said.code == 2
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_eval_of_what_is_no_run_and_of_a_truncated_checkpoint(qexp: Qexp, tmp_path: Path) -> None:

@@ -91,3 +91,54 @@ def test_processes_that_the_images_do_not_suffice_for(
     precheck(tiny(tmp_path, "recipe.batch_size=12"))
     with pytest.raises(DataError, match="48 training images do not fill one batch of 16 for each"):
         precheck(tiny(tmp_path, "recipe.batch_size=16"))
+
+
+class NoParameters(torch.nn.Module):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1)
+
+
+class Raises(torch.nn.Module):
+    def __init__(self, num_classes: int, kind: str = "TypeError") -> None:
+        super().__init__()
+        self.fc, self.kind = torch.nn.Linear(3, num_classes), kind
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise {"TypeError": TypeError, "ValueError": ValueError, "KeyError": KeyError}[self.kind](
+            "two\nlines"
+        )
+
+
+def no_module(num_classes: int) -> dict[str, int]:
+    return {"classes": num_classes}
+
+
+def not_built(num_classes: int) -> None:
+    raise KeyError("width")
+
+
+CUSTOM = {
+    "no_module": "config: model._target_=test_precheck.no_module returns a dict, no nn.Module.",
+    "not_built": "config: model 'own' cannot be built: KeyError: 'width'.",
+    "NoParameters": "config: model 'own' has no parameters: there is nothing to train or quantize.",
+    "Raises": "config: model=own cannot take images of 3x8x8: TypeError: two lines.",
+    "Raises +model.kind=ValueError": "of 3x8x8: ValueError: two lines.",
+    "Raises +model.kind=KeyError": "of 3x8x8: KeyError: ",
+}
+
+
+@pytest.mark.parametrize("words", CUSTOM)
+def test_what_is_wrong_with_a_network_of_ones_own_is_one_line(
+    qexp: Qexp, tmp_path: Path, words: str
+) -> None:
+    name, *more = words.split()
+    own = ("model=custom", f"model._target_=test_precheck.{name}", "+model.name=own", *more)
+    words_ = [w for w in TINY if not w.startswith("model")]
+    said = qexp("train", *words_, *own, "model.checkpoint=none")
+    assert CUSTOM[words] in said.err
+    assert len(said.err.splitlines()) == 1, said.err
+    assert said.code == 2
+    assert not list(tmp_path.iterdir())

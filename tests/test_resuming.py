@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from compose import stopped_in_epoch, tiny
+from compose import TINY, stopped_in_epoch, tiny
+from conftest import Qexp
 from omegaconf import DictConfig
 
 from qexp.errors import ConfigError
@@ -166,3 +169,62 @@ def test_a_killed_run_knows_the_time_up_to_its_last_checkpoint(
     monkeypatch.setattr(outcome, "log_epoch", look)
     train(tiny(tmp_path, *START[:1], "recipe.epochs=2"))
     assert seen == [0.0, 100.0]
+
+
+KILLED = """
+import os, sys
+from qexp.cli import main
+from qexp.recipes import outcome
+logged, last = outcome.log_epoch, int(sys.argv[1])
+def log_epoch(*given, **more):
+    if given[2]["epoch"] == last:
+        os.kill(os.getpid(), 9)
+    return logged(*given, **more)
+outcome.log_epoch = log_epoch
+main(sys.argv[2:])
+"""
+
+
+def killed_in_epoch(epoch: int, *argv: str) -> None:
+    """`qexp` with these words, killed before the checkpoint of this epoch (kill -9)."""
+    command = [sys.executable, "-c", KILLED, str(epoch), *argv]
+    assert subprocess.run(command, capture_output=True).returncode == -9
+
+
+def test_values_given_to_a_resume_outlive_its_kill_and_so_does_the_earlier_result(
+    qexp: Qexp, tmp_path: Path
+) -> None:
+    assert qexp("train", *TINY, *START, "recipe.lr=0.01", "folder=run").code == 0
+    first, run = read_json(tmp_path / "run" / "result.json"), tmp_path / "run"
+    killed_in_epoch(3, "resume", "run", "recipe.epochs=3", "recipe.lr=0.002")
+    assert not (run / "result.json").exists()
+    assert read_json(run / "result.before.json") == first
+    row = qexp("ls", ".").out.splitlines()[1].split()
+    assert row[1:4] == ["dead", "-", "2"]  # state, top-1 of the earlier result, epoch
+
+    killed_in_epoch(3, "resume", "run")
+    assert qexp("resume", "run").code == 0
+    resumed = read_json(run / "result.json")
+    assert resumed["epochs"] == 3
+    change = {"recipe.epochs": 3, "recipe.lr": 0.002}
+    assert [s["to"] for s in resumed["protocol"]["segments"]] == [change]
+    assert not (run / "result.before.json").exists()
+
+
+def test_a_kill_between_a_segment_and_its_config_notes_it_once(tmp_path: Path) -> None:
+    train(tiny(tmp_path, *START))
+    folder = tmp_path / "run"
+    longer = tiny(tmp_path, *START[:1], "recipe.epochs=2")
+    noted = next_segments(folder, longer, read_json(folder / "status.json"))
+    assert len(noted) == 1
+    assert next_segments(folder, longer, {"segments": noted}) == noted
+
+
+def test_a_refused_resume_forgets_its_values(qexp: Qexp, tmp_path: Path) -> None:
+    assert qexp("train", *TINY, *START, "folder=run").code == 0
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*.[jy]*") if p.is_file()}
+    said = qexp("resume", "run", "recipe.lr=0.002")  # as long as before: nothing left to train
+    assert "nothing left to train" in said.err
+    now = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*.[jy]*") if p.is_file()}
+    before.pop(tmp_path / "run" / "metrics.jsonl"), now.pop(tmp_path / "run" / "metrics.jsonl")
+    assert now == before

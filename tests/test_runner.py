@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -50,6 +51,15 @@ def test_runs_that_ask_for_one_folder_at_once_each_get_their_own(tmp_path: Path)
         thread.join()
     assert len(set(got)) == 8
     assert tmp_path / "run" in got
+
+
+def test_the_current_folder_may_be_claimed_and_another_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert claim(Path("."), {}) == tmp_path / "here"
+    assert claim(Path("."), {}) == tmp_path / "here-2"
 
 
 def test_a_finished_run_leaves_every_file_of_the_design(tmp_path: Path, cfg: DictConfig) -> None:
@@ -146,6 +156,20 @@ def test_resume_continues_in_the_folder_and_adds_the_time(tmp_path: Path, cfg: D
     assert events == ["start", "resume"]
 
 
+def test_the_first_event_after_a_kill_is_a_line_of_its_own(tmp_path: Path, cfg: DictConfig) -> None:
+    with open_run(tmp_path / "run", cfg) as run:
+        run.event("epoch", epoch=1)
+        run.finish({})
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-5])
+    with open_run(tmp_path / "run", cfg, resume=True) as run:
+        run.event("epoch", epoch=2)
+        run.finish({})
+    events = [json.loads(line) for line in path.read_text().splitlines()[2:]]
+    assert [e["event"] for e in events] == ["resume", "epoch"]
+    assert events[1]["epoch"] == 2
+
+
 def test_a_running_run_cannot_be_resumed(tmp_path: Path, cfg: DictConfig) -> None:
     with open_run(tmp_path / "run", cfg) as run:
         with (
@@ -227,6 +251,34 @@ def test_a_small_disk_fills_up_in_one_line(tmp_path: Path, cfg: DictConfig) -> N
         assert checkpoint.load(disk / "run" / "last.pt")["a"].numel() == 4  # the earlier one
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_that_fills_up_under_tensorboard_is_one_line(
+    tmp_path: Path, cfg: DictConfig, capfd: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[object] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading, "excepthook", seen.append)
+        with pytest.raises(RunError, match="larger than is allowed"):
+            _write_too_much(tmp_path / "run", cfg)
+        patch.undo()
+    assert not seen
+    assert capfd.readouterr().err == ""
+
+
+def _write_too_much(folder: Path, cfg: DictConfig) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write then raises EFBIG
+    try:
+        with open_run(folder, cfg) as run:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20000, limits[1]))
+            for step in range(10**6):
+                run.scalar("loss", 0.0, step)
+                if step % 1000 == 999:
+                    run._tensorboard().flush()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
 
 
 def test_no_permission_is_one_line(

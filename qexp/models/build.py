@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from qexp.errors import ConfigError, did_you_mean
+from qexp.errors import ConfigError, QexpError, did_you_mean, one_line
 
 FOREIGN_WEIGHTS = {"weights", "weights_backbone", "pretrained", "pretrained_backbone"}
 RESERVED = {"_target_", "name", "checkpoint"}
@@ -55,7 +55,8 @@ def build_model(model: Mapping[str, Any], num_classes: int, in_channels: int) ->
         they see.
 
     Raises:
-        ConfigError: unknown target or keyword, or a target that only takes RGB images.
+        ConfigError: unknown target or keyword, a target that only takes RGB images, or one that
+            makes no network with parameters.
     """
     name = model.get("name", model["_target_"])
     target = resolve(model["_target_"])
@@ -69,7 +70,10 @@ def build_model(model: Mapping[str, Any], num_classes: int, in_channels: int) ->
                 f"model.checkpoint={instead}."
             )
     keywords["num_classes"] = num_classes
-    parameters = inspect.signature(target).parameters
+    try:
+        parameters = inspect.signature(target).parameters
+    except ValueError as error:  # of some builtins
+        raise ConfigError(f"config: model._target_={model['_target_']} is no network.") from error
     if "in_channels" in parameters:
         keywords["in_channels"] = in_channels
     elif in_channels != 3:
@@ -84,8 +88,22 @@ def build_model(model: Mapping[str, Any], num_classes: int, in_channels: int) ->
             raise ConfigError(f"config: {model['_target_']} has no keyword '{key}'.{hint}")
     try:
         network = target(**keywords)
-    except (TypeError, ValueError, ArithmeticError) as error:
-        raise ConfigError(f"config: model '{name}' cannot be built: {error}.") from error
+    except QexpError:
+        raise
+    except Exception as error:  # a target may be anyone's
+        text = str(error) if isinstance(error, (TypeError, ValueError)) else one_line(error)
+        raise ConfigError(f"config: model '{name}' cannot be built: {text}.") from error
+    if not isinstance(network, nn.Module):
+        raise ConfigError(
+            f"config: model._target_={model['_target_']} returns a {type(network).__name__}, no "
+            "nn.Module. Name a class or function that makes a network."
+        )
+    if next(network.parameters(), None) is None:
+        raise ConfigError(
+            f"config: model '{name}' has no parameters: there is nothing to train or quantize. "
+            "Set model=... to another one."
+        )
+    module: Any
     for module in network.modules():
         if hasattr(module, "inplace"):
             module.inplace = False  # an in-place ReLU would change what a hook has kept

@@ -53,11 +53,42 @@ def load_state(model: nn.Module, path: str | Path) -> str:
         CheckpointError: missing, truncated, not a checkpoint, or of another model.
     """
     path = Path(path)
+    model.load_state_dict(fitting_state(model, path))
+    return sha256(path)
+
+
+def check_weights(model: nn.Module, target: str, checkpoint: str) -> None:
+    """Refuse what `load_weights` would; published weights that are not here are not fetched.
+
+    Raises:
+        CheckpointError: as `load_weights`.
+    """
+    path = Path(checkpoint)
+    if WEIGHTS_NAME.fullmatch(checkpoint) and not path.exists():
+        weights, path = published(target, checkpoint)
+        classes, head = len(weights.meta["categories"]), model.state_dict().get(_head(model))
+        if head is not None and len(head) != classes:
+            raise CheckpointError(
+                f"checkpoint: {checkpoint} has {classes} classes, dataset has {len(head)}. Use "
+                "the data set it was trained on, or model.checkpoint=auto."
+            )
+        if not path.is_file():
+            return
+    fitting_state(model, path)
+
+
+def fitting_state(model: nn.Module, path: Path) -> dict[str, Tensor]:
+    """The state dict in a file, once every key, shape and value of it can be loaded."""
     state = read_state(path)
     if difference := describe_difference(model, state):
         raise CheckpointError(f"checkpoint: {path} does not fit the model: {difference}")
-    model.load_state_dict(state)
-    return sha256(path)
+    diverged = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
+    if diverged:
+        raise CheckpointError(
+            f"checkpoint: {path} holds NaN or infinite values ({', '.join(diverged[:3])}"
+            f"{', ...' if len(diverged) > 3 else ''}). Give one from before its training diverged."
+        )
+    return state
 
 
 def sha256(path: Path) -> str:
@@ -130,7 +161,7 @@ def describe_difference(model: nn.Module, state: Mapping[str, Tensor]) -> str:
     unexpected = [k for k in state if k not in ours]
     wrong = [k for k in ours if k in state and ours[k].shape != state[k].shape]
     head = last_linear(model)
-    weight = f"{head}.weight"
+    weight = _head(model)
     only_head = not missing and not unexpected and all(k.startswith(f"{head}.") for k in wrong)
     if only_head and weight in wrong and ours[weight].shape[1:] == state[weight].shape[1:]:
         return (
@@ -163,28 +194,38 @@ def last_linear(model: nn.Module) -> str:
     return names[-1] if names else ""
 
 
-def fetch_weights(target: str, name: str) -> Path:
-    """The file of torchvision's published weights, from its hub cache or downloaded into it."""
+def _head(model: nn.Module) -> str:
+    return f"{last_linear(model)}.weight"
+
+
+def published(target: str, name: str) -> tuple[Any, Path]:
+    """torchvision's weights of a model by their name, and where its hub cache has their file."""
     from torchvision.models import get_model_weights
 
     builder: Callable[..., Any] = resolve(target)
     model_name = target.rpartition(".")[2]
     try:
-        published = {w.name: w for w in get_model_weights(builder)}
-        published["DEFAULT"] = get_model_weights(builder)["DEFAULT"]
+        known = {w.name: w for w in get_model_weights(builder)}
+        known["DEFAULT"] = get_model_weights(builder)["DEFAULT"]
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(
             f"checkpoint: {model_name} has no torchvision weights '{name}'. "
             "Set model.checkpoint=FILE or model.checkpoint=auto."
         ) from error
     short = name.rpartition(".")[2]
-    if short not in published:
+    if short not in known:
         raise CheckpointError(
             f"checkpoint: torchvision has no weights '{short}' of {model_name} "
-            f"(has: {', '.join(sorted(published))}).{did_you_mean(short, published)}"
+            f"(has: {', '.join(sorted(known))}).{did_you_mean(short, known)}"
         )
-    url: str = published[short].url
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    weights = known[short]
+    return weights, Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rpartition("/")[2]
+
+
+def fetch_weights(target: str, name: str) -> Path:
+    """The file of torchvision's published weights, from its hub cache or downloaded into it."""
+    weights, path = published(target, name)
+    url: str = weights.url
     if not path.is_file():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,26 +1,33 @@
 """What can be found wrong before a folder is claimed and a float network is trained.
 
 The data set is opened, and the network is built for it and quantized on the CPU, from weights that
-are thrown away. Nothing is written, and the random numbers of the run stay as they are.
+are thrown away; files of weights are read and compared with it. Nothing is written, and the random
+numbers of the run stay as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from qexp.data.sampling import steps_in_epoch
-from qexp.errors import ConfigError
+from qexp.errors import CheckpointError, ConfigError, QexpError, one_line
+from qexp.models.load import check_weights
 from qexp.quant.bitwidth import Uniform
 from qexp.quant.convert import Bits
 from qexp.quant.trace import Layer, trace
 from qexp.recipes import build
+from qexp.recipes.handover import checkpoint_file, load_folded, read_ptq
 from qexp.recipes.start import check_teacher
 from qexp.runner.distributed import launched
+from qexp.runner.resuming import CHECKPOINT
 
 
 class Sizes(Protocol):
@@ -56,11 +63,17 @@ def precheck(cfg: DictConfig, data: Sizes | None = None) -> None:
         model = build.make_model(cfg, sizes, cpu)
         try:
             layers = trace(model, sizes.input_shape)
-        except RuntimeError as error:
+        except QexpError:
+            raise
+        except Exception as error:  # a network may be anyone's
             shape = "x".join(map(str, sizes.input_shape))
+            known = isinstance(error, RuntimeError)  # torch's own
+            reason = " ".join(str(error).split()) if known else one_line(error)
             raise ConfigError(
-                f"config: model={cfg.model.name} cannot take images of {shape}: {error}."
+                f"config: model={cfg.model.get('name', cfg.model._target_)} cannot take images of "
+                f"{shape}: {reason}."
             ) from error
+        check_files(cfg, model)
         bits = None if build.is_float(cfg) else nominal_bits(cfg, layers)
         context = {"epoch": 0, "epochs": cfg.recipe.get("epochs", 1)}
         try:
@@ -70,6 +83,48 @@ def precheck(cfg: DictConfig, data: Sizes | None = None) -> None:
     if "epochs" in cfg.recipe:
         steps_in_epoch(sizes.train_size, cfg.recipe.batch_size, launched().size)
     _enough_images(cfg, sizes.train_size)
+
+
+def check_files(cfg: DictConfig, model: nn.Module) -> None:
+    """Refuse a checkpoint or a teacher whose weights `model`, of this config, cannot take.
+
+    What a run that has begun started from is not looked at: its file may be gone.
+
+    Raises:
+        ConfigError: so.
+    """
+    recipe, spec = cfg.recipe, cfg.model.get("checkpoint")
+    distill = recipe.get("distill") or {}
+    begun = (Path(cfg.folder) / CHECKPOINT).is_file()
+    if not (begun or recipe.get("from_scratch") or spec in (None, "none", "auto")):
+        with _said_as_config():
+            _check_start(cfg, model, checkpoint_file(spec))
+    teacher = distill.get("teacher", "float")
+    if distill.get("weight", 0) > 0 and teacher != "float":
+        with _said_as_config("config: recipe.distill.teacher: "):
+            check_weights(model, cfg.model._target_, teacher)
+
+
+def _check_start(cfg: DictConfig, model: nn.Module, source: str) -> None:
+    ptq = read_ptq(source)
+    if ptq is None:
+        check_weights(model, cfg.model._target_, source)
+    elif "epochs" not in cfg.recipe:
+        raise ConfigError(
+            f"config: model.checkpoint={source} is itself a post-training run. Give the float "
+            "network it started from, or train on with recipe=qat."
+        )
+    else:
+        load_folded(copy.deepcopy(model), ptq, source)
+
+
+@contextmanager
+def _said_as_config(area: str = "checkpoint: ") -> Iterator[None]:
+    """Nothing has been written yet: a wrong file is a wrong value."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise ConfigError(str(error).replace("checkpoint: ", area, 1)) from error
 
 
 def nominal_bits(cfg: DictConfig, layers: Sequence[Layer]) -> dict[str, Bits] | None:

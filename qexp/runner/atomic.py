@@ -40,6 +40,24 @@ def write_json(path: Path, value: Mapping[str, Any] | list[Any]) -> None:
     write_bytes(path, (text + "\n").encode())
 
 
+def append_line(path: Path, line: str) -> None:
+    """Add a line to `path`, in one write: lines of several processes do not mix.
+
+    A line that a kill cut short stays by itself; the new one is whole.
+    """
+    with open(path, "a") as file:
+        file.write(("\n" if torn(path) else "") + line + "\n")
+
+
+def torn(path: Path) -> bool:
+    """Whether the last line of a file was cut short."""
+    with open(path, "rb") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return False
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
+
+
 def finite(value: Any) -> Any:
     """`value` with every NaN and infinity in it replaced by None."""
     if isinstance(value, float):

@@ -23,6 +23,10 @@ from omegaconf import DictConfig, OmegaConf
 
 STATUS = "status.json"
 RESULT = "result.json"
+EARLIER = "result.before.json"  # of a done run that is trained on, until it is done again
+RESUMED = (
+    ".hydra/resumed.yaml"  # overrides that `qexp resume` commands gave; a later one keeps them
+)
 
 # Keys that say where and how a run is computed, not what: the same numbers come out.
 NOT_IDENTITY = (
@@ -54,6 +58,8 @@ def claim(folder: Path, status: dict[str, Any]) -> Path:
 
     Two processes that ask for the same name at the same moment get two folders.
     """
+    if folder.name in ("", ".."):  # `folder=.`
+        folder = folder.resolve()
     attempt, number = folder, 1
     while True:
         attempt.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,8 @@ from qexp.errors import RunError
 ADVICE = {
     errno.ENOSPC: "no space left. Free some or set out=...",
     errno.EDQUOT: "disk quota exceeded. Free some space or set out=...",
+    errno.EFBIG: "the file would be larger than is allowed there (ulimit -f). Set out=...",
+    errno.EIO: "the disk fails to read or write. Check it, or set out=... on another",
     errno.EACCES: "no permission to write. Set out=... to a folder of yours",
     errno.EPERM: "no permission to write. Set out=... to a folder of yours",
     errno.EROFS: "the file system is read-only. Set out=...",
@@ -33,7 +35,17 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def os_errors(folder: Path) -> Iterator[None]:
-    """Turn what the disk may refuse, at any write to `folder` in the block, into one line."""
+    """Turn what the disk may refuse, at any write to `folder` in the block, into one line.
+
+    TensorBoard's thread meets a full disk too: it hands its error to the run, which tells it.
+    """
+    before = threading.excepthook
+
+    def told(args: threading.ExceptHookArgs) -> None:
+        if getattr(args.exc_value, "errno", None) not in ADVICE:
+            before(args)
+
+    threading.excepthook = told
     try:
         yield
     except OSError as error:
@@ -44,6 +56,8 @@ def os_errors(folder: Path) -> Iterator[None]:
         failure = RunError(f"run: {where}: {ADVICE[error.errno]}, then start or resume the run.")
         failure.run_folder = getattr(error, "run_folder", None)  # type: ignore[attr-defined]
         raise failure from error
+    finally:
+        threading.excepthook = before
 
 
 @contextmanager

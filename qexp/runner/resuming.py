@@ -15,17 +15,78 @@ from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
-from qexp.errors import ConfigError, origin
-from qexp.runner.atomic import write_bytes
-from qexp.runner.folder import NOT_IDENTITY, RESULT, STATUS
+from qexp.errors import ConfigError, RunError, origin
+from qexp.runner.atomic import write_bytes, write_json
+from qexp.runner.folder import (
+    EARLIER,
+    NOT_IDENTITY,
+    RESULT,
+    RESUMED,
+    STATUS,
+    identity,
+    locked,
+    owner,
+    read_json,
+    read_status,
+)
 
 CHECKPOINT = "last.pt"
+RESUME = "resume"  # hydra.job.name of a `qexp resume`
 # Where and how, not what; `float.*` is behind a run that has begun.
 FREE = (*NOT_IDENTITY, "float", "recipe.plots", "recipe.save_every", "recipe.cache_gb",
         "dataset.root", "dataset.download", "dataset.workers")  # fmt: skip
 TOLD = ("recipe.epochs", "recipe.lr", "recipe.quantizer_lr", "recipe.grad_clip")
 
 Segment = dict[str, Any]  # {"from": {key: value}, "to": {key: value}}
+
+
+def take(folder: Path, cfg: DictConfig, processes: int = 1) -> None:
+    """Make this process the owner of an existing run's folder, to go on with `cfg`.
+
+    What is accepted is on the disk before anything is trained: a kill at any later moment leaves
+    a folder that the next resume goes on with alike.
+
+    Raises:
+        RunError: the run still runs.
+        ConfigError: see `next_segments`.
+    """
+    with locked(folder):
+        status = read_status(folder)
+        if status.get("state") == "running":
+            raise RunError(
+                f"resume: {folder} is still running (pid {status.get('pid')} on "
+                f"{status.get('host')}). Wait for it, or stop it first."
+            )
+        segments = next_segments(folder, cfg, status, processes)
+        if overrides := _resume_overrides():
+            write_bytes(folder / RESUMED, OmegaConf.to_yaml(overrides).encode())
+        if read_json(folder / RESULT):
+            (folder / RESULT).replace(folder / EARLIER)
+        (folder / RESULT).unlink(missing_ok=True)  # a damaged one
+        status.pop("error", None)
+        status.pop("top1", None)  # of the result that is put aside
+        status.update(state="running", identity=identity(cfg, segments), **owner())
+        status["processes"] = processes
+        if segments:
+            status["segments"] = segments
+        write_json(folder / STATUS, status)
+
+
+def task_overrides() -> list[str]:
+    """What the command line set, Hydra's own keys left out."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def _resume_overrides() -> list[str]:
+    """The values of this and earlier `qexp resume` commands; none where torchrun starts anew."""
+    from hydra.core.hydra_config import HydraConfig
+
+    if not HydraConfig.initialized() or HydraConfig.get().job.name != RESUME:
+        return []
+    ours = ("folder", "dry_run")  # given by `qexp resume` itself
+    return [o for o in task_overrides() if o.partition("=")[0] not in ours]
 
 
 def next_segments(
@@ -58,7 +119,9 @@ def next_segments(
     if not keys:
         return [*earlier]
     old, new = ({k: values.get(k) for k in keys} for values in (before, now))
-    return [*earlier, {"from": old, "to": new}]
+    segment = {"from": old, "to": new}
+    # A kill may fall between the note of a segment and the writing of its config.
+    return [*earlier] if earlier and earlier[-1] == segment else [*earlier, segment]
 
 
 def _same_processes(folder: Path, before: int, now: int) -> None:
@@ -73,24 +136,32 @@ def _same_processes(folder: Path, before: int, now: int) -> None:
 
 
 class Before(NamedTuple):
-    """A run's folder as a resume found it: what would be written over, and the checkpoint's age."""
+    """A run's folder as a resume found it: what would be written over, and the checkpoint's age.
 
-    files: dict[str, bytes]
+    A file that was not there is None.
+    """
+
+    files: dict[str, bytes | None]
     trained: int | None
 
     @classmethod
     def of(cls, folder: Path) -> Before:
         """Read the folder."""
-        kept = [folder / name for name in (RESULT, STATUS, "config.yaml", "env.json")]
-        return cls({p.name: p.read_bytes() for p in kept if p.is_file()}, _age(folder))
+        names = (RESULT, EARLIER, RESUMED, STATUS, "config.yaml", "env.json")
+        kept = {name: folder / name for name in names}
+        files = {name: p.read_bytes() if p.is_file() else None for name, p in kept.items()}
+        return cls(files, _age(folder))
 
     def put_back(self, folder: Path, error: BaseException) -> None:
         """Undo a resume that failed before it trained, of a done run or by a config it refused."""
         refused = isinstance(origin(error), ConfigError)
-        if (RESULT in self.files or refused) and _age(folder) == self.trained:
+        if (self.files[RESULT] is not None or refused) and _age(folder) == self.trained:
             with suppress(OSError):
                 for name, content in self.files.items():
-                    write_bytes(folder / name, content)
+                    if content is None:
+                        (folder / name).unlink(missing_ok=True)
+                    else:
+                        write_bytes(folder / name, content)
 
 
 def _age(folder: Path) -> int | None:

@@ -5,6 +5,7 @@
     env.json        argv, commit, packages, hardware, seed
     metrics.jsonl   one event a line, flushed        train.log   what the console said, tracebacks
     result.json     written by `run.finish`, atomically, last
+    result.before.json   the result of a done run while it is trained on: gone when it is done again
 
 The status is written here and not by Hydra callbacks, which a Ctrl-C or a SIGTERM skips. Runs may
 nest (a float baseline trained inside a QAT run) and follow each other in one process: whatever a
@@ -28,20 +29,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from qexp.errors import RunError, one_line
 from qexp.runner import distributed
-from qexp.runner.atomic import finite, write_bytes, write_json
+from qexp.runner.atomic import finite, torn, write_bytes, write_json
 from qexp.runner.environment import describe
-from qexp.runner.folder import (
-    RESULT,
-    STATUS,
-    claim,
-    identity,
-    locked,
-    owner,
-    read_json,
-    read_status,
-)
+from qexp.runner.folder import EARLIER, RESULT, STATUS, claim, identity, owner, read_json
 from qexp.runner.guards import global_state, os_errors, sigterm
-from qexp.runner.resuming import Before, next_segments
+from qexp.runner.resuming import Before, take, task_overrides
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -69,10 +61,12 @@ class Run:
         self.label: str | None = status.get("label")
         self._earlier_s = float(status.get("wall_s", 0.0))
         self._metrics: IO[str] = open(folder / "metrics.jsonl", "a")  # noqa: SIM115
+        if torn(folder / "metrics.jsonl"):  # by a kill: the next event is a line of its own
+            self._metrics.write("\n")
         self._log: IO[str] = open(folder / "train.log", "a")  # noqa: SIM115
         self._writer: SummaryWriter | None = None
         self._environment: dict[str, Any] = describe(cfg.get("seed"), cfg.get("threads"))
-        self._overrides = _task_overrides()
+        self._overrides = task_overrides()
 
     # What happened
 
@@ -139,6 +133,7 @@ class Run:
         }
         self.write_json(RESULT, {**known, **result})
         self.status("done", top1=result.get("top1"))
+        (self.dir / EARLIER).unlink(missing_ok=True)
         self.finished = True
 
     def wall_s(self) -> float:
@@ -213,7 +208,10 @@ def open_run(
     with os_errors(folder):
         before = Before.of(folder) if resume else None
         known = len(read_json(folder / STATUS).get("segments", []))
-        folder = _take(folder, cfg) if resume else claim(folder, _first_status(cfg, label))
+        if resume:
+            take(folder, cfg, distributed.world().size)
+        else:
+            folder = claim(folder, _first_status(cfg, label))
         run = Run(folder, cfg, resume)
         run.changed = resume and len(run.segments) > known
     distributed.told((str(folder), resume))
@@ -239,27 +237,6 @@ def _first_status(cfg: DictConfig, label: str | None) -> dict[str, Any]:
     return known | ({"label": label} if label else {})
 
 
-def _take(folder: Path, cfg: DictConfig) -> Path:
-    """Make this process the owner of an existing run's folder."""
-    with locked(folder):
-        status = read_status(folder)
-        if status.get("state") == "running":
-            raise RunError(
-                f"resume: {folder} is still running (pid {status.get('pid')} on "
-                f"{status.get('host')}). Wait for it, or stop it first."
-            )
-        processes = distributed.world().size
-        segments = next_segments(folder, cfg, status, processes)
-        (folder / RESULT).unlink(missing_ok=True)  # a done run that is trained on has none yet
-        status.pop("error", None)
-        status.update(state="running", identity=identity(cfg, segments), **owner())
-        status["processes"] = processes
-        if segments:
-            status["segments"] = segments
-        write_json(folder / STATUS, status)
-    return folder
-
-
 def _record(run: Run, error: BaseException) -> None:
     """Traceback to train.log, end state to status.json."""
     error.run_folder = run.dir  # type: ignore[attr-defined]  # read by cli.py
@@ -278,16 +255,10 @@ def _write_hydra(folder: Path, cfg: DictConfig) -> None:
 
     folder.mkdir()
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg))
-    (folder / "overrides.yaml").write_text(OmegaConf.to_yaml(_task_overrides()))
+    (folder / "overrides.yaml").write_text(OmegaConf.to_yaml(task_overrides()))
     if HydraConfig.initialized():
         hydra = OmegaConf.masked_copy(OmegaConf.create({"hydra": HydraConfig.get()}), ["hydra"])
         (folder / "hydra.yaml").write_text(OmegaConf.to_yaml(hydra))
-
-
-def _task_overrides() -> list[str]:
-    from hydra.core.hydra_config import HydraConfig
-
-    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
 def _now() -> str:

@@ -1,0 +1,39 @@
+"""Top-level values of the right type that no run can use; `config.check` tells of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+# Threads that a config may ask for on any machine: it may come from a larger one.
+THREADS = 64
+
+
+def unusable(plain: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each such value of a resolved config."""
+    threads, cores = plain.get("threads"), os.cpu_count() or 1
+    most = max(THREADS, 4 * cores)
+    if isinstance(threads, int) and threads > most:
+        yield (
+            f"config: threads must be at most {most}, got {threads}: this machine has {cores} "
+            f"cores. Set threads={cores}, or null for all."
+        )
+    if plain.get("out") == "":  # would be the root of the file system
+        yield "config: out is empty. Set out=outputs"
+    if plain.get("folder") == "" and plain.get("out") != "":
+        yield "config: folder is empty. Leave it out, or set folder=outputs/NAME"
+    quantizer = plain.get("quantizer")
+    if isinstance(quantizer, Mapping) and {"weight", "act"} <= set(quantizer):
+        none = [part for part in ("weight", "act") if quantizer[part] is None]
+        if len(none) == 1:  # both: a float run
+            yield f"config: quantizer.{none[0]} is null. Use quantizer/{none[0]}=none."
+    model = plain.get("model")
+    checkpoint = model.get("checkpoint") if isinstance(model, Mapping) else None
+    if checkpoint is not None and not isinstance(checkpoint, str):
+        yield (
+            "config: model.checkpoint must be a file, a weights name, auto or null, got "
+            f"{checkpoint!r} ({type(checkpoint).__name__})."
+        )
+    elif checkpoint == "":
+        yield "config: model.checkpoint is empty. Set model.checkpoint=FILE, auto or null."
