@@ -27,9 +27,9 @@ OPTIONS = ("out", "format", "group", "papers")
 FORMATS = ("md", "csv", "html")
 EXAMPLES = """\
 examples:
-  qexp report                                 runs under 'outputs' as Markdown
+  qexp report                                          runs under 'outputs' as Markdown
   qexp report results/cifar10_qat_short --out t.html   one page with figures
-  qexp report --group dataset,model           one table for all protocols; what differs is flagged
+  qexp report --group dataset,model                    all protocols in one table, flagged
 """
 
 
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qexp report",
-        description="Tables of runs: mean and deviation over seeds, beside the papers' numbers.",
+        description="Tables of runs, one a protocol: mean and deviation over seeds, beside papers.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -124,7 +124,7 @@ def _kind(column: str) -> str:
 def _figures(table: Table) -> str:
     """Only rows of the table's protocol: a figure has no room for a flag."""
     rows = [row for row in table.rows if row.top1 and row.protocol_hash not in table.others]
-    rows, left_out = _most_accurate(rows)
+    rows, left_out = most_accurate(rows)
     drawn = looks(row.name for row in rows)
     costs = {"size [kB]": ("size_bytes", 1e-3), "average weight bits, all layers": ("bits", 1.0)}
     charts = {label: _points(rows, key, unit) for label, (key, unit) in costs.items()}
@@ -140,7 +140,7 @@ def _figures(table: Table) -> str:
     return "".join(parts)
 
 
-def _most_accurate(rows: Sequence[Row]) -> tuple[list[Row], str]:
+def most_accurate(rows: Sequence[Row]) -> tuple[list[Row], str]:
     """The rows of as many names as a figure can tell apart, and a note of those left out."""
     best: dict[str, float] = {}
     for row in rows:

@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 
 from qexp import report_plot
+from qexp.report_html import most_accurate
 from qexp.report_plot import MOST, Curve, Point, front, label_front, learning, looks, pareto
+from qexp.report_runs import RunRecord
+from qexp.report_tables import make_tables
 
 NAMES = [f"method_{i} [quantizer.weight.init=mse, quantizer.act.init=mse]" for i in range(26)]
 
@@ -106,3 +109,16 @@ def test_seeds_are_one_line_and_a_name_looks_the_same_at_each_width(drawn: list[
     assert list(axes[0].lines[0].get_ydata()) == [60.5, 70, 75, 81]
     colors = [[line.get_color() for line in axis.lines] for axis in axes]
     assert colors[0] == colors[1] == [looks(["adq", "asq", "lsq"])[n].color for n in ("asq", "lsq")]
+
+
+def test_of_more_names_than_can_be_told_apart_the_most_accurate_are_drawn(tmp_path: Any) -> None:
+    runs = []
+    for i in range(MOST + 4):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        runs.append(RunRecord(folder, "done", "", {"method": f"m{i}", "top1": 50.0 + i}, {}))
+    (table,) = make_tables(runs, [], by=("dataset",))
+    rows, note = most_accurate(table.rows)
+    assert note == f" ({MOST} most accurate of {MOST + 4} methods)"
+    assert {row.name for row in rows} == {f"m{i}" for i in range(4, MOST + 4)}
+    assert most_accurate(rows) == (rows, "")
