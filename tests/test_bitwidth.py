@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from qexp.quant.asq import ASQ
-from qexp.quant.bitwidth import Pattern, Progressive, Uniform, format_bits, parse_bits
+from qexp.quant.bitwidth import Pattern, Progressive, Uniform, _closest, format_bits, parse_bits
 from qexp.quant.convert import Bits, calibrate_, check_calibrated, quant_layers, quantize_
 from qexp.quant.lsq import LSQ
 from qexp.quant.quantizer import Identity
@@ -109,6 +109,11 @@ def test_pattern_that_matches_no_layer_is_an_error_with_the_closest_names() -> N
     policy = Pattern(4, 4, [{"match": "cnv_a*", "weight": 2}])
     with pytest.raises(ValueError, match=r"'cnv_a\*' matches no layer; the closest: conv_a"):
         policy.assign(trace(model, (3,)))
+
+
+def test_the_closest_names_are_those_that_begin_alike() -> None:
+    names = ["stem", "layer3.0.conv1", "layer1.0.conv2", "layer1.0.conv1", "linear"]
+    assert _closest("layr1", names, 2) == ["layer1.0.conv2", "layer1.0.conv1"]
 
 
 def test_pattern_for_an_outer_layer_is_an_error_unless_the_rule_lets_it(

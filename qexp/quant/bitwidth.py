@@ -168,8 +168,8 @@ class Pattern:
         for glob, own in self.entries:
             matched = [layer for layer in layers if fnmatchcase(layer.name, glob)]
             if not matched:
-                close = difflib.get_close_matches(glob.replace("*", ""), names, n=3, cutoff=0.0)
-                raise ValueError(f"'{glob}' matches no layer; the closest: {', '.join(close)}")
+                close = ", ".join(_closest(glob.partition("*")[0] or glob.strip("*"), names))
+                raise ValueError(f"'{glob}' matches no layer; the closest: {close}")
             if all(layer_bits(layer, own, self.first_last) != own for layer in matched):
                 raise ValueError(
                     f"'{glob}' matches only the first or last layer, whose bits are decided by "
@@ -232,3 +232,13 @@ class Progressive:
         bits = self.bits_at(epoch, epochs)
         own = Bits(bits, bits if self.act is None else self.act)
         return {layer.name: layer_bits(layer, own, self.first_last) for layer in layers}
+
+
+def _closest(start: str, names: Sequence[str], n: int = 3) -> list[str]:
+    """The names whose beginnings, about as long as `start`, are most like it."""
+
+    def likeness(name: str) -> float:
+        lengths = (len(start) - 1, len(start), len(start) + 1)
+        return max(difflib.SequenceMatcher(None, start, name[:k]).ratio() for k in lengths)
+
+    return sorted(names, key=likeness, reverse=True)[:n]

@@ -24,6 +24,12 @@ from qexp.quant.convert import Bits, QuantizerFactory
 from qexp.quant.sensitivity import Omega, fisher, hutchinson, loss_increase, size_only
 from qexp.quant.trace import Layer
 
+UNITS = {
+    "average_bits": "bits a weight",
+    "bytes": "bytes of codes, first and last layer included",
+    "bops": "BOPs of the whole network",
+}
+
 
 class Sensitivity:
     """Bits by sensitivity, under a budget (`sensitivity.py` and `allocate.py` have the equations).
@@ -143,10 +149,17 @@ class Sensitivity:
         """Weight bits of the free layers within the budget."""
         free, fixed = self._free(layers), self._fixed(layers)
         cost = {x.name: {b: self._cost(x, self._pair(b)) for b in self.candidates} for x in free}
-        budget = self.budget * sum(x.weights for x in free)
+        outside, per_weight = 0, sum(x.weights for x in free)
         if self.budget_kind != "average_bits":
-            budget = self.budget - sum(
-                self._cost(x, fixed[x.name]) for x in layers if x.name in fixed
+            outside = sum(self._cost(x, fixed[x.name]) for x in layers if x.name in fixed)
+            per_weight = 1
+        budget = self.budget * per_weight - outside
+        least = sum(min(own.values()) for own in cost.values())
+        if least > budget:
+            fewest = f"{(least + outside) / per_weight:.6g} {UNITS[self.budget_kind]}"
+            raise ValueError(
+                f"the fewest bits cost {fewest}, more than the budget of {self.budget:.6g}; raise "
+                "budget or add a smaller candidate"
             )
         return allocate(
             cost,
