@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -374,6 +375,55 @@ def test_arrays_go_to_disk_before_they_take_the_free_memory(
     assert found[0][0] == found[1][0] > 50_000
     assert 0 < found[2][0] <= 50_000  # half of what is free
     assert same(found[0][1], found[2][1])
+
+
+def test_the_runs_time_left_is_known_within_its_first_unit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[tuple[str, str]] = []
+
+    class Bar:
+        disable = False
+
+        def __init__(self, *, desc: str, **more: Any) -> None:
+            self.name = desc
+
+        def set_postfix_str(self, text: str, refresh: bool) -> None:
+            said.append((self.name, text))
+
+        def update(self) -> None: ...
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(units_module, "tqdm", Bar)
+    quantized(tiny(tmp_path, "quantizer=qdrop"))
+    assert said[0] == ("conv1", "")
+    assert all(re.fullmatch(r"run eta \d+:\d\d", text) for name, text in said[1:4])
+
+
+def test_the_time_left_is_from_this_units_pace_and_the_work_ahead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(units_module.time, "perf_counter", lambda: now)
+    clock = units_module.Clock([50, 10, 20, 5, 5], first=1)
+    clock.begin(1)
+    now += 6  # recording
+    assert clock.tick(0, 5) is None
+    now += 1
+    assert clock.tick(1, 5) == 3 + 30 * 10 / 10  # ten seconds for ten; thirty are ahead
+    now += 3
+    clock.end(learned=True)
+    assert clock.left() == 30
+    clock.begin(2)
+    now += 20
+    assert clock.tick(0, 5) is None
+    now += 10
+    assert clock.tick(1, 5) == 30 + 10 * (10 + 60) / (10 + 20)
+    now += 30
+    clock.end(learned=True)
+    clock.begin(3)
+    clock.end(learned=False)
+    assert clock.left() == pytest.approx(5 * 70 / 30)
 
 
 def test_a_method_without_units_has_no_peak_of_them(tmp_path: Path) -> None:

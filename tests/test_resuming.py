@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compose import TINY, stopped_in_epoch, tiny
+from compose import TINY, TINY_PTQ, stopped_in_epoch, tiny
 from conftest import Qexp
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from qexp.errors import ConfigError
 from qexp.recipes import outcome
@@ -43,6 +43,26 @@ def test_what_is_settled_cannot_change_and_nothing_is_lost(tmp_path: Path, chang
     with pytest.raises(ConfigError, match=r"resume: .* cannot change from .* Start a new run"):
         train(tiny(tmp_path, *START, change), resume=True)
     assert {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("words", "change", "may"),
+    [
+        (TINY, "recipe.batch_size=8", "epochs, recipe.lr, recipe.quantizer_lr, recipe.grad_clip"),
+        ((*TINY_PTQ, "quantizer=qdrop"), "recipe.lr.scale=0.5", "plots, recipe.cache_gb"),
+    ],
+    ids=["qat", "ptq"],
+)
+def test_a_refusal_names_what_the_runs_own_recipe_may_change(
+    tmp_path: Path, words: tuple[str, ...], change: str, may: str
+) -> None:
+    OmegaConf.save(tiny(tmp_path, base=words), tmp_path / "config.yaml")
+    (tmp_path / "last.pt").touch()
+    line = rf"{change.partition('=')[0]} cannot .*\(What may change: recipe\.{may}\.\)"
+    with pytest.raises(ConfigError, match=line):
+        next_segments(tmp_path, tiny(tmp_path, change, base=words), {})
+    allowed = tiny(tmp_path, f"recipe.{may.split(', ')[0]}=1", base=words)
+    assert len(next_segments(tmp_path, allowed, {})) == (words == TINY)  # told, or free
 
 
 def test_a_longer_training_is_told_from_an_uninterrupted_one(tmp_path: Path) -> None:

@@ -37,6 +37,47 @@ def units_of(method: Method, reference: nn.Module, network: build.Network) -> li
     return find_units(reference, [layer.name for layer in network.layers], method.granularity)
 
 
+class Clock:
+    """How long the units ahead will take, from what those of this session took for their work.
+
+    Args:
+        effort: of each unit, in any measure.
+        first: the unit that this session begins with.
+    """
+
+    def __init__(self, effort: Sequence[float], first: int) -> None:
+        self._effort, self._number = list(effort), first
+        self._spent = self._done = 0.0  # seconds and effort of finished units
+
+    def begin(self, number: int) -> None:
+        """A unit begins: its inputs and outputs are recorded."""
+        self._number, self._began = number, time.perf_counter()
+
+    def tick(self, iteration: int, iterations: int) -> float | None:
+        """Seconds left of the run after an iteration; None while one alone has been seen."""
+        now = time.perf_counter()
+        if iteration == 0:
+            self._learning = now
+            return None
+        rest = (now - self._learning) / iteration * (iterations - 1 - iteration)
+        whole = now - self._began + rest
+        own = self._effort[self._number]
+        return rest + self._ahead(self._spent + whole, self._done + own)
+
+    def end(self, *, learned: bool) -> None:
+        """The unit ends; one without anything to learn says nothing about the others."""
+        if learned:
+            self._spent += time.perf_counter() - self._began
+            self._done += self._effort[self._number]
+
+    def left(self) -> float:
+        """Seconds left of the run between two units."""
+        return self._ahead(self._spent, self._done)
+
+    def _ahead(self, seconds: float, effort: float) -> float:
+        return sum(self._effort[self._number + 1 :]) * seconds / max(1, effort)
+
+
 @dataclass
 class Work:
     """All units of all passes, with what each of them needs."""
@@ -58,27 +99,36 @@ class Work:
             for sweep, k in jobs
         ]
         store = Store(self.data.images.device, self._cache_bytes(), run.dir)
-        began = time.perf_counter()
+        clock = Clock(effort, skip)
         for number, (sweep, k) in enumerate(jobs):
             if number < skip:
                 continue
             if k == 0 and sweep == 1 and not self.method.quantized_inputs:
                 self._calibrate_inputs(network.model)
-            row = self._one(network.model, self.sweeps[sweep], k, number, store)
+            clock.begin(number)
+            row = self._one(network.model, self.sweeps[sweep], k, number, store, clock)
+            clock.end(learned=bool(row))
             yield row
-            spent = time.perf_counter() - began
-            ahead = sum(effort[number + 1 :]) / max(1, sum(effort[skip : number + 1]))
-            _report(run, row, number, len(jobs), spent * ahead)
+            _report(run, row, number, len(jobs), clock.left())
         if len(self.sweeps) == 1 and not self.method.quantized_inputs:
             self._calibrate_inputs(network.model)
 
     def _one(
-        self, model: nn.Module, sweep: Pass, k: int, number: int, store: Store
+        self, model: nn.Module, sweep: Pass, k: int, number: int, store: Store, clock: Clock
     ) -> dict[str, Any]:
         unit = self.units[k]
         if self.cfg.max_steps is not None:
             sweep = sweep._replace(iterations=min(sweep.iterations, self.cfg.max_steps))
         bar = tqdm(total=sweep.iterations, desc=unit.name, leave=False, disable=None)
+
+        def tick(iteration: int) -> None:
+            if not bar.disable:
+                left = clock.tick(iteration, sweep.iterations)
+                bar.set_postfix_str(
+                    "" if left is None else f"run eta {_minutes(left)}", refresh=False
+                )
+            bar.update()
+
         peak = Peak(self.data.images.device)
         store.limit = self._cache_bytes()
         row = reconstruct_unit(
@@ -93,7 +143,7 @@ class Work:
             later=[name for u in self.units[k + 1 :] for name in u.layers],
             seed=1_000_003 * self.cfg.seed + 2 * number,
             batch_size=self.s.batch_size,
-            tick=lambda iteration: bar.update(),
+            tick=tick,
         )
         bar.close()
         return row | {"rise_bytes": peak.rise()} if row else row
@@ -124,8 +174,12 @@ def _report(run: Run, row: Mapping[str, Any], number: int, jobs: int, left: floa
     run.info(
         f"unit {number + 1:02d}/{jobs} {row['unit']} ({row['pass']}) | error "
         f"{row['error_before']:.4f} -> {row['error']:.4f}{rounded} | "
-        f"{row['wall_s']:.0f} s{on_disk} | eta {round(left) // 60}:{round(left) % 60:02d}"
+        f"{row['wall_s']:.0f} s{on_disk} | eta {_minutes(left)}"
     )
+
+
+def _minutes(seconds: float) -> str:
+    return f"{round(seconds) // 60}:{round(seconds) % 60:02d}"
 
 
 def summary(

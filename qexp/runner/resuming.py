@@ -112,9 +112,12 @@ def next_segments(
     settled = [k for k in keys if k not in TOLD]
     if settled:
         key = settled[0]
+        # A recipe has some of them; post-training quantization none that shapes its result.
+        may = [k for k in TOLD if k in before]
+        may = may or [k for k in FREE if k in before and k.startswith("recipe.")]
         raise ConfigError(
             f"resume: {key} cannot change from {before.get(key)} to {now.get(key)} in a run that "
-            f"has begun. Start a new run. (What may change: {', '.join(TOLD)}.)"
+            f"has begun. Start a new run. (What may change: {', '.join(may)}.)"
         )
     if not keys:
         return [*earlier]
