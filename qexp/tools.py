@@ -152,14 +152,16 @@ def _resume_sweep(folder: Path, overrides: Sequence[str]) -> int:
 
 
 def ls(argv: Sequence[str]) -> int:
-    """`qexp ls [FOLDER]`: a table of the runs below a folder."""
+    """`qexp ls [FOLDER ...]`: a table of the runs below these folders."""
     parser = _Parser("qexp ls", description="Table of runs, oldest first.")
-    parser.add_argument("folder", nargs="?", default="outputs", help="where to look (outputs)")
+    parser.add_argument("folder", nargs="*", default=["outputs"], help="where to look (outputs)")
     args = parser.parse_args(list(argv))
-    root = Path(args.folder)
-    runs = find_runs(root) if root.is_dir() else []
-    if not runs:
-        raise ConfigError(f"ls: no runs under '{root}'. Start one with: qexp train")
+    runs: dict[Path, None] = {}
+    for root in map(Path, args.folder):
+        found = find_runs(root) if root.is_dir() else []
+        if not found:
+            raise ConfigError(f"ls: no runs under '{root}'. Start one with: qexp train")
+        runs.update(dict.fromkeys(found))
     rows = [("name", "status", "top-1", "epoch", "age", "folder")]
     for run in runs:
         status = read_status(run)
