@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 # Threads that a config may ask for on any machine: it may come from a larger one.
@@ -28,6 +29,14 @@ def unusable(plain: Mapping[str, Any]) -> Iterator[str]:
         none = [part for part in ("weight", "act") if quantizer[part] is None]
         if len(none) == 1:  # both: a float run
             yield f"config: quantizer.{none[0]} is null. Use quantizer/{none[0]}=none."
+    policy = plain.get("bitwidth")
+    if isinstance(policy, Mapping) and policy.get("name") == "pattern":
+        file = policy.get("file")
+        if isinstance(file, str) and not Path(file).is_file():
+            yield (
+                f"config: bitwidth.file={file} is no file. Give a table that bitwidth=sensitivity "
+                "bitwidth.save=FILE writes, or null."
+            )
     model = plain.get("model")
     checkpoint = model.get("checkpoint") if isinstance(model, Mapping) else None
     if checkpoint is not None and not isinstance(checkpoint, str):

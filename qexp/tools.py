@@ -5,17 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from qexp.errors import ConfigError, RunError
+from qexp.errors import CheckpointError, ConfigError, RunError
 from qexp.job import Job
-from qexp.runner.folder import RESUMED, STATUS, find_runs, read_status
-from qexp.runner.resuming import RESUME
+from qexp.runner.folder import RESUMED, STATUS, find_runs, is_done, read_config, read_status
+from qexp.runner.resuming import CHECKPOINT, RESUME
 from qexp.sweep import columns, read_jobs
 
 QUIET = (
@@ -77,12 +79,13 @@ def _resume_run(folder: Path, overrides: Sequence[str]) -> int:
     status = read_status(folder)
     if os.environ.get("RANK", "0") != "0":  # torchrun's process 0 decides and has the folder
         status = {}
-    if status.get("state") == "done" and not overrides:
+    if is_done(folder) and status and not overrides:
         top1 = status.get("top1")
         score = f" (top-1 {top1:.2f})" if isinstance(top1, float) else ""
         path, longer = folder / "config.yaml", " Add recipe.epochs=... to train longer."
-        if path.is_file() and OmegaConf.select(OmegaConf.load(path), "recipe.epochs") is None:
-            longer = ""  # post-training
+        with suppress(ConfigError):
+            if path.is_file() and not OmegaConf.select(read_config(path, ""), "recipe.epochs"):
+                longer = ""  # post-training
         raise ConfigError(f"resume: {folder} is already done{score}.{longer}")
     if status.get("state") == "running":
         raise RunError(
@@ -91,18 +94,40 @@ def _resume_run(folder: Path, overrides: Sequence[str]) -> int:
         )
     if not (folder / ".hydra" / "config.yaml").is_file():
         raise ConfigError(f"resume: {folder} has no .hydra/config.yaml. Start a new run.")
-    earlier = list(OmegaConf.load(folder / RESUMED)) if (folder / RESUMED).is_file() else []
-    every = [*map(str, earlier), *overrides]
+    read_config(folder / ".hydra" / "config.yaml", "Start a new run.")
+    every = [*_earlier(folder / RESUMED), *overrides]
     place = "folder='" + str(folder).replace("'", "\\'") + "'"
     arguments = [*QUIET, *every, place, "dry_run=false"]
+    job = Job("train", resume=True)
     # An override that is refused must not refuse the next resume: `take` notes what is accepted.
-    return hydra_main(Job("train", resume=True), (folder / ".hydra").resolve(), "config", arguments)
+    try:
+        return hydra_main(job, (folder / ".hydra").resolve(), "config", arguments)
+    except CheckpointError as error:
+        last = folder / CHECKPOINT
+        if f"'{last}'" not in str(error):
+            raise
+        raise CheckpointError(
+            f"resume: {last} is truncated or damaged ({last.stat().st_size} bytes). Delete it and "
+            f"the run starts over: rm {shlex.quote(str(last))}; qexp resume "
+            f"{shlex.quote(str(folder))}"
+        ) from error
+
+
+def _earlier(path: Path) -> list[str]:
+    """The overrides that earlier resumes gave."""
+    try:
+        return [str(o) for o in OmegaConf.load(path)] if path.is_file() else []
+    except Exception as error:  # yaml and OmegaConf raise their own kinds
+        raise ConfigError(
+            f"resume: {path} is damaged: it holds the values that earlier resumes gave. Delete it "
+            "and give them again."
+        ) from error
 
 
 def _resume_sweep(folder: Path, overrides: Sequence[str]) -> int:
     """Continue every run of a sweep that has begun and is not done."""
     runs = [Path(job["folder"]) for job in read_jobs(folder) if job.get("folder")]
-    unfinished = [run for run in dict.fromkeys(runs) if read_status(run).get("state") != "done"]
+    unfinished = [run for run in dict.fromkeys(runs) if not is_done(run)]
     if not unfinished:
         raise ConfigError(
             f"resume: every run that {folder} began is done. Repeat its command for those that "
@@ -127,14 +152,16 @@ def _resume_sweep(folder: Path, overrides: Sequence[str]) -> int:
 
 
 def ls(argv: Sequence[str]) -> int:
-    """`qexp ls [FOLDER]`: a table of the runs below a folder."""
+    """`qexp ls [FOLDER ...]`: a table of the runs below these folders."""
     parser = _Parser("qexp ls", description="Table of runs, oldest first.")
-    parser.add_argument("folder", nargs="?", default="outputs", help="where to look (outputs)")
+    parser.add_argument("folder", nargs="*", default=["outputs"], help="where to look (outputs)")
     args = parser.parse_args(list(argv))
-    root = Path(args.folder)
-    runs = find_runs(root) if root.is_dir() else []
-    if not runs:
-        raise ConfigError(f"ls: no runs under '{root}'. Start one with: qexp train")
+    runs: dict[Path, None] = {}
+    for root in map(Path, args.folder):
+        found = find_runs(root) if root.is_dir() else []
+        if not found:
+            raise ConfigError(f"ls: no runs under '{root}'. Start one with: qexp train")
+        runs.update(dict.fromkeys(found))
     rows = [("name", "status", "top-1", "epoch", "age", "folder")]
     for run in runs:
         status = read_status(run)

@@ -306,6 +306,13 @@ def test_ls_tells_done_failed_and_dead(tiny: Qexp, qexp: Qexp) -> None:
     ]
 
 
+def test_ls_takes_several_folders_and_lists_a_run_once(tiny: Qexp, qexp: Qexp) -> None:
+    tiny("folder=a/x/1"), tiny("folder=b/x/2")
+    rows = qexp("ls", "a", "b", "b/x").out.splitlines()[1:]
+    assert [row.split()[-1] for row in rows] == ["a/x/1", "b/x/2"]
+    assert qexp("ls", "a", "nix").err == "ls: no runs under 'nix'. Start one with: qexp train\n"
+
+
 def test_env_names_versions_and_places(qexp: Qexp) -> None:
     said = qexp("env")
     assert said.code == 0

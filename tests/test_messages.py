@@ -97,9 +97,12 @@ COMMANDS = {
     "train device=gpu": "config: device 'gpu' is none of auto, cpu, cuda, cuda:N, mps.",
     "train device=cuda:99": "config: device=cuda:99, but *",
     "train dry_run=maybe": "config: dry_run must be true or false, got 'maybe' (str).",
-    "train recipe.epochs=0": (
-        "config: recipe.epochs=0 is out of range: it must be at least 1.\n"
-        "config: recipe.warmup_epochs=0.0 is out of range: it must be from 0 to below epochs."
+    "train recipe.epochs=0": "config: recipe.epochs=0 is out of range: it must be at least 1.",
+    "train recipe.warmup_epochs=200": (
+        "config: recipe.warmup_epochs=200 is out of range: it must be from 0 to below epochs."
+    ),
+    "train bitwidth=pattern bitwidth.file=nix": (
+        "config: bitwidth.file=nix is no file. Give a table that bitwidth=sensitivity *"
     ),
     "train recipe.ema=1": "config: recipe.ema=1 is out of range: it must be in [0, 1).",
     "train launch=paralel": "config: launch 'paralel' not found. Options: *mean 'parallel'?",
@@ -398,7 +401,7 @@ def test_a_missing_part_of_qexp_is_one_line(qexp: Qexp, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["bitwidth=pattern", "bitwidth.file=/nonexist"], "No such file or directory: /nonexist"),
+        (["bitwidth=pattern", "bitwidth.file=/nonexist"], "bitwidth.file=/nonexist is no file."),
         (
             ["bitwidth=progressive", "bitwidth.stages=[{until: 0.5, bits: 8}]"],
             "config: bitwidth=progressive: ",

@@ -248,3 +248,61 @@ def test_a_refused_resume_forgets_its_values(qexp: Qexp, tmp_path: Path) -> None
     now = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*.[jy]*") if p.is_file()}
     before.pop(tmp_path / "run" / "metrics.jsonl"), now.pop(tmp_path / "run" / "metrics.jsonl")
     assert now == before
+
+
+def test_a_damaged_checkpoint_says_that_the_run_can_start_over(qexp: Qexp, tmp_path: Path) -> None:
+    with stopped_in_epoch(2):
+        train(tiny(tmp_path, *START[:1], "recipe.epochs=2"))
+    write_hydra(tmp_path)
+    last = tmp_path / "run" / "last.pt"
+    last.write_bytes(last.read_bytes()[:2000])
+    said = qexp("resume", "run")
+    assert said.err == (
+        "resume: run/last.pt is truncated or damaged (2000 bytes). Delete it and the run starts "
+        "over: rm run/last.pt; qexp resume run\n"
+    )
+    assert said.code == 1
+    last.unlink()
+    assert qexp("resume", "run").code == 0
+    assert read_json(tmp_path / "run" / "result.json")["epochs"] == 2
+
+
+def write_hydra(tmp_path: Path) -> None:
+    """What a run of the command line has beside that of `train`."""
+    cfg = tiny(tmp_path, *START[:1], "recipe.epochs=2")
+    (tmp_path / "run" / ".hydra").mkdir(exist_ok=True)
+    (tmp_path / "run" / ".hydra" / "config.yaml").write_text(OmegaConf.to_yaml(cfg))
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("config.yaml", "Delete it: a resume writes it again."),
+        (".hydra/config.yaml", "Start a new run."),
+        (".hydra/resumed.yaml", "Delete it and give them again."),
+    ],
+)
+def test_a_damaged_config_of_a_run_is_one_line(
+    qexp: Qexp, tmp_path: Path, name: str, advice: str
+) -> None:
+    with stopped_in_epoch(2):
+        train(tiny(tmp_path, *START[:1], "recipe.epochs=2"))
+    write_hydra(tmp_path)
+    (tmp_path / "run" / name).write_text('bits: 4\nout: "a')
+    said = qexp("resume", "run")
+    assert said.err.startswith(f"resume: run/{name} is damaged")
+    assert said.err.endswith(f"{advice}\n")
+    assert len(said.err.splitlines()) == 1
+    assert said.code == 2
+
+
+def test_a_done_run_whose_result_is_damaged_is_not_done(qexp: Qexp, tmp_path: Path) -> None:
+    words = ("train", *TINY, *START, "out=outputs")
+    assert qexp(*words, "folder=outputs/run").code == 0
+    result = tmp_path / "outputs" / "run" / "result.json"
+    top1 = read_json(result)["top1"]
+    assert "skipped" in qexp(*words, "-m", "seed=0").out
+    result.write_bytes(result.read_bytes()[:100])
+    assert "skipped" not in qexp(*words, "-m", "seed=0").out
+    assert qexp("resume", "outputs/run").code == 0
+    assert read_json(result)["top1"] == top1

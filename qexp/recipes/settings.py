@@ -90,7 +90,11 @@ class Settings:
                 "schedule",
                 "cosine, linear, step or constant",
             ),
-            (0 <= self.warmup_epochs < self.epochs, "warmup_epochs", "from 0 to below epochs"),
+            (
+                self.warmup_epochs >= 0 and (self.epochs < 1 or self.warmup_epochs < self.epochs),
+                "warmup_epochs",
+                "from 0 to below epochs",
+            ),
             (all(0 < m < 1 for m in self.milestones), "milestones", "fractions of the training"),
             (0 <= self.label_smoothing < 1, "label_smoothing", "in [0, 1)"),
             (0 <= self.distill.weight <= 1, "distill.weight", "in [0, 1]"),

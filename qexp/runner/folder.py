@@ -21,6 +21,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from qexp.errors import ConfigError
+
 STATUS = "status.json"
 RESULT = "result.json"
 EARLIER = "result.before.json"  # of a done run that is trained on, until it is done again
@@ -92,6 +94,26 @@ def read_json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def read_config(path: Path, advice: str) -> DictConfig:
+    """A config file of a run.
+
+    Raises:
+        ConfigError: it is damaged; `advice` says what to do.
+    """
+    try:
+        cfg = OmegaConf.load(path)
+    except Exception as error:  # yaml and OmegaConf raise their own kinds
+        raise ConfigError(f"resume: {path} is damaged. {advice}") from error
+    if not isinstance(cfg, DictConfig) or not cfg:
+        raise ConfigError(f"resume: {path} is damaged. {advice}")
+    return cfg
+
+
+def is_done(folder: Path) -> bool:
+    """Whether a run is done and its result can be read."""
+    return read_json(folder / STATUS).get("state") == "done" and bool(read_json(folder / RESULT))
+
+
 def read_status(folder: Path) -> dict[str, Any]:
     """`status.json` of a run, with `state` dead where its process is gone."""
     status = read_json(folder / STATUS)
@@ -147,11 +169,6 @@ def find_unfinished(root: Path, identity: str) -> Path | None:
 def find_done(root: Path, identity: str) -> Path | None:
     """The newest finished run under `root` of the config with this identity."""
     for folder in reversed(find_runs(root)):
-        status = read_json(folder / STATUS)
-        if (
-            status.get("identity") == identity
-            and status.get("state") == "done"
-            and (folder / RESULT).is_file()
-        ):
+        if read_json(folder / STATUS).get("identity") == identity and is_done(folder):
             return folder
     return None

@@ -26,6 +26,7 @@ from qexp.runner.folder import (
     identity,
     locked,
     owner,
+    read_config,
     read_json,
     read_status,
 )
@@ -105,7 +106,8 @@ def next_segments(
     if not (folder / CHECKPOINT).is_file() or not path.is_file():
         return [*earlier]  # nothing was learned yet
     _same_processes(folder, status.get("processes", processes), processes)
-    before, now = (dict(_leaves(_plain(c))) for c in (OmegaConf.load(path), cfg))
+    found = read_config(path, "Delete it: a resume writes it again.")
+    before, now = (dict(_leaves(_plain(c))) for c in (found, cfg))
     keys = [k for k in dict.fromkeys([*before, *now]) if before.get(k) != now.get(k)]
     free_keys = [k for k in FREE if processes == 1 or k != "sync_bn"]
     keys = [k for k in keys if not any(k == free or k.startswith(f"{free}.") for free in free_keys)]
