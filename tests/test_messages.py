@@ -85,7 +85,7 @@ COMMANDS = {
     "train seed=one": "config: seed must be an integer, got 'one' (str).",
     "train max_steps=0": "config: max_steps must be at least 1, or null for no limit; got 0.",
     "train threads=0": "config: threads must be at least 1, or null for all cores; got 0.",
-    "train compile=yes": "config: compile must be one of off, kernels, model, auto, got *",
+    "train compile=yes": "config: compile must be one of off, kernels, model, graphs, auto, got *",
     "train device=gpu": "config: device 'gpu' is none of auto, cpu, cuda, cuda:N, mps.",
     "train device=cuda:99": "config: device=cuda:99, but *",
     "train dry_run=maybe": "config: dry_run must be true or false, got 'maybe' (str).",
