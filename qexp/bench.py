@@ -7,10 +7,10 @@ For each model, dtype and way to compile, these take turns in one process (`benc
     quantizers    the same network quantized, as `qexp train` would build it
     peers         other implementations of a learned step, on request (`bench_peers`)
 
-`ratio` = median step / median float step of the same group. `compile=model` is compared with
-compiled float, and `eager_ratio` with the eager float network, which takes turns as well.
-Beside each stands its floor (`bench_floor`). The networks have random weights and one batch of
-noise: a step's time does not depend on what is in it.
+`ratio` = median step / median float step of the same group. `compile=model` and `graphs` are
+compared with float compiled alike, and `eager_ratio` with the eager float network, which takes
+turns as well. Beside each stands its floor (`bench_floor`). The networks have random weights and
+one batch of noise: a step's time does not depend on what is in it.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from qexp.models.build import build_model
 from qexp.quant.convert import Bits, calibrate_, quant_layers
 from qexp.quant.trace import Layer, trace
 from qexp.recipes import build
+from qexp.recipes.compilation import WHOLE, refuse_graphs
 from qexp.runner.device import (
     compiler_available,
     keep_memory,
@@ -54,6 +55,8 @@ def bench_train(cfg: DictConfig) -> list[dict[str, Any]]:
     """Run the bench; prints a table, writes and returns the rows of bench.json."""
     s = Settings.of(cfg)
     device = pick_device(s.device)
+    for mode in s.compile:
+        refuse_graphs(mode, device)
     threads = use_threads(s.threads)
     if device.type == "cpu":
         keep_memory()
@@ -120,9 +123,9 @@ def _group(s: Settings, model: str, dtype: torch.dtype, mode: str, device: torch
         saved = s.saved if quant_layers(network) else "all"
         return Contender(name, network, make_step(network, how, images, labels, dtype, saved))
 
-    float_mode = "model" if mode == "model" else "off"
+    float_mode = mode if mode in WHOLE else "off"
     found = [contender(n, copy.deepcopy(net), float_mode) for n in (FLOAT, AGAIN)]
-    if mode == "model":
+    if mode in WHOLE:
         found.append(contender(EAGER, copy.deepcopy(net), "off"))
     for name in s.quantizers:
         cfg = composed(name, model, s.bits, s.overrides)
@@ -131,7 +134,7 @@ def _group(s: Settings, model: str, dtype: torch.dtype, mode: str, device: torch
         found.append(contender(name, network.model, mode))
     if s.peers:
         print(bench_peers.note(mode))
-    if s.peers and mode != "model":
+    if s.peers and mode not in WHOLE:
         for name in bench_peers.peers():
             network = copy.deepcopy(net)
             bench_peers.quantize_as_(name, network, layers, _widths(s, model, layers))

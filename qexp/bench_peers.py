@@ -9,7 +9,7 @@
 
 Each does the quantizing inside our layers, at the bench's widths, from LSQ's start (torchao from
 its own observer). They run eagerly, so they have their turn beside `compile=off` and
-`compile=kernels`, where the float network is eager too, and none beside `compile=model`.
+`compile=kernels`, where the float network is eager too, and none beside a compiled network.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from qexp.quant.functional import round_ste, scale_grad
 from qexp.quant.lsq import grad_scale, lsq_scale
 from qexp.quant.quantizer import Quantizer
 from qexp.quant.trace import Layer
+from qexp.recipes.compilation import WHOLE
 
 PACKAGES = ("torchao", "brevitas")  # of the extra `peers`
 
@@ -136,7 +137,7 @@ def _here(package: str) -> bool:
 
 def note(mode: str) -> str:
     """The line about the peers beside `compile=mode`."""
-    if mode not in ("off", "kernels"):
+    if mode in WHOLE:
         return f"peers: none beside compile={mode}, they run eagerly; compile=off,kernels has them"
     missing = [package for package in PACKAGES if not _here(package)]
     advice = f"; without {', '.join(missing)}: pip install 'qexp[peers]'" if missing else ""

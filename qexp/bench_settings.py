@@ -11,7 +11,7 @@ from omegaconf import DictConfig, ListConfig
 from qexp.errors import ConfigError, did_you_mean
 
 SAVED = ("all", "inputs", "blocks")  # recipes/saving.py
-MODES = ("off", "kernels", "model")
+MODES = ("off", "kernels", "model", "graphs")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from qexp.bench_floor import in_turn
 from qexp.quant.functional import compile_kernels
 from qexp.quant.trace import Layer
-from qexp.recipes.compilation import compiled
+from qexp.recipes.compilation import WHOLE, compiled
 from qexp.recipes.saving import kept_bytes, save_less_
 from qexp.runner.device import synchronize
 from qexp.runner.memory import Peak
@@ -69,9 +69,11 @@ def make_step(
     saved: str = "all",
 ) -> Callable[[], None]:
     """One training step of `model` on a batch that stays the same."""
-    compile_it = mode == "model"
-    forward = compiled(model, images.device, saved, dynamic=False) if compile_it else model
-    if not compile_it:
+    forward: Callable[[Tensor], Tensor] = model
+    if mode in WHOLE:
+        graphs = mode == "graphs"
+        forward = compiled(model, images.device, saved, graphs=graphs, dynamic=False)
+    else:
         save_less_(model, saved)
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9)
     device, amp = images.device.type, dtype == torch.bfloat16

@@ -13,6 +13,7 @@ from qexp.bench_floor import Machine, operands, work
 from qexp.bench_output import aligned, noise
 from qexp.bench_step import AGAIN, EAGER, Contender, Group
 from qexp.figure import BLUE, GREY, PALETTE, SMALL, panels, save
+from qexp.recipes.compilation import WHOLE
 from qexp.runner.environment import cpu_model
 
 Row = dict[str, Any]
@@ -43,7 +44,7 @@ def _row(
     low, high = _quartiles(ratios)
     itemsize = 2 if facts["dtype"] == "bf16" else 4
     least = work(group.layers, operands(c.model), facts["batch"], itemsize)
-    fused = facts["compile"] == "model"
+    fused = facts["compile"] in WHOLE
     added = 0.0 if fused else least.quantizers_s(machine)
     return {
         "quantizer": c.name,

@@ -53,7 +53,7 @@ class Train:
     bits: int
     seed: int
     device: str
-    compile: Literal["off", "kernels", "model", "auto"]
+    compile: Literal["off", "kernels", "model", "graphs", "auto"]
     threads: int | None
     out: str
     folder: str
@@ -265,10 +265,12 @@ def _ranges(plain: Mapping[str, Any]) -> Iterator[str]:
     if _is_int(threads) and threads < 1:
         yield f"config: threads must be at least 1, or null for all cores; got {threads}."
     if isinstance(plain.get("device"), str):
+        from qexp.recipes.compilation import refuse_graphs
         from qexp.runner.device import pick_device
 
         try:
-            pick_device(plain["device"])
+            recipe = (plain.get("recipe") or {}).get("name")
+            refuse_graphs(plain.get("compile"), pick_device(plain["device"]), recipe)
         except ConfigError as error:
             yield str(error)
     policy = plain.get("bitwidth")

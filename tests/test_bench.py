@@ -155,7 +155,11 @@ def test_bench_goes_on_eagerly_without_a_compiler(
     [
         (("quantizer=lsqq",), "config: quantizer 'lsqq' not found."),
         (("model=resnet21",), "config: model 'resnet21' not found."),
-        (("compile=kernel",), "config: compile=kernel is not an option. Use off, kernels, model."),
+        (
+            ("compile=kernel",),
+            "config: compile=kernel is not an option. Use off, kernels, model, graphs.",
+        ),
+        (("compile=graphs", "device=cpu"), "config: compile=graphs replays CUDA graphs, and the"),
         (("dtype=fp16",), "config: dtype=fp16 is not an option. Use fp32, bf16."),
         (("batch=0",), "config: batch must be a positive integer, got 0."),
         (("bits=0",), "config: bits must be"),

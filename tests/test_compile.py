@@ -4,25 +4,39 @@ from __future__ import annotations
 
 import copy
 import platform
+from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import Qexp
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
 
+from qexp.config import configs_dir
+from qexp.errors import ConfigError
 from qexp.models.resnet import ResNet
 from qexp.quant import functional
 from qexp.quant.asq import ASQ
-from qexp.quant.convert import Bits, calibrate_, quantize_, quantizers
+from qexp.quant.convert import (
+    Bits,
+    calibrate_,
+    quant_layers,
+    quantize_,
+    quantizers,
+    shared_weights,
+)
 from qexp.quant.functional import as_rows, compile_kernels, fake_quantize, kernel, sum_to
 from qexp.quant.lsq import LSQ
 from qexp.quant.trace import Layer, trace
 from qexp.recipes import compilation
 from qexp.runner.device import keep_memory
+from qexp.runner.folder import identity
 
 
 def network(per_channel: bool = False) -> tuple[nn.Module, Tensor]:
@@ -251,6 +265,104 @@ def test_auto_compiles_no_network_around_a_quantizer_that_breaks_the_fusion(said
     assert forward is model
     assert functional.kernels_compiled()
     assert said.infos[-1] == "compile: kernels (auto)"
+
+
+# ---------------------------------------------------------------------------------------------
+# CUDA graphs
+
+
+@pytest.fixture
+def patches(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The options of each graph that goes to the compiler, which runs it eagerly instead."""
+    seen: list[dict[str, Any]] = []
+
+    def compile_fx(graph: torch.fx.GraphModule, _: Any, config_patches: dict[str, Any]) -> Any:
+        seen.append(config_patches)
+        return graph
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    torch._dynamo.reset()
+    yield seen
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("how", "asked"), [("model", None), ("graphs", True)])
+def test_graphs_are_asked_of_the_compiler(
+    how: str, asked: bool | None, said: Said, patches: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compilation, "compiler_available", lambda device: (True, ""))
+    model, x = network()
+    cuda = torch.device("cuda")
+    forward = compilation.compile_for(how, model, [], 0, cuda, said)  # type: ignore[arg-type]
+    expected = gradients(model, model, x)
+    for a, b in zip(gradients(model, forward, x), expected, strict=True):
+        torch.testing.assert_close(a, b)
+    assert [p.get("triton.cudagraphs") for p in patches] == [asked]
+    assert said.infos == [f"compile: {how}"]
+    assert not functional.kernels_compiled()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_gradients_of_earlier_micro_batches_outlive_a_replay(
+    shared: bool, patches: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = network()
+    parts = x.chunk(2)
+    forward = compilation.compiled(model, torch.device("cuda"), graphs=True)
+    memory: list[Tensor] = []  # of gradients that a graph has written: the next replay writes it
+
+    replays: list[int] = []
+
+    def replay() -> None:
+        replays.append(len(memory))
+        for grad in memory:
+            grad.fill_(float("nan"))
+        memory.clear()
+
+    def accumulated(run: Any) -> list[Tensor]:
+        model.zero_grad()
+        with shared_weights(model) if shared else nullcontext():
+            for part in parts:
+                run(part).square().sum().backward()
+                held = [p.grad for p in model.parameters()]
+                held += [m.w_hat.grad for m in quant_layers(model).values() if shared]
+                memory[:] = [grad for grad in held if grad is not None]
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    expected = accumulated(model)
+    memory.clear()
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", replay)
+    got = accumulated(forward)
+    assert len(replays) == len(parts)
+    assert replays[0] == 0 < replays[1]
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_graphs_are_refused_at_once_without_cuda(qexp: Qexp) -> None:
+    done = qexp("train", "compile=graphs", "device=cpu", "out=out")
+    assert done.code == 2
+    assert done.err == (
+        "config: compile=graphs replays CUDA graphs, and the device here is cpu. "
+        "Use compile=model, or device=cuda.\n"
+    )
+    assert not Path("out").exists()
+
+
+def test_graphs_are_refused_where_the_network_is_learned_in_parts() -> None:
+    cuda = torch.device("cuda")
+    compilation.refuse_graphs("graphs", cuda, "qat")
+    compilation.refuse_graphs("model", cuda, "ptq")
+    with pytest.raises(ConfigError, match="recipe=ptq learns it part by part"):
+        compilation.refuse_graphs("graphs", cuda, "ptq")
+
+
+def test_graphs_do_not_make_another_run() -> None:
+    with initialize_config_dir(str(configs_dir()), version_base="1.3"):
+        plain, replayed = (
+            compose("train", ["folder=x", f"compile={how}"]) for how in ("off", "graphs")
+        )
+    assert identity(plain) == identity(replayed)
 
 
 def test_without_a_compiler_the_run_is_eager_and_says_so(

@@ -44,6 +44,24 @@ def test_every_method_trains(qexp: Qexp, method: str, how: str) -> None:
     assert 0 <= result()["top1"] <= 100
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs CUDA graphs")
+@pytest.mark.parametrize("method", TRAINED)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_run_of_cuda_graphs_ends_as_a_compiled_one(
+    qexp: Qexp, method: str, accumulate: int
+) -> None:
+    """Not run on a GPU yet: written without one at hand."""
+    more = (f"quantizer={method}", "bits=3", "recipe.epochs=2", f"recipe.accumulate={accumulate}")
+    losses = []
+    for how in ("model", "graphs"):
+        own = [w for w in words(TINY) if not w.startswith("out=")]
+        done = qexp(*own, *more, f"compile={how}", f"out={how}")
+        assert done.code == 0, done.err
+        (path,) = Path(how).glob("**/last.pt")
+        losses.append(torch.load(path, map_location="cpu", weights_only=True)["losses"])
+    torch.testing.assert_close(losses[1], losses[0], rtol=2e-2, atol=1e-3)
+
+
 def test_training_in_bfloat16_and_channels_last(qexp: Qexp) -> None:
     more = ("recipe.amp=true", "recipe.channels_last=true", "saved=inputs", "recipe.accumulate=2")
     done = qexp(*words(TINY), "quantizer=asq", "recipe.epochs=1", "compile=kernels", *more)

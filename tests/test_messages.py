@@ -93,7 +93,7 @@ COMMANDS = {
     "train quantizer.act=null": "config: quantizer.act is null. Use quantizer/act=none.",
     "train model.checkpoint=5": "config: model.checkpoint must be a file, *, got 5 (int).",
     "train model.checkpoint=": "config: model.checkpoint is empty. Set model.checkpoint=FILE, *",
-    "train compile=yes": "config: compile must be one of off, kernels, model, auto, got *",
+    "train compile=yes": "config: compile must be one of off, kernels, model, graphs, auto, got *",
     "train device=gpu": "config: device 'gpu' is none of auto, cpu, cuda, cuda:N, mps.",
     "train device=cuda:99": "config: device=cuda:99, but *",
     "train dry_run=maybe": "config: dry_run must be true or false, got 'maybe' (str).",

@@ -1,8 +1,9 @@
 """Which parts of a step run compiled.
 
 `off`: nothing. `kernels`: the quantizers' elementwise forward and backward. `model`: the whole
-network. `auto` takes what should be fastest over the run's length: compiling costs seconds for
-the kernels and up to a minute for a network, and saves a part of each step.
+network. `graphs`: the whole network, replayed as CUDA graphs. `auto` takes what should be fastest
+over the run's length: compiling costs seconds for the kernels and up to a minute for a network,
+and saves a part of each step.
 
 A whole network on a CPU is compiled to keep and write as little as it can: a step there is bound
 by memory, not arithmetic. Two defaults of the compiler stand against that (`compiled`):
@@ -16,6 +17,17 @@ by memory, not arithmetic. Two defaults of the compiler stand against that (`com
 ResNet-8, batch 128, float32, one thread, CPU time of a step against compiled float: ASQ 1.43
 before, 1.11 after, LSQ 1.10 and 1.08; kept for backward 1.54 and 1.08 of float (LSQ 1.19, 1.08).
 On a GPU the compiler's own choices stand: none of this has been measured there.
+
+`graphs` is `torch.compile(mode="reduce-overhead")`: one call starts all kernels of a forward or a
+backward, which pays where they are so short that starting them takes longest. `auto` never takes
+it: it has not been measured, nor run on a GPU yet. It asks for three things:
+
+ 1. Results lie in memory that the next replay writes again. So each forward begins a new step, and
+    the gradients of earlier micro-batches are copied out first (`_replayed`).
+ 2. What a forward changes must stay where it is: parameters and buffers do (running statistics,
+    counters, codebooks). A graph that changes another of its inputs, or has one on the CPU, is run
+    compiled without replay; TORCH_LOGS=cudagraphs says so, and why.
+ 3. Shapes stay the same: each new one is recorded anew. Evaluation runs the network eagerly.
 """
 
 from __future__ import annotations
@@ -28,7 +40,8 @@ import torch
 import torch._functorch.config
 from torch import Tensor, nn
 
-from qexp.quant.convert import quantizers
+from qexp.errors import ConfigError
+from qexp.quant.convert import quant_layers, quantizers
 from qexp.quant.functional import compile_kernels
 from qexp.quant.trace import Layer
 from qexp.recipes.saving import save_less_
@@ -40,6 +53,7 @@ from qexp.runner.run import Run
 KERNELS_PAY = 1e12
 MODEL_PAYS = 1e13
 
+WHOLE = ("model", "graphs")  # modes that compile the whole network
 
 # Tensors that may be read to compute an elementwise result again instead of writing it.
 READS = 16
@@ -47,24 +61,65 @@ READS = 16
 AGAIN = {"ban_recompute_used_far_apart": False, "ban_recompute_long_fusible_chains": False}
 # `saved` other than `all`: operands of convolutions are computed again too.
 OPERANDS = {"ban_recompute_materialized_backward": False}
+# What torch.compile's mode="reduce-overhead" stands for; a mode and a backend exclude each other.
+REPLAY = {"triton.cudagraphs": True}
+
+
+def refuse_graphs(mode: str | None, device: torch.device, recipe: str | None = None) -> None:
+    """Raise a ConfigError where `graphs` is asked for and cannot be had."""
+    if mode == "graphs" and device.type != "cuda":
+        raise ConfigError(
+            f"config: compile=graphs replays CUDA graphs, and the device here is {device}. "
+            "Use compile=model, or device=cuda."
+        )
+    if mode == "graphs" and recipe == "ptq":
+        raise ConfigError(
+            "config: compile=graphs records the whole network, and recipe=ptq learns it part by "
+            "part. Use compile=kernels."
+        )
 
 
 def compiled(
-    model: nn.Module, device: torch.device, saved: str = "all", **options: Any
+    model: nn.Module,
+    device: torch.device,
+    saved: str = "all",
+    *,
+    graphs: bool = False,
+    **options: Any,
 ) -> Callable[[Tensor], Tensor]:
     """`model` through `torch.compile` for training; on a CPU, with little memory traffic.
 
     Args:
         saved: `all`, or another mode of `recipes/saving.py`: convolutions' operands are computed
             again in backward, so that less is kept than in float.
+        graphs: replay forward and backward as CUDA graphs.
     """
-    return torch.compile(model, backend=_backend(device.type == "cpu", saved != "all"), **options)
+    backend = _backend(device.type == "cpu", saved != "all", graphs)
+    forward = torch.compile(model, backend=backend, **options)
+    return _replayed(model, forward) if graphs else forward
+
+
+def _replayed(model: nn.Module, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`forward`, each call of which begins a step of its own, after the last one's backward.
+
+    With several micro-batches a step, the gradients so far lie where the next replay writes.
+    """
+
+    def begin(x: Tensor) -> Tensor:
+        shared = [m.w_hat for m in quant_layers(model).values() if m.w_hat is not None]
+        for leaf in (*model.parameters(), *shared):
+            if leaf.grad is not None:
+                leaf.grad = leaf.grad.clone()
+        torch.compiler.cudagraph_mark_step_begin()
+        return forward(x)
+
+    return begin
 
 
 @cache  # one backend is one set of compiled graphs, shared by equal networks
-def _backend(on_cpu: bool, operands_again: bool) -> Callable[..., Any]:
+def _backend(on_cpu: bool, operands_again: bool, graphs: bool) -> Callable[..., Any]:
     again = (AGAIN if on_cpu else {}) | (OPERANDS if operands_again else {})
-    patches = {"realize_reads_threshold": READS} if on_cpu else {}
+    patches = ({"realize_reads_threshold": READS} if on_cpu else {}) | (REPLAY if graphs else {})
 
     def backend(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
         from torch._inductor.compile_fx import compile_fx
@@ -109,8 +164,8 @@ def compile_for(
     run.info(f"compile: {chosen}" + (" (auto)" if mode == "auto" else ""))
     if chosen != "off":
         torch.compiler.reset()  # graphs of earlier runs in this process count against a limit
-    if chosen == "model":
-        return compiled(model, device, saved)
+    if chosen in WHOLE:
+        return compiled(model, device, saved, graphs=chosen == "graphs")
     compile_kernels(chosen == "kernels")
     save_less_(model, saved)
     return model
