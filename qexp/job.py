@@ -119,6 +119,8 @@ def _take_up(cfg: DictConfig) -> bool:
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
     """`qexp eval`: print a finished run's top-1."""
     config.check(cfg, config.Eval)
+    if cfg.run and not Path(cfg.run, cfg.checkpoint).is_file() and Path(cfg.checkpoint).is_file():
+        cfg.checkpoint = str(Path(cfg.checkpoint).resolve())  # `run=R checkpoint=R/last.pt`
     score = _function("qexp.recipes.evaluate", "evaluate_run")(cfg)
     print(
         f"top-1 {score['top1']:.2f} on {score['split']} of {score['dataset']} | "

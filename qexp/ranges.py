@@ -1,4 +1,4 @@
-"""Top-level values of the right type that no run can use; `config.check` tells of them."""
+"""Values of the right type that cannot be used; `config.check` tells of them."""
 
 from __future__ import annotations
 
@@ -37,6 +37,11 @@ def unusable(plain: Mapping[str, Any]) -> Iterator[str]:
                 f"config: bitwidth.file={file} is no file. Give a table that bitwidth=sensitivity "
                 "bitwidth.save=FILE writes, or null."
             )
+    if plain.get("adapters") == "float16" and plain.get("format") in ("onnx", "onnx_int8"):
+        yield (
+            f"config: adapters=float16 is for format=packed, format={plain['format']} keeps "
+            "float32. Leave adapters out, or set format=packed."
+        )
     model = plain.get("model")
     checkpoint = model.get("checkpoint") if isinstance(model, Mapping) else None
     if checkpoint is not None and not isinstance(checkpoint, str):

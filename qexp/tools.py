@@ -95,7 +95,7 @@ def _resume_run(folder: Path, overrides: Sequence[str]) -> int:
     if not (folder / ".hydra" / "config.yaml").is_file():
         raise ConfigError(f"resume: {folder} has no .hydra/config.yaml. Start a new run.")
     read_config(folder / ".hydra" / "config.yaml", "Start a new run.")
-    every = [*_earlier(folder / RESUMED), *overrides]
+    every = [*(o for o in _earlier(folder / RESUMED) if o not in overrides), *overrides]
     place = "folder='" + str(folder).replace("'", "\\'") + "'"
     arguments = [*QUIET, *every, place, "dry_run=false"]
     job = Job("train", resume=True)

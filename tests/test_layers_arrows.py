@@ -26,6 +26,7 @@ LIGHT = (
     "help",
     "job",
     "messages",
+    "ranges",
     "report",
     "signature",
     "sweep",

@@ -120,6 +120,7 @@ COMMANDS = {
     # tools
     "eval": "eval: no run given. *",
     "eval run=x split=tset": "config: split must be one of test, val, train, got 'tset' (str).",
+    "export run=x format=onnx adapters=float16": "config: adapters=float16 is for format=packed, *",
     "resume": "qexp: the following arguments are required: run. Try: qexp resume --help",
     "resume nix": "resume: no run 'nix' under 'outputs'. List runs with: qexp ls outputs",
     "ls nix": "ls: no runs under 'nix'. Start one with: qexp train",
@@ -375,6 +376,8 @@ def test_eval_names_the_file_and_what_a_split_needs(qexp: Qexp, tmp_path: Path) 
     assert qexp(*SMOKE, "folder=outputs/run").code == 0
     file = tmp_path / "outputs" / "run" / "best.pt"
     said = qexp("eval", "run=outputs/run", f"checkpoint={file}", *ALWAYS)
+    assert said.out.rstrip().endswith(f"img/s | {file}")
+    said = qexp("eval", "run=outputs/run", "checkpoint=outputs/run/best.pt", *ALWAYS)
     assert said.out.rstrip().endswith(f"img/s | {file}")
     said = qexp("eval", "run=outputs/run", "split=val", *ALWAYS)
     assert matches(said.err, "data: * has no split 'val' (has: test, train). Use split=test, or *")

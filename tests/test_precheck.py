@@ -74,6 +74,25 @@ def test_more_images_to_reconstruct_from_than_there_are(qexp: Qexp, tmp_path: Pa
     assert not list(tmp_path.iterdir())
 
 
+def test_a_post_training_run_is_a_start_of_training_and_of_nothing_else(
+    qexp: Qexp, tmp_path: Path
+) -> None:
+    assert qexp("train", *TINY_PTQ, "quantizer=nearest", "folder=ptq").code == 0
+    training = ("train", *TINY, "quantizer=nearest", "recipe=qat", "model.checkpoint=ptq")
+    refused = {
+        ("train", *TINY_PTQ, "quantizer=nearest", "model.checkpoint=ptq"): "is itself a post-train",
+        (*training, "model.width=0.5"): "checkpoint: ptq/last.pt does not fit the model: ",
+        (*training, "recipe.distill.weight=0.5"): "a post-training run keeps no float network.",
+    }
+    for words, message in refused.items():
+        said = qexp(*words)
+        assert message in said.err
+        assert said.code == 2
+        assert [p.name for p in tmp_path.iterdir()] == ["ptq"]
+    said = qexp(*training, "recipe.epochs=1", "folder=trained")
+    assert said.code == 0, said.err
+
+
 def test_the_check_draws_no_random_number_and_writes_no_bits(tmp_path: Path) -> None:
     file = tmp_path / "bits.yaml"
     policy = ("bitwidth=sensitivity", "bitwidth.metric=size", f"bitwidth.save={file}")

@@ -222,7 +222,9 @@ def test_values_given_to_a_resume_outlive_its_kill_and_so_does_the_earlier_resul
     row = qexp("ls", ".").out.splitlines()[1].split()
     assert row[1:4] == ["dead", "-", "2"]  # state, top-1 of the earlier result, epoch
 
-    killed_in_epoch(3, "resume", "run")
+    killed_in_epoch(3, "resume", "run", "recipe.lr=0.002")  # the same command, started again
+    noted = OmegaConf.load(run / ".hydra" / "resumed.yaml")
+    assert noted == ["recipe.epochs=3", "recipe.lr=0.002"]
     assert qexp("resume", "run").code == 0
     resumed = read_json(run / "result.json")
     assert resumed["epochs"] == 3

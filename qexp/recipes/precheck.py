@@ -107,12 +107,18 @@ def check_files(cfg: DictConfig, model: nn.Module) -> None:
 
 def _check_start(cfg: DictConfig, model: nn.Module, source: str) -> None:
     ptq = read_ptq(source)
+    distill = cfg.recipe.get("distill") or {}
     if ptq is None:
         check_weights(model, cfg.model._target_, source)
     elif "epochs" not in cfg.recipe:
         raise ConfigError(
             f"config: model.checkpoint={source} is itself a post-training run. Give the float "
             "network it started from, or train on with recipe=qat."
+        )
+    elif distill.get("weight", 0) > 0 and distill.get("teacher", "float") == "float":
+        raise ConfigError(
+            "config: recipe.distill.teacher=float: a post-training run keeps no float network. "
+            "Set recipe.distill.teacher=FILE."
         )
     else:
         load_folded(copy.deepcopy(model), ptq, source)
