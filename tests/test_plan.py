@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,11 @@ from torch import nn
 
 from qexp.quant.convert import quantizers
 from qexp.quant.functional import kernels_compiled
-from qexp.recipes import compilation, cost, plan
+from qexp.recipes import compilation, cost, plan, units
 from qexp.recipes.ptq import ptq
 from qexp.recipes.qat import qat
 from qexp.recipes.settings import Settings
+from qexp.runner.memory import Peak
 from qexp.runner.run import open_run
 
 
@@ -121,6 +123,53 @@ def test_cost_of_reconstruction_counts_every_pass(
     text = plan.plan(tiny(tmp_path, "quantizer=nearest", base=TINY_PTQ))
     assert "learning: none" in text
     assert "about 21 s" in text  # two evaluations
+
+
+# Units whose inputs and outputs are most of what the run takes.
+LARGE = ("quantizer=qdrop", "model.width=1", "dataset.image_size=32", "dataset.train_images=520",
+         "recipe.images=320", "recipe.iterations=2", "recipe.held_out=64")  # fmt: skip
+
+
+def gigabytes(line: str, what: str) -> float:
+    return float(line.split(f" GB {what}")[0].split()[-1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux starts its mark anew")
+def test_the_memory_of_a_reconstruction_is_about_that_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class NoPeak:
+        """Units leave the process's mark to the test."""
+
+        def __init__(self, device: object) -> None: ...
+        def rise(self) -> None: ...
+
+    def run(*words: str) -> str:
+        cfg = tiny(tmp_path, *words, base=TINY_PTQ)
+        with open_run(Path(cfg.folder), cfg, resume=False) as run:
+            run.finish(ptq(cfg, run))
+        return plan.plan(cfg)
+
+    monkeypatch.setattr(units, "Peak", NoPeak)
+    run("quantizer=qdrop")  # what is loaded once
+    peak = Peak(torch.device("cpu"))
+    text = run(*LARGE)
+    rise = peak.rise()
+    assert rise is not None
+    assert rise / 2.5 < gigabytes(text, "above") * 2**30 < rise * 2.5
+
+
+def test_what_a_plan_keeps_on_disk_is_not_in_its_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cost, "_image_cost", lambda *step: (1.0, 0.0))
+    recorded = 3 * 16 * 32 * 32 * 4 * 384 / 2**30  # a block's inputs and output
+    whole = plan.plan(tiny(tmp_path, *LARGE, base=TINY_PTQ))
+    spilled = plan.plan(tiny(tmp_path, *LARGE, "recipe.cache_gb=0", base=TINY_PTQ))
+    assert "on disk" not in whole
+    assert gigabytes(spilled, "on disk") == pytest.approx(recorded, abs=0.006)
+    kept = gigabytes(whole, "above") - gigabytes(spilled, "above")
+    assert kept == pytest.approx(recorded, abs=0.011)  # printed with two digits
 
 
 def test_a_post_training_plan_has_the_sizes_of_the_run(tmp_path: Path) -> None:

@@ -9,14 +9,17 @@ takes a minute to make). From it:
                      share); each unit records its input and output, once in the float network and
                      once in the quantized one, half of it deep on average; two evaluations
 
-A forward pass is taken as a third of a step. Loading, compilation, the search for first steps, and
-a float baseline that must be trained first are not in it; the line says so.
+A forward pass is taken as a third of a step. The memory of a reconstruction is that of both
+networks, the images, what is recorded of the largest unit, and either one of its steps or a forward
+pass of many images. Loading, compilation, the search for first steps, and a float baseline that
+must be trained first are not in it; the line says so.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +27,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from qexp.data.card import Card
-from qexp.quant.blocks import find_units
+from qexp.quant.blocks import Unit, find_units
 from qexp.quant.convert import quantizers
 from qexp.quant.functional import compile_kernels
 from qexp.quant.plan import passes
@@ -35,6 +38,7 @@ from qexp.recipes.loss import training_loss
 from qexp.recipes.ptq_settings import Settings as Reconstruction
 from qexp.recipes.saving import kept_bytes, save_less_
 from qexp.recipes.settings import Settings
+from qexp.recipes.units import cache_bytes
 from qexp.runner.device import (
     compiler_available,
     keep_memory,
@@ -49,6 +53,12 @@ FEWEST = 8  # images of the timed steps
 # A step's memory above the parameters, as a multiple of what it keeps for backward: 1.66 for a
 # float ResNet-20 in eager mode, 1.41 for LSQ (results/bench_train).
 WORKING = 1.5
+# A unit's step, the same: above its share of what the network keeps come mixed and dropped inputs,
+# and the copies that quantizers make. 7.2 for QDrop's first block of a ResNet-8, eagerly.
+LEARNING = 7
+# A forward pass's memory as a multiple of its widest layer's input and output: both stay while the
+# next activation is made, and a quantizer has copies of its input.
+FORWARD = 2
 LEFT_OUT = "compilation, loading, and a float baseline that must be trained first"
 
 
@@ -101,22 +111,59 @@ def reconstruction(
     limit = s.iterations + s.step_iterations if cfg.max_steps is None else cfg.max_steps
     sweeps = [p._replace(iterations=min(p.iterations, limit)) for p in passes(method, s)]
     names = [layer.name for layer in layers]
-    units = 0
+    parts = []
     if method.granularity != "none":
-        units = len(find_units(reference, names, method.granularity))
-    mode = choose(cfg.compile, layers, 3 * s.iterations * s.minibatch, pick_device(cfg.device))
+        parts = find_units(reference, names, method.granularity)
+    units, device = len(parts), pick_device(cfg.device)
+    mode = choose(cfg.compile, layers, 3 * s.iterations * s.minibatch, device)
+    recorded, widest, share = _values(reference, parts, names, card.input_shape)
     cost = _timed(cfg, card, model, s.minibatch, mode if sweeps else "off", Settings())
     images = sum(p.iterations for p in sweeps) * s.minibatch
+    recorded *= 4 * (s.images + s.held_out)
+    cache = min(recorded, cache_bytes(s, device))
+    numbers = sum(p.numel() for net in (model, reference) for p in net.parameters())
+    numbers += (s.images + s.held_out) * prod(card.input_shape)
+    forward = FORWARD * 4 * widest * max(s.batch_size, s.act_images)
+    step = LEARNING * share * cost.kept * s.minibatch
+    memory = 4 * numbers + cache + max(forward, step)
+    disk = f", {(recorded - cache) / 2**30:.2f} GB on disk" if recorded > cache else ""
     images += len(sweeps) * units * (s.images + s.held_out) / 3 + 2 * card.test_size / 3
     work = [f"{units} units, {p.iterations:,} iterations each ({p.name})" for p in sweeps]
     return [
         f"images:   {s.images} for reconstruction, {s.act_images} for activation steps; "
         f"start: {cfg.model.checkpoint}",
         f"learning: {'; then '.join(work) or 'none'}",
-        f"cost:     about {_duration(cost.seconds * images)} on {cost.how} "
-        f"({1 / cost.seconds:.0f} img/s forward and backward measured now on noise; with two "
-        f"evaluations, without the search for steps, {LEFT_OUT})",
+        f"cost:     about {_duration(cost.seconds * images)} and {memory / 2**30:.2f} GB above an "
+        f"idle process{disk} on {cost.how} ({1 / cost.seconds:.0f} img/s forward and backward "
+        f"measured now on noise; with two evaluations, without the search for steps, {LEFT_OUT})",
     ]
+
+
+@torch.no_grad()
+def _values(
+    reference: nn.Module, units: Sequence[Unit], layers: Sequence[str], shape: tuple[int, ...]
+) -> tuple[int, int, float]:
+    """Numbers of an image: most that are recorded of a unit, and most in and out of a layer.
+
+    Recorded are a unit's input, from the float and the quantized network, and its float output.
+    The third is the largest share of a unit in all that goes in and out of layers.
+    """
+    sizes: dict[str, tuple[int, int]] = {}
+    handles = []
+    for name in {*(unit.name for unit in units), *layers}:
+
+        def hook(module: nn.Module, inputs: Any, y: torch.Tensor, name: str = name) -> None:
+            sizes[name] = inputs[0].numel(), y.numel()
+
+        handles.append(reference.get_submodule(name).register_forward_hook(hook))
+    device = next(reference.parameters()).device
+    reference.eval()(torch.zeros(1, *shape, device=device))
+    for handle in handles:
+        handle.remove()
+    recorded = max((2 * sizes[unit.name][0] + sizes[unit.name][1] for unit in units), default=0)
+    through = {name: sum(sizes[name]) for name in layers}
+    largest = max((sum(through[name] for name in unit.layers) for unit in units), default=0)
+    return recorded, max(through.values()), largest / sum(through.values())
 
 
 def _timed(

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 from torch import nn
 from tqdm import tqdm
@@ -35,6 +36,12 @@ def units_of(method: Method, reference: nn.Module, network: build.Network) -> li
     """The parts that `method` learns one by one, in execution order."""
     assert method.granularity != "none"
     return find_units(reference, [layer.name for layer in network.layers], method.granularity)
+
+
+def cache_bytes(s: Settings, device: torch.device) -> float:
+    """Bytes of a unit's recorded inputs and outputs that may stay on the device now."""
+    free, limit = free_bytes(device), s.cache_gb * 1e9
+    return limit if free is None else min(limit, SHARE * free)
 
 
 class Clock:
@@ -98,7 +105,7 @@ class Work:
             self.sweeps[sweep].iterations * sum(macs[n] for n in self.units[k].layers)
             for sweep, k in jobs
         ]
-        store = Store(self.data.images.device, self._cache_bytes(), run.dir)
+        store = Store(self.data.images.device, self.s.cache_gb * 1e9, run.dir)
         clock = Clock(effort, skip)
         for number, (sweep, k) in enumerate(jobs):
             if number < skip:
@@ -130,7 +137,7 @@ class Work:
             bar.update()
 
         peak = Peak(self.data.images.device)
-        store.limit = self._cache_bytes()
+        store.limit = cache_bytes(self.s, self.data.images.device)
         row = reconstruct_unit(
             model,
             self.reference,
@@ -147,12 +154,6 @@ class Work:
         )
         bar.close()
         return row | {"rise_bytes": peak.rise()} if row else row
-
-    def _cache_bytes(self) -> float:
-        """Bytes of recorded inputs and outputs that may stay on the device now."""
-        free = free_bytes(self.data.images.device)
-        limit = self.s.cache_gb * 1e9
-        return limit if free is None else min(limit, SHARE * free)
 
     def _calibrate_inputs(self, model: nn.Module) -> None:
         """Steps of activations again, now that the weights before them are the learned ones."""
