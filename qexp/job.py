@@ -36,15 +36,15 @@ class Job:
         self.__name__ = name  # hydra.main wraps it like a function
         self._error: BaseException | None = None
 
-    def __call__(self, cfg: DictConfig) -> None:
+    def __call__(self, cfg: DictConfig) -> float | None:
         task = TASKS[self.name] if not self.resume else resume_run
         if sweep.is_sweep():
-            sweep.run_job(task, cfg)
-            return
+            return sweep.run_job(task, cfg)
         try:
             task(cfg)
         except Exception as error:
             self._error = error
+        return None
 
     def raise_error(self) -> None:
         """Raise what the single run raised, if it did."""

@@ -74,8 +74,11 @@ def place_errors() -> Iterator[None]:
             raise
 
 
-def run_job(task: Callable[[DictConfig], dict[str, Any]], cfg: DictConfig) -> None:
-    """Run one job; its end goes to jobs.jsonl, its error to stderr."""
+def run_job(task: Callable[[DictConfig], dict[str, Any]], cfg: DictConfig) -> float | None:
+    """Run one job; its end goes to jobs.jsonl, its error to stderr.
+
+    Returns its top-1 (percent), which a sweeper that searches maximises.
+    """
     line: dict[str, Any] = {"overrides": list(HydraConfig.get().overrides.task)}
     try:
         done = None if cfg.get("force") or "out" not in cfg else _done(cfg)
@@ -91,6 +94,7 @@ def run_job(task: Callable[[DictConfig], dict[str, Any]], cfg: DictConfig) -> No
     finally:
         if line.get("status") != "planned":
             _append(Path(HydraConfig.get().runtime.output_dir) / JOBS, line)
+    return line.get("top1")
 
 
 def _done(cfg: DictConfig) -> dict[str, Any] | None:

@@ -181,6 +181,19 @@ def test_a_finished_single_run_counts_for_a_sweep_and_another_device_too(tiny: Q
     assert len(runs("done")) == 2
 
 
+def test_a_sweeper_is_given_the_top1_of_each_job(
+    tiny: Qexp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[float | None] = []
+    run_job = sweep.run_job
+    monkeypatch.setattr(sweep, "run_job", lambda *job: given.append(run_job(*job)))
+    tiny("bits=3")
+    tiny("-m", "bits=2,3,33")
+    top1 = [read_json(run / "result.json")["top1"] for run in runs("done")]
+    assert sorted(given[:2]) == sorted(top1)  # type: ignore[type-var]
+    assert given[2] is None
+
+
 def test_a_wrong_config_fails_its_job_alone(tiny: Qexp) -> None:
     said = tiny("-m", "bits=2,33")
     assert said.code == 1
