@@ -19,6 +19,8 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux starts it
 
 @linux
 def test_a_small_piece_of_work_after_a_large_one_has_its_own_peak() -> None:
+    if Peak(CPU).rise() is None:
+        pytest.skip("this system does not start its mark anew")
     rises = []
     for size in (256, 32):
         peak = Peak(CPU)

