@@ -35,6 +35,7 @@ from qexp.config import configs_dir
 from qexp.errors import ConfigError
 from qexp.models.build import build_model
 from qexp.quant.convert import Bits, calibrate_, quant_layers
+from qexp.quant.functional import VARIANTS
 from qexp.quant.trace import Layer, trace
 from qexp.recipes import build
 from qexp.recipes.compilation import WHOLE, refuse_graphs
@@ -48,7 +49,6 @@ from qexp.runner.device import (
 from qexp.runner.device import set_threads as use_threads
 
 CLASSES = 10
-GRAPHS = 64  # compiled networks that share one forward: dynamo's own limit is 8
 
 
 def bench_train(cfg: DictConfig) -> list[dict[str, Any]]:
@@ -74,7 +74,7 @@ def bench_train(cfg: DictConfig) -> list[dict[str, Any]]:
             for mode in modes:
                 facts = {"model": model, "dtype": dtype, "compile": mode, "device": str(device)}
                 group = _group(s, model, DTYPES[dtype], mode, device)
-                with torch._dynamo.config.patch(recompile_limit=GRAPHS), tf32(True):
+                with torch._dynamo.config.patch(recompile_limit=VARIANTS), tf32(True):
                     take_turns(group.contenders, s.repeats, s.warmup, device)
                 new = bench_table.rows(group, machine, {**facts, **s.facts(threads)})
                 print(bench_table.text(new), flush=True)

@@ -21,7 +21,7 @@ import inspect
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -137,7 +137,7 @@ def check(cfg: DictConfig, schema: type | None = None) -> None:
         plain: Any = OmegaConf.to_container(cfg, resolve=True)
         if schema is not None:
             problems += against(plain, Signature.of_dataclass(schema), "")
-        problems += [*_ranges(plain), *unusable(plain)]
+        problems += unusable(plain)
         wrong = {line.split()[1] for line in problems}  # `bits` of "config: bits must be ..."
         for path, node in _targets(plain):
             problems += [
@@ -250,39 +250,3 @@ def _unresolvable(cfg: DictConfig) -> Iterator[str]:
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "?"
         yield f"config: {key}: {str(error).splitlines()[0]}. Set {key}=..."
-
-
-def _ranges(plain: Mapping[str, Any]) -> Iterator[str]:
-    """Ranges of the top-level scalars; their types are checked elsewhere."""
-    bits, seed, steps = plain.get("bits"), plain.get("seed"), plain.get("max_steps")
-    if _is_int(bits) and not (1 <= bits <= 16 or bits == 32):
-        yield f"config: bits must be an integer from 1 to 16, or 32 for float; got {bits}."
-    if _is_int(seed) and not 0 <= seed < 2**63:
-        yield f"config: seed must be from 0 to 2**63 - 1; got {seed}."
-    if _is_int(steps) and steps < 1:
-        yield f"config: max_steps must be at least 1, or null for no limit; got {steps}."
-    threads = plain.get("threads")
-    if _is_int(threads) and threads < 1:
-        yield f"config: threads must be at least 1, or null for all cores; got {threads}."
-    if isinstance(plain.get("device"), str):
-        from qexp.recipes.compilation import refuse_graphs
-        from qexp.runner.device import pick_device
-
-        try:
-            recipe = (plain.get("recipe") or {}).get("name")
-            refuse_graphs(plain.get("compile"), pick_device(plain["device"]), recipe)
-        except ConfigError as error:
-            yield str(error)
-    policy = plain.get("bitwidth")
-    if isinstance(policy, Mapping):
-        for side in ("weight", "act"):
-            value = policy.get(side)
-            if _is_int(value) and value != bits and not (1 <= value <= 16 or value == 32):
-                yield (
-                    f"config: bitwidth.{side} must be an integer from 1 to 16, or 32 for float; "
-                    f"got {value}."
-                )
-
-
-def _is_int(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)  # true is no number

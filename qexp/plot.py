@@ -127,7 +127,7 @@ def weight_levels(items: Sequence[WeightPlot], path: Path, title: str = "") -> N
         edges = np.linspace(low, high, _bins(after) + 1).tolist()
         axis.hist(before, edges, density=True, color=GREY, alpha=0.45)
         axis.hist(after, edges, density=True, color=BLUE, histtype="step", linewidth=1.1)
-        _draw_levels(axis, item.levels_before, "black", "|")
+        _draw_ticks(axis, item.levels_before, "black", foot=0.88, width=1.2)
         _draw_levels(axis, item.levels_after, ORANGE, "-")
         _frame(axis, f"{item.name}, {item.bits:.3g} bit", low, high)
     label(figure, axes, "weight", "density")
@@ -233,23 +233,32 @@ def sensitivity(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "") 
 
 
 def _draw_levels(axis: Axes, levels: Any, color: str, style: str) -> None:
-    """Vertical lines; ticks at the foot when there are too many to tell apart.
-
-    Style `|`: ticks at the top edge, however many, which no line hides.
-    """
-    rows = np.nan_to_num(np.atleast_2d(array(levels)), posinf=0, neginf=0)
-    middle = np.median(rows, axis=0)
-    if style == "|" or len(middle) > MAX_LINES:
-        foot, width = (0.88, 1.2) if style == "|" else (0.0, 0.6)
-        place = axis.get_xaxis_transform()
-        width = 0.6 if len(middle) > MAX_LINES else width
-        axis.vlines(middle, foot, foot + 0.12, color=color, linewidth=width, transform=place)
+    """Vertical lines below the top edge's ticks; ticks at the foot when there are too many."""
+    rows, middle = _over_channels(levels)
+    if len(middle) > MAX_LINES:
+        _draw_ticks(axis, levels, color)
         return
     for place in middle:
         axis.axvline(place, ymax=0.87, color=color, linestyle=style, linewidth=0.9)
     if len(rows) > 1 and style == "-":
         for low, high in np.percentile(rows, [10, 90], axis=0).T:
             axis.axvspan(low, high, color=color, alpha=0.1, linewidth=0)
+
+
+def _draw_ticks(
+    axis: Axes, levels: Any, color: str, *, foot: float = 0.0, width: float = 0.6
+) -> None:
+    """Short strokes from `foot` up, in parts of the axis's height; many are thin."""
+    _, middle = _over_channels(levels)
+    thin = min(width, 0.6) if len(middle) > MAX_LINES else width
+    place = axis.get_xaxis_transform()
+    axis.vlines(middle, foot, foot + 0.12, color=color, linewidth=thin, transform=place)
+
+
+def _over_channels(levels: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Levels as [channels, levels], and each one's median over the channels."""
+    rows = np.nan_to_num(np.atleast_2d(array(levels)), posinf=0, neginf=0)
+    return rows, np.median(rows, axis=0)
 
 
 def _bins(values: np.ndarray) -> int:

@@ -5,43 +5,105 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
+
+from qexp.errors import ConfigError
 
 # Threads that a config may ask for on any machine: it may come from a larger one.
 THREADS = 64
 
+Plain = Mapping[str, Any]
 
-def unusable(plain: Mapping[str, Any]) -> Iterator[str]:
-    """A line for each such value of a resolved config."""
+
+def unusable(plain: Plain) -> Iterator[str]:
+    """A line for each such value of a resolved config; types are checked elsewhere."""
+    for check in (_numbers, _threads, _compile, _bitwidth, _places, _quantizer, _adapters, _model):
+        yield from check(plain)
+
+
+def _numbers(plain: Plain) -> Iterator[str]:
+    bits, seed, steps = plain.get("bits"), plain.get("seed"), plain.get("max_steps")
+    if _is_int(bits) and not _is_width(bits):
+        yield f"config: bits must be an integer from 1 to 16, or 32 for float; got {bits}."
+    if _is_int(seed) and not 0 <= seed < 2**63:
+        yield f"config: seed must be from 0 to 2**63 - 1; got {seed}."
+    if _is_int(steps) and steps < 1:
+        yield f"config: max_steps must be at least 1, or null for no limit; got {steps}."
+
+
+def _threads(plain: Plain) -> Iterator[str]:
     threads, cores = plain.get("threads"), os.cpu_count() or 1
     most = max(THREADS, 4 * cores)
-    if isinstance(threads, int) and threads > most:
+    if not _is_int(threads):
+        return
+    if threads < 1:
+        yield f"config: threads must be at least 1, or null for all cores; got {threads}."
+    if threads > most:
         yield (
             f"config: threads must be at most {most}, got {threads}: this machine has {cores} "
             f"cores. Set threads={cores}, or null for all."
         )
+
+
+def _compile(plain: Plain) -> Iterator[str]:
+    if not isinstance(plain.get("device"), str):
+        return
+    from qexp.recipes.compilation import refuse_graphs
+    from qexp.runner.device import pick_device
+
+    recipe = plain.get("recipe")
+    in_parts = None
+    if isinstance(recipe, Mapping) and "epochs" not in recipe:
+        in_parts = recipe.get("name", "ptq")
+    try:
+        refuse_graphs(plain.get("compile"), pick_device(plain["device"]), in_parts)
+    except ConfigError as error:
+        yield str(error)
+
+
+def _bitwidth(plain: Plain) -> Iterator[str]:
+    policy = plain.get("bitwidth")
+    if not isinstance(policy, Mapping):
+        return
+    for side in ("weight", "act"):
+        value = policy.get(side)
+        if _is_int(value) and value != plain.get("bits") and not _is_width(value):
+            yield (
+                f"config: bitwidth.{side} must be an integer from 1 to 16, or 32 for float; "
+                f"got {value}."
+            )
+    file = policy.get("file")
+    if policy.get("name") == "pattern" and isinstance(file, str) and not Path(file).is_file():
+        yield (
+            f"config: bitwidth.file={file} is no file. Give a table that bitwidth=sensitivity "
+            "bitwidth.save=FILE writes, or null."
+        )
+
+
+def _places(plain: Plain) -> Iterator[str]:
     if plain.get("out") == "":  # would be the root of the file system
         yield "config: out is empty. Set out=outputs"
-    if plain.get("folder") == "" and plain.get("out") != "":
+    elif plain.get("folder") == "":
         yield "config: folder is empty. Leave it out, or set folder=outputs/NAME"
+
+
+def _quantizer(plain: Plain) -> Iterator[str]:
     quantizer = plain.get("quantizer")
     if isinstance(quantizer, Mapping) and {"weight", "act"} <= set(quantizer):
         none = [part for part in ("weight", "act") if quantizer[part] is None]
         if len(none) == 1:  # both: a float run
             yield f"config: quantizer.{none[0]} is null. Use quantizer/{none[0]}=none."
-    policy = plain.get("bitwidth")
-    if isinstance(policy, Mapping) and policy.get("name") == "pattern":
-        file = policy.get("file")
-        if isinstance(file, str) and not Path(file).is_file():
-            yield (
-                f"config: bitwidth.file={file} is no file. Give a table that bitwidth=sensitivity "
-                "bitwidth.save=FILE writes, or null."
-            )
+
+
+def _adapters(plain: Plain) -> Iterator[str]:
     if plain.get("adapters") == "float16" and plain.get("format") in ("onnx", "onnx_int8"):
         yield (
             f"config: adapters=float16 is for format=packed, format={plain['format']} keeps "
             "float32. Leave adapters out, or set format=packed."
         )
+
+
+def _model(plain: Plain) -> Iterator[str]:
     model = plain.get("model")
     checkpoint = model.get("checkpoint") if isinstance(model, Mapping) else None
     if checkpoint is not None and not isinstance(checkpoint, str):
@@ -51,3 +113,11 @@ def unusable(plain: Mapping[str, Any]) -> Iterator[str]:
         )
     elif checkpoint == "":
         yield "config: model.checkpoint is empty. Set model.checkpoint=FILE, auto or null."
+
+
+def _is_width(bits: int) -> bool:
+    return 1 <= bits <= 16 or bits == 32
+
+
+def _is_int(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)  # true is no number

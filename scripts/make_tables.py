@@ -23,7 +23,7 @@ from qexp.errors import QexpError
 from qexp.report_cells import cited, show
 from qexp.report_markdown import markdown, markdown_row
 from qexp.report_papers import Paper, read_papers
-from qexp.report_protocols import is_start
+from qexp.report_protocols import is_start, value_of
 from qexp.report_rows import Row, Table
 from qexp.report_runs import read_runs
 from qexp.report_tables import make_tables
@@ -154,8 +154,9 @@ def headline(table: Table, start: Path) -> str:
 
 
 def sampled(protocol: Mapping[str, Any]) -> str:
-    """Which elements of the calibration images set activation steps; older runs do not say."""
-    return "random elements" if protocol.get("act_sample") == "random" else "elements at a stride"
+    """Which elements of the calibration images set activation steps."""
+    how = value_of(protocol, "act_sample")
+    return {"random": "random elements", "stride": "elements at a stride"}[how]
 
 
 def column(row: Row) -> str:

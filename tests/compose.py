@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +76,3 @@ def stopped_in_epoch(epoch: int) -> Iterator[None]:
         patch.setattr(outcome, "log_epoch", stop)
         with pytest.raises(KeyboardInterrupt):
             yield
-
-
-def give_back_freed() -> None:
-    """Return the memory that earlier tests have freed: used again, it would not count as a rise."""
-    with suppress(AttributeError):  # of glibc
-        ctypes.CDLL(None).malloc_trim(0)

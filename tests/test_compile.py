@@ -16,6 +16,7 @@ from functorch.compile import make_boxed_func, min_cut_rematerialization_partiti
 from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounter
 from torch._inductor.decomposition import select_decomp_table
 
 from qexp.config import configs_dir
@@ -34,8 +35,9 @@ from qexp.quant.convert import (
 from qexp.quant.functional import as_rows, compile_kernels, fake_quantize, kernel, sum_to
 from qexp.quant.lsq import LSQ
 from qexp.quant.trace import Layer, trace
+from qexp.ranges import unusable
 from qexp.recipes import compilation
-from qexp.runner.device import keep_memory
+from qexp.runner.device import keep_memory, tf32
 from qexp.runner.folder import identity
 
 
@@ -339,6 +341,34 @@ def test_gradients_of_earlier_micro_batches_outlive_a_replay(
         torch.testing.assert_close(a, b)
 
 
+def test_scoring_does_not_have_what_is_compiled_compiled_again() -> None:
+    counter = CompileCounter()
+    double = torch.compile(lambda x: 2 * x, backend=counter)
+    x = torch.ones(3)
+    double(x)
+    for allowed in (False, True):  # scoring; the bench
+        with tf32(allowed):
+            pass
+        double(x)
+    assert counter.frame_count == 1
+
+
+def test_a_kernel_has_room_for_all_its_variants(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional, "SMALL", 0)
+    torch.compiler.reset()
+
+    @kernel
+    def scaled(x: Tensor, way: str) -> Tensor:
+        return x * len(way)
+
+    compile_kernels(True)
+    try:
+        for n in range(1, 13):  # a string is a constant: each is compiled by itself
+            assert scaled(torch.ones(2, 3), "x" * n)[0, 0] == n
+    finally:
+        compile_kernels(False)
+
+
 def test_graphs_are_refused_at_once_without_cuda(qexp: Qexp) -> None:
     done = qexp("train", "compile=graphs", "device=cpu", "out=out")
     assert done.code == 2
@@ -351,10 +381,20 @@ def test_graphs_are_refused_at_once_without_cuda(qexp: Qexp) -> None:
 
 def test_graphs_are_refused_where_the_network_is_learned_in_parts() -> None:
     cuda = torch.device("cuda")
-    compilation.refuse_graphs("graphs", cuda, "qat")
+    compilation.refuse_graphs("graphs", cuda)
     compilation.refuse_graphs("model", cuda, "ptq")
     with pytest.raises(ConfigError, match="recipe=ptq learns it part by part"):
         compilation.refuse_graphs("graphs", cuda, "ptq")
+
+
+def test_graphs_are_refused_for_every_post_training_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qexp.runner.device.pick_device", lambda name: torch.device("cuda"))
+    base = {"device": "cuda", "compile": "graphs"}
+    quick = "config: compile=graphs records the whole network, and recipe=ptq_quick learns it "
+    assert [*unusable({**base, "recipe": {"name": "ptq_quick", "iterations": 3}})] == [
+        quick + "part by part. Use compile=kernels."
+    ]
+    assert not [*unusable({**base, "recipe": {"name": "qat", "epochs": 3}})]
 
 
 def test_graphs_do_not_make_another_run() -> None:

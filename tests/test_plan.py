@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from compose import TINY_PTQ, give_back_freed, tiny
+from compose import TINY_PTQ, tiny
 from torch import nn
 
 from qexp.quant.convert import quantizers
@@ -153,7 +153,6 @@ def test_the_memory_of_a_reconstruction_is_about_that_of_the_run(
 
     monkeypatch.setattr(units, "Peak", NoPeak)
     run("quantizer=qdrop")  # what is loaded once
-    give_back_freed()
     peak = Peak(torch.device("cpu"))
     text = run(*LARGE)
     rise = peak.rise()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from compose import TINY_PTQ, give_back_freed
+from compose import TINY_PTQ
 from compose import tiny as compose_tiny
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -352,7 +352,6 @@ def test_imagenet_networks_run_through_on_the_cpu(tmp_path: Path, model: str, me
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux starts its mark anew")
 def test_each_units_memory_is_its_own(tmp_path: Path) -> None:
     size = ("dataset.image_size=32", "model.width=1", "dataset.train_images=160")
-    give_back_freed()
     cfg = tiny(tmp_path, "quantizer=qdrop", *size, "recipe.images=128", "recipe.iterations=2")
     result, _ = quantized(cfg)
     units = {row["unit"]: row for row in result["reconstruction"]["units"]}

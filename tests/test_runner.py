@@ -447,7 +447,10 @@ from qexp.runner.device import tf32
 
 def state():
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    found = [cudnn.conv.fp32_precision, matmul.fp32_precision.replace("none", "ieee")]
+    found = [
+        place.fp32_precision
+        for place in (cudnn.conv, cudnn.rnn, matmul, torch.backends.mkldnn.matmul)
+    ]
     for old in (lambda: cudnn.allow_tf32, torch.get_float32_matmul_precision):
         try:
             found.append(old())

@@ -39,11 +39,17 @@ _compiled = False
 # fusing saves. Most weights of small networks are below.
 SMALL = 1 << 14
 
+# Variants of one function that may be compiled, where dynamo's own limit is 8: of a kernel, one for
+# each dtype, one row or many, with autocast and without; of a bench's forward, one a network.
+VARIANTS = 64
+
 
 def compile_kernels(enabled: bool) -> None:
     """Run every `@kernel` function through `torch.compile` (True) or eagerly (False)."""
     global _compiled
     _compiled = enabled
+    if enabled:
+        torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
 
 
 def kernels_compiled() -> bool:

@@ -132,7 +132,7 @@ def make_network(
         return Network(model, layers, None, {}, [])
     policy = make_policy(cfg)
     staged = hasattr(policy, "bits_at")
-    if staged and cfg.recipe.get("epochs") is None:
+    if staged and not trains(cfg):
         raise ConfigError(
             f"config: bitwidth={cfg.bitwidth.get('name')} changes widths while training, which "
             f"recipe={cfg.recipe.get('name')} does not. Use bitwidth=uniform, or recipe=qat."
@@ -147,6 +147,11 @@ def make_network(
     swaps = quantize_(model, layers, chosen, **factories(cfg))
     omega = dict(getattr(policy, "sensitivity_by_layer", {}))
     return Network(model, layers, policy, chosen, swaps, omega)
+
+
+def trains(cfg: DictConfig) -> bool:
+    """Whether the recipe trains in epochs; post-training quantization does not."""
+    return "epochs" in cfg.recipe
 
 
 def needs_data(cfg: DictConfig) -> bool:

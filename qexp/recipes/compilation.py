@@ -65,17 +65,21 @@ OPERANDS = {"ban_recompute_materialized_backward": False}
 REPLAY = {"triton.cudagraphs": True}
 
 
-def refuse_graphs(mode: str | None, device: torch.device, recipe: str | None = None) -> None:
-    """Raise a ConfigError where `graphs` is asked for and cannot be had."""
+def refuse_graphs(mode: str | None, device: torch.device, in_parts: str | None = None) -> None:
+    """Raise a ConfigError where `graphs` is asked for and cannot be had.
+
+    Args:
+        in_parts: the name of the recipe, if it learns the network part by part.
+    """
     if mode == "graphs" and device.type != "cuda":
         raise ConfigError(
             f"config: compile=graphs replays CUDA graphs, and the device here is {device}. "
             "Use compile=model, or device=cuda."
         )
-    if mode == "graphs" and recipe == "ptq":
+    if mode == "graphs" and in_parts:
         raise ConfigError(
-            "config: compile=graphs records the whole network, and recipe=ptq learns it part by "
-            "part. Use compile=kernels."
+            f"config: compile=graphs records the whole network, and recipe={in_parts} learns it "
+            "part by part. Use compile=kernels."
         )
 
 

@@ -29,9 +29,8 @@ def plan(cfg: DictConfig) -> str:
     card = _card(cfg)
     precheck(cfg, card)
     model = build.make_model(cfg, card, torch.device("cpu"))
-    trained = cfg.recipe.get("epochs") is not None
     reference = None
-    if not trained:
+    if not build.trains(cfg):
         fold_bn_(model)
         reference = copy.deepcopy(model)
     data_policy = not build.is_float(cfg) and build.needs_data(cfg)

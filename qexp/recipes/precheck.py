@@ -25,7 +25,7 @@ from qexp.quant.convert import Bits
 from qexp.quant.trace import Layer, trace
 from qexp.recipes import build
 from qexp.recipes.handover import checkpoint_file, load_folded, read_ptq
-from qexp.recipes.start import check_teacher
+from qexp.recipes.start import check_from_ptq, check_teacher
 from qexp.runner.distributed import launched
 from qexp.runner.resuming import CHECKPOINT
 
@@ -80,7 +80,7 @@ def precheck(cfg: DictConfig, data: Sizes | None = None) -> None:
             build.make_network(unsaved(cfg), model, sizes.input_shape, context=context, bits=bits)
         except ValueError as error:  # a quantizer that has no such width
             raise ConfigError(f"config: quantizer={cfg.quantizer.name}: {error}.") from error
-    if "epochs" in cfg.recipe:
+    if build.trains(cfg):
         steps_in_epoch(sizes.train_size, cfg.recipe.batch_size, launched().size)
     _enough_images(cfg, sizes.train_size)
 
@@ -107,20 +107,10 @@ def check_files(cfg: DictConfig, model: nn.Module) -> None:
 
 def _check_start(cfg: DictConfig, model: nn.Module, source: str) -> None:
     ptq = read_ptq(source)
-    distill = cfg.recipe.get("distill") or {}
     if ptq is None:
         check_weights(model, cfg.model._target_, source)
-    elif "epochs" not in cfg.recipe:
-        raise ConfigError(
-            f"config: model.checkpoint={source} is itself a post-training run. Give the float "
-            "network it started from, or train on with recipe=qat."
-        )
-    elif distill.get("weight", 0) > 0 and distill.get("teacher", "float") == "float":
-        raise ConfigError(
-            "config: recipe.distill.teacher=float: a post-training run keeps no float network. "
-            "Set recipe.distill.teacher=FILE."
-        )
     else:
+        check_from_ptq(cfg, source)
         load_folded(copy.deepcopy(model), ptq, source)
 
 

@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from qexp import plot_ptq
-from qexp.errors import ConfigError, RunError
+from qexp.errors import RunError
 from qexp.quant.adaround import AdaRound
 from qexp.quant.bias import correct_bias_
 from qexp.quant.convert import (
@@ -66,11 +66,6 @@ def ptq(cfg: DictConfig, run: Run) -> dict[str, Any]:
     # The start: data, a float network, its batch norms folded.
     dataset = build.make_dataset(cfg, device)
     start = float_start(cfg, settings.Settings(), dataset, run, device, None)
-    if start.ptq is not None:
-        raise ConfigError(
-            f"config: model.checkpoint={start.source} is itself a post-training run. "
-            "Give the float network it started from, or train on with recipe=qat."
-        )
     model = start.model.eval()
     every = dataset.calibration_images(s.images + s.held_out, cfg.seed)
     data = Data(every[: s.images], every[s.images :])

@@ -70,28 +70,32 @@ def synchronize(device: torch.device) -> None:
 
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """Whether CUDA may take 10 bits of a float32's mantissa inside, as cuDNN does by default."""
+    """Whether CUDA may take 10 bits of a float32's mantissa inside, as cuDNN does by default.
+
+    Afterwards all is as it was, to the letter: a compiled function is compiled again where the
+    precision has another name ("ieee" for "none").
+    """
     cudnn: Any = torch.backends.cudnn
     matmul: Any = torch.backends.cuda.matmul
+    onednn: Any = torch.backends.mkldnn
+    names = (cudnn.conv, cudnn.rnn, matmul, onednn.matmul)  # what the old setters write
+    kept = [place.fp32_precision for place in names]
     try:
-        before = cudnn.allow_tf32, torch.get_float32_matmul_precision()
+        old = cudnn.allow_tf32, torch.get_float32_matmul_precision()
     except RuntimeError:  # a program that speaks of `fp32_precision` may not be read in the old way
-        names = (cudnn.conv, matmul)
-        kept = [place.fp32_precision for place in names]
-        for place in names:
-            place.fp32_precision = "tf32" if allowed else "ieee"
-        try:
-            yield
-        finally:
-            for place, value in zip(names, kept, strict=True):
-                place.fp32_precision = value
-        return
-    cudnn.allow_tf32 = matmul.allow_tf32 = allowed
+        old = None
+    if old is not None:
+        cudnn.allow_tf32 = matmul.allow_tf32 = allowed
+    else:
+        cudnn.conv.fp32_precision = matmul.fp32_precision = "tf32" if allowed else "ieee"
     try:
         yield
     finally:
-        cudnn.allow_tf32 = before[0]
-        torch.set_float32_matmul_precision(before[1])
+        if old is not None:
+            cudnn.allow_tf32 = old[0]
+            torch.set_float32_matmul_precision(old[1])
+        for place, value in zip(names, kept, strict=True):
+            place.fp32_precision = value
 
 
 def seed_everything(seed: int) -> None:
