@@ -48,6 +48,16 @@ def test_a_resumed_run_and_one_of_several_processes_are_no_baseline(tmp_path: Pa
     assert find(tmp_path, wanted) == plain
 
 
+def test_a_run_whose_config_is_damaged_is_passed_over(tmp_path: Path) -> None:
+    cfg = float_config(tiny(tmp_path))
+    wanted = fingerprint(cfg)
+    for name, text in (("a", "{:::"), ("b", "- 1"), ("c", "")):
+        (float_run(tmp_path / name, cfg) / "config.yaml").write_text(text)
+    assert find(tmp_path, wanted) is None
+    whole = float_run(tmp_path / "d", cfg)
+    assert find(tmp_path, wanted) == whole
+
+
 def test_folders_of_other_images_have_other_baselines(tmp_path: Path) -> None:
     cfg = float_config(tiny(tmp_path))
     assert fingerprint(cfg, "cats") != fingerprint(cfg, "dogs") != fingerprint(cfg)

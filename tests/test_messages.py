@@ -362,7 +362,7 @@ def test_a_checkpoint_that_cannot_be_loaded_is_one_line_and_nothing_is_written(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_eval_of_what_is_no_run_and_of_a_truncated_checkpoint(qexp: Qexp, tmp_path: Path) -> None:
+def test_eval_of_what_is_no_run_or_of_a_damaged_one(qexp: Qexp, tmp_path: Path) -> None:
     assert matches(qexp("eval", "run=nix").err, "eval: 'nix' is not a run folder. *qexp ls")
     assert qexp(*SMOKE, "folder=outputs/run").code == 0
     last = tmp_path / "outputs" / "run" / "last.pt"
@@ -370,6 +370,11 @@ def test_eval_of_what_is_no_run_and_of_a_truncated_checkpoint(qexp: Qexp, tmp_pa
     said = qexp("eval", "run=outputs/run", *ALWAYS)
     assert said.code == 1
     assert matches(said.err, "checkpoint: 'outputs/run/last.pt' is truncated *2000 bytes*again.")
+    (tmp_path / "outputs" / "run" / "config.yaml").write_text("seed: 1")
+    for command in ("eval", "export"):
+        said = qexp(command, "run=outputs/run")
+        assert matches(said.err, f"{command}: outputs/run/config.yaml is damaged. *.hydra*values*")
+        assert said.code == 2
 
 
 def test_eval_names_the_file_and_what_a_split_needs(qexp: Qexp, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from qexp.export.compare import difference
 from qexp.quant.accounting import account
 from qexp.quant.convert import check_calibrated
 from qexp.quant.trace import trace
-from qexp.runner.folder import read_status
+from qexp.runner.folder import read_status, run_config
 
 
 @dataclass
@@ -46,13 +46,12 @@ def export(cfg: DictConfig) -> dict[str, Any]:
     if not cfg.run:
         raise ConfigError("export: no run given. Try: qexp export run=outputs/.../<run folder>")
     folder = Path(cfg.run)
-    if not (folder / "config.yaml").is_file():
-        raise CheckpointError(f"export: '{folder}' is not a run folder. List runs with: qexp ls")
+    run_config(folder, "export")
     if (state := read_status(folder).get("state", "done")) != "done":
         raise CheckpointError(
             f"export: {folder} is {state}, not done. Finish it with: qexp resume {folder}"
         )
-    model, dataset, trained = load_run(folder, cfg.checkpoint, "cpu")
+    model, dataset, trained = load_run(folder, cfg.checkpoint, "cpu", "export")
     check_calibrated(model)
     writer, suffix = FORMATS[cfg.format]
     path = Path(cfg.file) if cfg.file else folder / f"model{suffix}"
@@ -225,9 +224,7 @@ def load_packed(
     if run is None:
         dataset = _named_dataset(packed.header.data, device)
     else:
-        trained = OmegaConf.load(run / "config.yaml")
-        assert isinstance(trained, DictConfig)
-        dataset = make_dataset(trained, device)
+        dataset = make_dataset(run_config(run, "export"), device)
     shape = (dataset.num_classes, tuple(dataset.input_shape))
     if shape != (packed.header.num_classes, packed.header.input_shape):
         raise CheckpointError(

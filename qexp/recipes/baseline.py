@@ -19,7 +19,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from qexp.runner.folder import RESULT, read_json, read_status
+from qexp.errors import QexpError
+from qexp.runner.folder import RESULT, read_config, read_json, read_status, run_config
 from qexp.runner.run import Run, open_run
 
 FLOAT_SEED = 0
@@ -70,10 +71,9 @@ def find(folder: Path, wanted: str) -> Path | None:
         if state.get("segments") or protocol.get("processes", 1) > 1:
             continue
         try:
-            config = OmegaConf.load(run / "config.yaml")
-            assert isinstance(config, DictConfig)
+            config = run_config(run, "run")
             own = fingerprint(config, protocol.get("contents"))
-        except (OSError, ValueError, KeyError):
+        except (QexpError, ValueError, KeyError):
             continue  # a run being written, or not ours
         if config.quantizer.get("name") == "fp32" and own == wanted:
             return run
@@ -94,8 +94,7 @@ def begun_config(run: Path, cfg: DictConfig) -> DictConfig:
 
     What has no part in a float network, as `bits`, stays as whoever began it had it.
     """
-    own = OmegaConf.load(run / "config.yaml")
-    assert isinstance(own, DictConfig)
+    own = read_config(run / "config.yaml", f"Delete {run}: it is trained again.", "run")
     with open_dict(own):
         own.dataset = cfg.dataset  # they differ in the place at most
         for key in ("device", "compile", "threads"):

@@ -27,6 +27,7 @@ from qexp.quant.trace import Layer, trace
 from qexp.runner import checkpoint
 from qexp.runner.device import pick_device
 from qexp.runner.distributed import world
+from qexp.runner.folder import run_config
 
 
 @dataclass
@@ -173,13 +174,17 @@ def policy_context(cfg: DictConfig, model: nn.Module, dataset: Any, epochs: int)
     }
 
 
-def load_run(folder: Path, name: str, device: str) -> tuple[nn.Module, Any, DictConfig]:
+def load_run(
+    folder: Path, name: str, device: str, area: str = "run"
+) -> tuple[nn.Module, Any, DictConfig]:
     """The trained network of a run folder, its data set and its config.
 
     Nothing is calibrated: bits and every quantizer's state come from the checkpoint.
+
+    Args:
+        area: the command that asks, for its messages.
     """
-    cfg = OmegaConf.load(folder / "config.yaml")
-    assert isinstance(cfg, DictConfig)
+    cfg = run_config(folder, area)
     target = pick_device(device)
     dataset = make_dataset(cfg, target)
     state = checkpoint.load(folder / name if not Path(name).is_absolute() else Path(name))

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from qexp.errors import CheckpointError, ConfigError
+from qexp.errors import ConfigError
 from qexp.quant.convert import frozen_weights
 from qexp.runner.device import tf32
 from qexp.runner.distributed import share_, total
+from qexp.runner.folder import run_config
 
 
 class Score(NamedTuple):
@@ -75,8 +76,8 @@ def evaluate_run(cfg: DictConfig) -> dict[str, Any]:
         )
     if not cfg.get("run"):
         raise ConfigError("eval: no run given. Try: qexp eval run=outputs/.../<run folder>")
-    folder = _run_folder(cfg)
-    model, dataset, trained = load_run(folder, name, cfg.device)
+    folder = Path(cfg.run)
+    model, dataset, trained = load_run(folder, name, cfg.device, "eval")
     score = evaluate(model, dataset.eval_batches(cfg.split))
     return _measured(cfg, score, folder, name, OmegaConf.select(trained, "dataset.name"))
 
@@ -85,20 +86,15 @@ def _evaluate_file(cfg: DictConfig, name: str) -> dict[str, Any]:
     from qexp.engine import engine_device
     from qexp.export.command import load_packed
 
-    folder = _run_folder(cfg) if cfg.get("run") else None
+    folder = Path(cfg.run) if cfg.get("run") else None
+    if folder is not None:
+        run_config(folder, "eval")
     path = Path(name) if folder is None or Path(name).is_file() else folder / name
     engine = cfg.get("engine", "float")
     device = engine_device(engine, cfg.device)
     model, dataset = load_packed(path, folder, device, trust=bool(cfg.get("trust")), engine=engine)
     score = evaluate(model, dataset.eval_batches(cfg.split))
     return _measured(cfg, score, path.parent, path.name, dataset.name)
-
-
-def _run_folder(cfg: DictConfig) -> Path:
-    folder = Path(cfg.run)
-    if not (folder / "config.yaml").is_file():
-        raise CheckpointError(f"eval: '{folder}' is not a run folder. List runs with: qexp ls")
-    return folder
 
 
 def _measured(

@@ -21,7 +21,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from qexp.errors import ConfigError
+from qexp.errors import CheckpointError, ConfigError
 
 STATUS = "status.json"
 RESULT = "result.json"
@@ -94,7 +94,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def read_config(path: Path, advice: str) -> DictConfig:
+def read_config(path: Path, advice: str, area: str = "resume") -> DictConfig:
     """A config file of a run.
 
     Raises:
@@ -103,10 +103,24 @@ def read_config(path: Path, advice: str) -> DictConfig:
     try:
         cfg = OmegaConf.load(path)
     except Exception as error:  # yaml and OmegaConf raise their own kinds
-        raise ConfigError(f"resume: {path} is damaged. {advice}") from error
-    if not isinstance(cfg, DictConfig) or not cfg:
-        raise ConfigError(f"resume: {path} is damaged. {advice}")
+        raise ConfigError(f"{area}: {path} is damaged. {advice}") from error
+    if not isinstance(cfg, DictConfig) or not {"model", "dataset"} <= set(cfg):
+        raise ConfigError(f"{area}: {path} is damaged. {advice}")
     return cfg
+
+
+def run_config(folder: Path, area: str) -> DictConfig:
+    """The resolved config of the run in `folder`; `area` is the command that asks.
+
+    Raises:
+        CheckpointError: it is no run's folder.
+        ConfigError: the config is damaged.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise CheckpointError(f"{area}: '{folder}' is not a run folder. List runs with: qexp ls")
+    how = f"Bring it back: {folder / '.hydra' / 'config.yaml'} has its values, not resolved."
+    return read_config(path, how, area)
 
 
 def is_done(folder: Path) -> bool:
