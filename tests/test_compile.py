@@ -37,6 +37,8 @@ from qexp.quant.lsq import LSQ
 from qexp.quant.trace import Layer, trace
 from qexp.ranges import unusable
 from qexp.recipes import compilation
+from qexp.recipes.ptq import ptq
+from qexp.recipes.qat import qat
 from qexp.runner.device import keep_memory, tf32
 from qexp.runner.folder import identity
 
@@ -367,6 +369,23 @@ def test_a_kernel_has_room_for_all_its_variants(monkeypatch: pytest.MonkeyPatch)
             assert scaled(torch.ones(2, 3), "x" * n)[0, 0] == n
     finally:
         compile_kernels(False)
+
+
+def test_a_recipe_leaves_the_kernels_eager() -> None:
+    @compilation.eager_afterwards
+    def recipe(ends: bool) -> int:
+        compile_kernels(True)
+        if not ends:
+            raise KeyboardInterrupt
+        return 7
+
+    assert recipe(True) == 7
+    assert not functional.kernels_compiled()
+    with pytest.raises(KeyboardInterrupt):
+        recipe(False)
+    assert not functional.kernels_compiled()
+    for trained in (qat, ptq):  # each is decorated
+        assert trained.__wrapped__.__name__ == trained.__name__
 
 
 def test_graphs_are_refused_at_once_without_cuda(qexp: Qexp) -> None:

@@ -444,6 +444,7 @@ def test_tf32_is_left_as_the_program_had_it_in_either_of_torchs_ways(before: str
     code = f"""
 import torch
 from qexp.runner.device import tf32
+from qexp.runner.guards import global_state
 
 def state():
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
@@ -465,6 +466,9 @@ for allowed in (False, True):
         assert (torch.backends.cuda.matmul.fp32_precision == "tf32") == allowed
         assert (torch.backends.cudnn.conv.fp32_precision == "tf32") == allowed
     assert state() == kept, (state(), kept)
+with global_state():
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+assert state() == kept, (state(), kept)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -33,8 +33,8 @@ it: it has not been measured, nor run on a GPU yet. It asks for three things:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
-from typing import Any
+from functools import cache, wraps
+from typing import Any, TypeVar, cast
 
 import torch
 import torch._functorch.config
@@ -47,6 +47,8 @@ from qexp.quant.trace import Layer
 from qexp.recipes.saving import save_less_
 from qexp.runner.device import compiler_available, keep_memory
 from qexp.runner.run import Run
+
+Recipe = TypeVar("Recipe", bound=Callable[..., Any])
 
 # Multiply-accumulates of a whole training run (forward; backward is twice that) above which
 # compiling pays on two CPU cores: about 40 s and 4 minutes of float training.
@@ -118,6 +120,23 @@ def _replayed(model: nn.Module, forward: Callable[[Tensor], Tensor]) -> Callable
         return forward(x)
 
     return begin
+
+
+def eager_afterwards(recipe: Recipe) -> Recipe:
+    """Decorate a recipe: kernels run eagerly again when it ends, as in a fresh process.
+
+    What follows in the same process, a sweep's next job or the run that had its float network
+    trained, calibrates before it compiles.
+    """
+
+    @wraps(recipe)
+    def run(*args: Any, **options: Any) -> Any:
+        try:
+            return recipe(*args, **options)
+        finally:
+            compile_kernels(False)
+
+    return cast(Recipe, run)
 
 
 @cache  # one backend is one set of compiled graphs, shared by equal networks

@@ -38,7 +38,7 @@ from qexp.quant.fold import fold_bn_
 from qexp.quant.plan import passes
 from qexp.quant.reconstruct import Data
 from qexp.recipes import build, outcome, settings
-from qexp.recipes.compilation import choose, compile_for
+from qexp.recipes.compilation import choose, compile_for, eager_afterwards
 from qexp.recipes.evaluate import evaluate
 from qexp.recipes.ptq_settings import Settings
 from qexp.recipes.start import float_start
@@ -52,6 +52,7 @@ from qexp.runner.run import Run
 FOLD_ERROR = 1e-3
 
 
+@eager_afterwards
 def ptq(cfg: DictConfig, run: Run) -> dict[str, Any]:
     """Run the recipe; returns the fields of result.json."""
     s = Settings.of(cfg.recipe)

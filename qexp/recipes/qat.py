@@ -32,7 +32,7 @@ from qexp.quant.convert import Bits, calibrate_, check_calibrated, quantizers, s
 from qexp.quant.quantizer import Quantizer
 from qexp.quant.rebits import rebits_
 from qexp.recipes import build, outcome, picture
-from qexp.recipes.compilation import compile_for
+from qexp.recipes.compilation import compile_for, eager_afterwards
 from qexp.recipes.evaluate import Score, evaluate
 from qexp.recipes.handover import take_over_
 from qexp.recipes.loss import training_loss
@@ -57,6 +57,7 @@ CHECK_EVERY = 200  # steps between looks at the loss for NaN: one host sync each
 OBSERVED_IMAGES = 64  # calibration images that curves of clip rates and histograms look at
 
 
+@eager_afterwards
 def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
     """Run the recipe; returns the fields of result.json."""
     s = Settings.of(cfg.recipe)

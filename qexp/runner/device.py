@@ -69,33 +69,43 @@ def synchronize(device: torch.device) -> None:
 
 
 @contextmanager
-def tf32(allowed: bool) -> Iterator[None]:
-    """Whether CUDA may take 10 bits of a float32's mantissa inside, as cuDNN does by default.
+def float32_precision_kept() -> Iterator[bool]:
+    """Put back afterwards what torch may do to float32 operands, to the letter.
 
-    Afterwards all is as it was, to the letter: a compiled function is compiled again where the
-    precision has another name ("ieee" for "none").
+    A compiled function is compiled again where the precision has but another name ("ieee" for
+    "none"). Gives whether it can be read in torch's old way (`allow_tf32`): not in a program that
+    speaks of `fp32_precision`.
     """
     cudnn: Any = torch.backends.cudnn
-    matmul: Any = torch.backends.cuda.matmul
     onednn: Any = torch.backends.mkldnn
-    names = (cudnn.conv, cudnn.rnn, matmul, onednn.matmul)  # what the old setters write
-    kept = [place.fp32_precision for place in names]
+    # What the old setters write too.
+    places = (cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul, onednn.matmul)
+    kept = [place.fp32_precision for place in places]
     try:
         old = cudnn.allow_tf32, torch.get_float32_matmul_precision()
-    except RuntimeError:  # a program that speaks of `fp32_precision` may not be read in the old way
+    except RuntimeError:
         old = None
-    if old is not None:
-        cudnn.allow_tf32 = matmul.allow_tf32 = allowed
-    else:
-        cudnn.conv.fp32_precision = matmul.fp32_precision = "tf32" if allowed else "ieee"
     try:
-        yield
+        yield old is not None
     finally:
         if old is not None:
             cudnn.allow_tf32 = old[0]
             torch.set_float32_matmul_precision(old[1])
-        for place, value in zip(names, kept, strict=True):
+        for place, value in zip(places, kept, strict=True):
             place.fp32_precision = value
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Whether CUDA may take 10 bits of a float32's mantissa inside, as cuDNN does by default."""
+    cudnn: Any = torch.backends.cudnn
+    matmul: Any = torch.backends.cuda.matmul
+    with float32_precision_kept() as in_the_old_way:
+        if in_the_old_way:
+            cudnn.allow_tf32 = matmul.allow_tf32 = allowed
+        else:
+            cudnn.conv.fp32_precision = matmul.fp32_precision = "tf32" if allowed else "ieee"
+        yield
 
 
 def seed_everything(seed: int) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from qexp.errors import RunError
+from qexp.runner.device import float32_precision_kept
 
 ADVICE = {
     errno.ENOSPC: "no space left. Free some or set out=...",
@@ -84,15 +85,15 @@ def global_state() -> Iterator[None]:
     The jobs of a sweep share a process, and so may a float baseline and its QAT run.
     """
     cudnn = torch.backends.cudnn
-    dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
+    dtype = torch.get_default_dtype()
     deterministic = torch.are_deterministic_algorithms_enabled()
     threads = torch.get_num_threads()
     benchmark, cudnn_deterministic = cudnn.benchmark, cudnn.deterministic
     try:
-        yield
+        with float32_precision_kept():
+            yield
     finally:
         torch.set_default_dtype(dtype)
-        torch.set_float32_matmul_precision(precision)
         torch.use_deterministic_algorithms(deterministic)
         torch.set_num_threads(threads)
         cudnn.benchmark, cudnn.deterministic = benchmark, cudnn_deterministic
