@@ -74,6 +74,7 @@ TOGETHER = ("qexp.recipes.qat.qat",)
 def _run(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
     from hydra.utils import get_method
 
+    from qexp.recipes.outcome import closing
     from qexp.recipes.precheck import precheck
     from qexp.runner import distributed
     from qexp.runner.device import set_threads
@@ -96,7 +97,9 @@ def _run(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
             if world.size > 1:
                 run.info(f"processes: {world.size}, each {cfg.recipe.batch_size} images a step")
             result = recipe(cfg, run)
-            run.finish(result)
+            written = run.finish(result)
+            if world.leads:
+                run.info(closing(written))
     seconds = time.perf_counter() - began
     return {"status": "done", "top1": result.get("top1"), "seconds": seconds, "folder": run.dir}
 

@@ -60,6 +60,33 @@ class Log:
         self.samples[tag] = values.clone()
 
 
+def test_the_last_line_of_a_run_says_what_came_out() -> None:
+    result = {
+        "top1": 87.754, "fp32_top1": 88.2, "w_bits": 4, "a_bits": 4, "wall_s": 65.2,
+        "size_bytes": 49752, "fp32_bytes": 1301928,
+        "bits": {"weight_by_param": 3.0001, "act_by_layer": 4.0},
+    }  # fmt: skip
+    tail = "3 bits a weight, 4 an input | 50 kB, float 1,302 kB | 1:05"
+    assert outcome.closing(result) == f"done: top-1 87.75, float 88.20 | {tail}"
+    mixed = {**result, "w_bits": None, "a_bits": None, "fp32_top1": None}
+    assert outcome.closing(mixed) == f"done: top-1 87.75 | {tail}"
+    plain = {**result, "w_bits": 32, "a_bits": 32, "size_bytes": 1301928}
+    assert outcome.closing(plain) == "done: top-1 87.75, float 88.20 | 1,302 kB | 1:05"
+    baseline = {**plain, "fp32_top1": plain["top1"]}
+    assert outcome.closing(baseline) == "done: top-1 87.75 | 1,302 kB | 1:05"
+    assert outcome.closing({"wall_s": 0.4}) == "done | 0:00"  # of a recipe of one's own
+
+
+def test_quantizers_in_use_are_named_in_one_line_each(tmp_path: Path) -> None:
+    cfg = tiny(tmp_path, "quantizer=asq", "model.checkpoint=null")
+    dataset = build.make_dataset(cfg, torch.device("cpu"))
+    model = build.make_model(cfg, dataset, torch.device("cpu"))
+    build.make_network(cfg, model, dataset.input_shape)
+    kinds = outcome.granularity(model)
+    assert sorted(text.partition("(")[0] for text in kinds["act"]) == ["ASQ", "LSQ", "LSQ"]
+    assert all("\n" not in text for texts in kinds.values() for text in texts)
+
+
 def test_logged_clip_rates_are_those_of_the_operands(tmp_path: Path) -> None:
     made, images = network(tiny(tmp_path, "quantizer=asq", "bits=2"))
     inputs: dict[str, Tensor] = {}

@@ -81,11 +81,11 @@ def log_epoch(
     for key, value in row.items():
         if isinstance(value, float):
             run.scalar(key, value, epoch)
-    eta = round((epochs - epoch) * (state["train_s"] + state["test_s"]))
+    eta = minutes((epochs - epoch) * (state["train_s"] + state["test_s"]))
     run.info(
         f"epoch {epoch:03d}/{epochs} | loss {row['loss']:.4f} | top-1 {test.top1:.2f} "
         f"(best {state['best']['top1']:.2f} @ {state['best']['epoch']:03d}) | "
-        f"lr {row['lr']:.4f} | {row['images_per_s']:.0f} img/s | eta {eta // 60}:{eta % 60:02d}"
+        f"lr {row['lr']:.4f} | {row['images_per_s']:.0f} img/s | eta {eta}"
     )
     stuck = movement.stuck(network.model)
     if stuck:
@@ -205,6 +205,30 @@ def result(
     }
 
 
+def closing(result: Mapping[str, Any]) -> str:
+    """The last line of a run: what came out, what it weighs, how long it took.
+
+    A recipe of a user's own may leave out anything.
+    """
+    top1, start, bits = result.get("top1"), result.get("fp32_top1"), result.get("bits")
+    quantized = (result.get("w_bits"), result.get("a_bits")) != (32, 32)
+    parts = ["done"] if top1 is None else [f"done: top-1 {top1:.2f}"]
+    if start is not None and (quantized or start != top1):  # a baseline is its own start
+        parts[0] += f", float {start:.2f}"
+    if bits and quantized:
+        weight, act = bits["weight_by_param"], bits["act_by_layer"]
+        parts.append(f"{weight:.3g} bits a weight, {act:.3g} an input")
+    if "size_bytes" in result:
+        size, whole = result["size_bytes"] / 1e3, result["fp32_bytes"] / 1e3
+        parts.append(f"{size:,.0f} kB" + (f", float {whole:,.0f} kB" if quantized else ""))
+    return " | ".join([*parts, minutes(result["wall_s"])])
+
+
+def minutes(seconds: float) -> str:
+    """`1:05`: minutes and seconds."""
+    return f"{round(seconds) // 60}:{round(seconds) % 60:02d}"
+
+
 def _nominal(cfg: DictConfig, operand: str, network: Network) -> int | None:
     """The width a policy is asked for; None where it gives each layer its own.
 
@@ -227,5 +251,6 @@ def granularity(model: nn.Module) -> dict[str, list[str]]:
     """The quantizer classes in use, with their options, for W and for A."""
     found: dict[str, set[str]] = {"weight": set(), "act": set()}
     for name, quantizer in quantizers(model).items():
-        found["weight" if name.endswith("weight_quantizer") else "act"].add(repr(quantizer))
+        side = "weight" if name.endswith("weight_quantizer") else "act"
+        found[side].add(f"{type(quantizer).__name__}({quantizer.extra_repr()})")
     return {side: sorted(names) for side, names in found.items()}

@@ -128,7 +128,6 @@ def ptq(cfg: DictConfig, run: Run) -> dict[str, Any]:
     if not over:
         save(float=float_state(model), top1=test.top1, bias_shifts=shifts)
     protocol = outcome.protocol(cfg, asdict(s), dataset, start.record(), run.segments)
-    run.info(f"top-1 {test.top1:.2f}" + (f", float {start.top1:.2f}" if start.top1 else ""))
     return outcome.result(
         cfg,
         run,

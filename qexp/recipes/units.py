@@ -24,6 +24,7 @@ from qexp.quant.convert import calibrate_, quant_layers
 from qexp.quant.plan import Method, Pass
 from qexp.quant.reconstruct import Data, reconstruct_unit
 from qexp.recipes import build
+from qexp.recipes.outcome import minutes
 from qexp.recipes.ptq_settings import Settings
 from qexp.runner.memory import Peak, free_bytes
 from qexp.runner.run import Run
@@ -132,7 +133,7 @@ class Work:
             if not bar.disable:
                 left = clock.tick(iteration, sweep.iterations)
                 bar.set_postfix_str(
-                    "" if left is None else f"run eta {_minutes(left)}", refresh=False
+                    "" if left is None else f"run eta {minutes(left)}", refresh=False
                 )
             bar.update()
 
@@ -175,12 +176,8 @@ def _report(run: Run, row: Mapping[str, Any], number: int, jobs: int, left: floa
     run.info(
         f"unit {number + 1:02d}/{jobs} {row['unit']} ({row['pass']}) | error "
         f"{row['error_before']:.4f} -> {row['error']:.4f}{rounded} | "
-        f"{row['wall_s']:.0f} s{on_disk} | eta {_minutes(left)}"
+        f"{row['wall_s']:.0f} s{on_disk} | eta {minutes(left)}"
     )
-
-
-def _minutes(seconds: float) -> str:
-    return f"{round(seconds) // 60}:{round(seconds) % 60:02d}"
 
 
 def summary(

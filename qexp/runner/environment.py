@@ -14,6 +14,7 @@ from typing import Any
 import qexp
 
 PACKAGES = ("torch", "torchvision", "hydra-core", "omegaconf", "numpy")
+IF_USED = ("brevitas", "onnxruntime", "torchao")  # named where the process has imported them
 
 
 def source_version() -> tuple[str, bool]:
@@ -39,7 +40,7 @@ def _git(root: Path, *arguments: str) -> str:
 def package_versions() -> dict[str, str | None]:
     """Versions of the packages that numbers depend on; None where one is missing."""
     found: dict[str, str | None] = {"qexp": qexp.__version__}
-    for name in PACKAGES:
+    for name in (*PACKAGES, *(n for n in IF_USED if n in sys.modules)):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

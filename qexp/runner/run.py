@@ -117,8 +117,8 @@ class Run:
         """Write `name` into the run's folder, atomically."""
         write_json(self.dir / name, value)
 
-    def finish(self, result: Mapping[str, Any]) -> None:
-        """Write result.json and mark the run done.
+    def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
+        """Write result.json and mark the run done; returns what was written.
 
         `wall_s` (all parts of a resumed run together), `finished` (UTC), `commit`, `dirty` and
         `overrides` are added where `result` lacks them.
@@ -131,10 +131,12 @@ class Run:
             "dirty": self._environment["dirty"],
             "overrides": self._overrides,
         }
-        self.write_json(RESULT, {**known, **result})
+        written = {**known, **result}
+        self.write_json(RESULT, written)
         self.status("done", top1=result.get("top1"))
         (self.dir / EARLIER).unlink(missing_ok=True)
         self.finished = True
+        return written
 
     def wall_s(self) -> float:
         """Seconds this run took so far, earlier parts of a resumed run included."""
@@ -180,7 +182,8 @@ class Follower(Run):
     def warn(self, line: str) -> None: ...
     def log(self, text: str) -> None: ...
     def write_json(self, name: str, value: Mapping[str, Any] | list[Any]) -> None: ...
-    def finish(self, result: Mapping[str, Any]) -> None: ...
+    def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
+        return {}
 
 
 @contextmanager
