@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from qexp.quant.cells import bin_members
 from qexp.quant.codebook import Codebook, quantile_levels
+from qexp.quant.functional import SMALL, compile_kernels
 
 
 def weights(seed: int = 0, rows: int = 6) -> Tensor:
@@ -213,3 +215,50 @@ def test_quantiles_of_more_weights_than_torch_takes_are_the_same(
     levels = quantile_levels(w, 3, 3)
     monkeypatch.setattr("qexp.quant.codebook.QUANTILE_LIMIT", 100)
     torch.testing.assert_close(quantile_levels(w, 3, 3), levels, rtol=1e-5, atol=0)
+
+
+# The two ways to find a cell: one fused search for one codebook, a table a row for many
+
+
+@pytest.mark.parametrize("levels", ["symmetric", "full"])
+def test_one_codebook_and_one_codebook_a_row_agree(levels: str) -> None:
+    w = weights(rows=1)
+    one, rows = (made(w, levels=levels, per_channel=p) for p in (False, True))
+    assert one.codebook.shape == rows.codebook.shape
+    both = made(torch.cat([w, -3 * w]), levels=levels, per_channel=True)
+    for _ in range(3):
+        alone = one.train()(w)
+        assert torch.equal(rows.train()(w), alone)
+        assert torch.equal(both.train()(torch.cat([w, -3 * w]))[:1], alone)
+    assert torch.equal(one.codebook, rows.codebook)
+    assert torch.equal(one.codebook, both.codebook[:1])
+    assert not torch.equal(both.codebook[0], both.codebook[1])
+
+
+@pytest.mark.parametrize("bits", [2, 4, 5])
+def test_the_compiled_search_adapts_as_the_eager_one_does(bits: int) -> None:
+    w = weights(rows=400)
+    assert w.numel() >= SMALL  # smaller ones run eagerly anyway
+    w[0, 0, 0] = 0.0
+    w[1, 0, 0, 0] = 50.0  # far outside
+    results = []
+    for compiled in (False, True):
+        q = made(w, bits, dead_after=2).train()
+        compile_kernels(compiled)
+        try:
+            outputs = [q(w) for _ in range(4)]
+        finally:
+            compile_kernels(False)
+        results.append([*outputs, q.codebook, q.count, q.idle, q.codes(w)])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_members_are_counted_and_summed_in_float64(dtype: torch.dtype) -> None:
+    values = torch.full((3, 1 << 20), 0.1)
+    index = torch.tensor([4, 0, 4], dtype=dtype)[:, None].expand_as(values)
+    found = bin_members(values, index, 6)
+    n, exact = 1 << 20, float(torch.tensor(0.1))
+    assert found[:, 0].tolist() == [n, 0, 0, 0, 2 * n, 0]
+    assert found[:, 1].tolist() == pytest.approx([n * exact, 0, 0, 0, 2 * n * exact, 0], rel=1e-12)

@@ -49,8 +49,8 @@ import torch
 from torch import Tensor, nn
 
 from qexp.quant.calibrate import mse_scale
-from qexp.quant.cells import bin_sums
-from qexp.quant.functional import MIN_SCALE, as_rows, from_rows, midpoints
+from qexp.quant.cells import bin_members, gather, level_tables, search
+from qexp.quant.functional import MIN_SCALE, as_rows, from_rows, kernel, midpoints
 from qexp.quant.project import quantile_of_sorted
 from qexp.quant.quantizer import Quantizer
 
@@ -85,6 +85,14 @@ def _quantiles(w: Tensor, q: Tensor) -> Tensor:
         return w.quantile(q)
     ordered = w.sort().values
     return torch.stack([quantile_of_sorted(ordered, share) for share in q.tolist()])
+
+
+@kernel
+def _nearest_of(rows: Tensor, levels: Tensor, borders: Tensor) -> tuple[Tensor, Tensor]:
+    # of one codebook: rows [1, M]; tables as `level_tables`
+    cell, bits = search(rows, borders)
+    level = gather(levels, cell, bits)
+    return level, 2 * cell + (rows > level)
 
 
 class Codebook(Quantizer):
@@ -151,9 +159,9 @@ class Codebook(Quantizer):
             levels = torch.stack([quantile_levels(row, self.qmax, -self.qmin) for row in rows])
         self.codebook.copy_(levels)
         for _ in range(KMEANS_SWEEPS if self.init == "kmeans" else 0):
-            n, t = self._members(rows, self._cells(rows)).sum(2).unbind(-1)
+            n, t = self._members(rows, self._nearest(rows)[1]).sum(2).unbind(-1)
             self.codebook.copy_(self._pinned(torch.where(n > 0, t / n, self.codebook)))
-        self.count.copy_(self._members(rows, self._cells(rows)).sum(2)[..., 0])
+        self.count.copy_(self._members(rows, self._nearest(rows)[1]).sum(2)[..., 0])
         self.idle.zero_()
         self.calibrated.fill_(True)
 
@@ -167,10 +175,17 @@ class Codebook(Quantizer):
     def _rows(self, x: Tensor) -> Tensor:
         return as_rows(x.detach().float(), self.codebook.shape[0])  # [R, M]
 
-    def _cells(self, rows: Tensor) -> Tensor:
-        """Index of the nearest level in its row, 0..K-1, ties to the lower. [R, M] -> [R, M]."""
-        borders = midpoints(self._sorted().detach()).contiguous()
-        return torch.searchsorted(borders, rows)
+    def _nearest(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The nearest level in its row, ties to the lower, and the half cell, [R, M] each.
+
+        A half cell is 2 k, or 2 k + 1 above the level; k from 0 to K - 1.
+        """
+        levels = self._sorted().detach()
+        if levels.shape[0] == 1:
+            return _nearest_of(rows, *level_tables(levels[0]))
+        cells = torch.searchsorted(midpoints(levels).contiguous(), rows)
+        level = levels.gather(1, cells)
+        return level, 2 * cells + (rows > level)
 
     def _sorted(self) -> Tensor:
         if self.adaptation != "gradient":
@@ -183,14 +198,17 @@ class Codebook(Quantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = self._rows(x)
-        cells = self._cells(rows)
-        w_hat = from_rows(self._sorted().gather(1, cells), x).to(x.dtype)
+        level, half = self._nearest(rows)
+        if self.adaptation == "gradient":
+            level = self._sorted().gather(1, half.long() // 2)
+        w_hat = from_rows(level, x).to(x.dtype)
         if self.training:
-            self._observe(rows, cells)
+            self._observe(rows, half)
         return w_hat + (x - x.detach())  # straight-through, exactly w_hat
 
     def codes(self, x: Tensor) -> Tensor:
-        return from_rows(self._cells(self._rows(x)), x).to(torch.int32) + self.qmin
+        _, half = self._nearest(self._rows(x))
+        return from_rows(half // 2, x).to(torch.int32) + self.qmin
 
     def decode(self, codes: Tensor, context: Tensor | None = None) -> Tensor:
         cells = as_rows(codes.long() - self.qmin, self.codebook.shape[0])
@@ -199,13 +217,12 @@ class Codebook(Quantizer):
     # -----------------------------------------------------------------------------------------
     # Adaptation
 
-    def _members(self, rows: Tensor, cells: Tensor) -> Tensor:
+    def _members(self, rows: Tensor, half: Tensor) -> Tensor:
         """Number and sum of the members of each half cell, [R, K, 2 halves, (n, t)], float64."""
         r, k = self.codebook.shape
-        above = rows > self._sorted().detach().gather(1, cells)  # the half of the cell
-        first = torch.arange(r, device=rows.device)[:, None] * (2 * k)
-        pairs = torch.stack((torch.ones_like(rows), rows), -1).double()
-        return bin_sums(pairs, first + 2 * cells + above, 2 * k * r).view(r, k, 2, 2)
+        if r > 1:
+            half = half + torch.arange(r, device=rows.device)[:, None] * (2 * k)
+        return bin_members(rows, half, 2 * k * r).view(r, k, 2, 2)
 
     def _pinned(self, levels: Tensor) -> Tensor:
         """Zero in the middle, each side on its side and sorted."""
@@ -215,9 +232,9 @@ class Codebook(Quantizer):
         return torch.cat([low.sort(1).values, zero, high.sort(1).values], 1).float()
 
     @torch.no_grad()
-    def _observe(self, rows: Tensor, cells: Tensor) -> None:
+    def _observe(self, rows: Tensor, half: Tensor) -> None:
         """Count members; if adapting, move the levels towards their means."""
-        halves = self._members(rows, cells)
+        halves = self._members(rows, half)
         n, t = halves.sum(2).unbind(-1)  # [R, K]
         idle = torch.where(n > 0, 0, self.idle + 1)
         if self.adapting:

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from qexp.quant.calibrate import SEARCH_STEPS
-from qexp.quant.cells import gather, search
+from qexp.quant.cells import gather, level_tables, search
 from qexp.quant.functional import (
     MIN_SCALE,
     from_rows,
     in_order_of,
     kernel,
-    midpoints,
     operands,
     sum_to,
 )
@@ -29,7 +28,7 @@ from qexp.quant.functional import (
 
 @kernel
 def _project_forward(w: Tensor, scale: Tensor, levels: Tensor, borders: Tensor) -> Tensor:
-    # w [R, M], scale [R, 1] (see `operands`), tables as `_tables`
+    # w [R, M], scale [R, 1] (see `operands`), tables as `level_tables`
     # values outside fall on the end levels
     q = gather(levels, *search(w.float() / scale, borders))
     return (scale * q).to(w.dtype)
@@ -48,17 +47,6 @@ def _project_backward(
     return grad_w, sum_to(grad.float() * t, scale)
 
 
-def _tables(grid: Tensor) -> tuple[Tensor, Tensor]:
-    """The levels [2^k] and the borders between them [2^k - 1], as `cells.search` takes them.
-
-    Filled up with the last level, behind borders that nothing passes. Shape: grid [L].
-    """
-    size = grid.numel()
-    missing = (1 << (size - 1).bit_length()) - size
-    levels = torch.cat([grid, grid[-1:].expand(missing)])
-    return levels, torch.cat([midpoints(grid), grid.new_full((missing,), torch.inf)])
-
-
 class _Project(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -67,14 +55,16 @@ class _Project(torch.autograd.Function):
         ctx.save_for_backward(w, scale, grid)
         ctx.g, ctx.clip_gradient = g, clip_gradient
         rows, step = operands(w, scale.clamp_min(MIN_SCALE))
-        return from_rows(_project_forward(rows, step, *_tables(grid)), w)
+        return from_rows(_project_forward(rows, step, *level_tables(grid)), w)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         w, scale, grid = ctx.saved_tensors
         rows, step = operands(w, scale.clamp_min(MIN_SCALE))
         grad, _ = operands(in_order_of(grads[0], w), scale)
-        grad_w, grad_scale = _project_backward(grad, rows, step, *_tables(grid), ctx.clip_gradient)
+        grad_w, grad_scale = _project_backward(
+            grad, rows, step, *level_tables(grid), ctx.clip_gradient
+        )
         grad_scale = (grad_scale * ctx.g).reshape(scale.shape).to(scale.dtype)
         return from_rows(grad_w, w), grad_scale, None, None, None  # grid, g, flag are constants
 
@@ -115,7 +105,7 @@ def mse_clip(w: Tensor, grid: Tensor, per_row: bool) -> Tensor:
     rows = rows.reshape(w.shape[0], -1) if per_row else rows.reshape(1, -1)
     widest = rows.abs().amax(1).clamp_min(MIN_SCALE)
     best, best_error = widest.clone(), torch.full_like(widest, torch.inf)
-    tables = _tables(grid)
+    tables = level_tables(grid)
     for i in range(1, SEARCH_STEPS + 1):
         clip = (widest * (i / SEARCH_STEPS)).clamp_min(MIN_SCALE)
         w_hat = _project_forward(rows, clip[:, None], *tables)
