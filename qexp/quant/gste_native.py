@@ -4,7 +4,7 @@ What torch.compile makes of N2UQ's backward (`n2uq`) is several passes, because 
 a scatter, which it writes as scalar code and cannot fuse. Here forward is one pass, backward
 another: a search of log2(segments) steps in registers, and the sums beside it. Measured for 2 M
 float32 elements at 4 bits, one thread of a busy machine: forward 0.6 ms, backward 3.2 ms; before,
-9.8 ms backward (by hand, not kept; whole steps: results/bench_train/n2uq_kernels and n2uq_model).
+9.8 ms backward (by hand, not kept; whole steps: results/bench_train/adq).
 
 The operators are opaque to torch.compile: a graph keeps its one piece and goes around them. Without
 a compiler, on other devices, for other dtypes or more than 15 segments, `available` is false and
