@@ -48,12 +48,13 @@ def _threads(plain: Plain) -> Iterator[str]:
 def _compile(plain: Plain) -> Iterator[str]:
     if not isinstance(plain.get("device"), str):
         return
+    from qexp.recipes.build import trains
     from qexp.recipes.compilation import refuse_graphs
     from qexp.runner.device import pick_device
 
     recipe = plain.get("recipe")
     in_parts = None
-    if isinstance(recipe, Mapping) and "epochs" not in recipe:
+    if isinstance(recipe, Mapping) and not trains(recipe):
         in_parts = recipe.get("name", "ptq")
     try:
         refuse_graphs(plain.get("compile"), pick_device(plain["device"]), in_parts)

@@ -254,6 +254,23 @@ def test_the_compiled_search_adapts_as_the_eager_one_does(bits: int) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_weight_that_is_nan_does_not_leave_the_cells(bits: int, compiled: bool) -> None:
+    w = weights(rows=400)
+    q = made(w, bits).train()
+    expected = made(w, bits).train()(w)[1:]
+    w[0, 0, 0, 0] = torch.nan
+    compile_kernels(compiled)
+    try:
+        assert torch.equal(q(w)[1:], expected)  # the run then says that its loss is NaN
+        codes = q.codes(w)
+    finally:
+        compile_kernels(False)
+    assert q.qmin <= int(codes.min())
+    assert int(codes.max()) <= q.qmax
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_members_are_counted_and_summed_in_float64(dtype: torch.dtype) -> None:
     values = torch.full((3, 1 << 20), 0.1)

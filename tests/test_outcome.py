@@ -74,7 +74,9 @@ def test_the_last_line_of_a_run_says_what_came_out() -> None:
     assert outcome.closing(plain) == "done: top-1 87.75, float 88.20 | 1,302 kB | 1:05"
     baseline = {**plain, "fp32_top1": plain["top1"]}
     assert outcome.closing(baseline) == "done: top-1 87.75 | 1,302 kB | 1:05"
-    assert outcome.closing({"wall_s": 0.4}) == "done | 0:00"  # of a recipe of one's own
+    # of a recipe of one's own
+    assert outcome.closing({"wall_s": 0.4}) == "done | 0:00"
+    assert outcome.closing({"wall_s": 0, "bits": {"mine": 4}, "size_bytes": 1}) == "done | 0:00"
 
 
 def test_quantizers_in_use_are_named_in_one_line_each(tmp_path: Path) -> None:

@@ -89,11 +89,11 @@ def _quantiles(w: Tensor, q: Tensor) -> Tensor:
 
 
 @kernel
-def _nearest_of(rows: Tensor, levels: Tensor, borders: Tensor) -> tuple[Tensor, Tensor]:
-    # of one codebook: rows [1, M]; tables as `level_tables`
+def _nearest_of(rows: Tensor, levels: Tensor, borders: Tensor, last: int) -> tuple[Tensor, Tensor]:
+    # of one codebook: rows [1, M]; tables as `level_tables`; last: the highest half cell
     cell, bits = search(rows, borders)
     level = gather(levels, cell, bits)
-    return level, 2 * cell + (rows > level)
+    return level, (2 * cell + (rows > level)).clamp_max(last)  # a NaN sorts behind all
 
 
 class Codebook(Quantizer):
@@ -183,7 +183,7 @@ class Codebook(Quantizer):
         """
         levels = self._sorted().detach()
         if levels.shape[0] == 1:
-            return _nearest_of(rows, *level_tables(levels[0]))
+            return _nearest_of(rows, *level_tables(levels[0]), 2 * levels.shape[1] - 1)
         cells = torch.searchsorted(midpoints(levels).contiguous(), rows)
         level = levels.gather(1, cells)
         return level, 2 * cells + (rows > level)

@@ -133,7 +133,7 @@ def make_network(
         return Network(model, layers, None, {}, [])
     policy = make_policy(cfg)
     staged = hasattr(policy, "bits_at")
-    if staged and not trains(cfg):
+    if staged and not trains(cfg.recipe):
         raise ConfigError(
             f"config: bitwidth={cfg.bitwidth.get('name')} changes widths while training, which "
             f"recipe={cfg.recipe.get('name')} does not. Use bitwidth=uniform, or recipe=qat."
@@ -150,9 +150,9 @@ def make_network(
     return Network(model, layers, policy, chosen, swaps, omega)
 
 
-def trains(cfg: DictConfig) -> bool:
-    """Whether the recipe trains in epochs; post-training quantization does not."""
-    return "epochs" in cfg.recipe
+def trains(recipe: Mapping[Any, Any]) -> bool:
+    """Whether a recipe trains in epochs; post-training quantization does not."""
+    return "epochs" in recipe
 
 
 def needs_data(cfg: DictConfig) -> bool:

@@ -208,17 +208,17 @@ def result(
 def closing(result: Mapping[str, Any]) -> str:
     """The last line of a run: what came out, what it weighs, how long it took.
 
-    A recipe of a user's own may leave out anything.
+    A recipe of a user's own may leave out anything: then less is said.
     """
     top1, start, bits = result.get("top1"), result.get("fp32_top1"), result.get("bits")
     quantized = (result.get("w_bits"), result.get("a_bits")) != (32, 32)
     parts = ["done"] if top1 is None else [f"done: top-1 {top1:.2f}"]
     if start is not None and (quantized or start != top1):  # a baseline is its own start
         parts[0] += f", float {start:.2f}"
-    if bits and quantized:
+    if quantized and bits and {"weight_by_param", "act_by_layer"} <= set(bits):
         weight, act = bits["weight_by_param"], bits["act_by_layer"]
         parts.append(f"{weight:.3g} bits a weight, {act:.3g} an input")
-    if "size_bytes" in result:
+    if {"size_bytes", "fp32_bytes"} <= set(result):
         size, whole = result["size_bytes"] / 1e3, result["fp32_bytes"] / 1e3
         parts.append(f"{size:,.0f} kB" + (f", float {whole:,.0f} kB" if quantized else ""))
     return " | ".join([*parts, minutes(result["wall_s"])])

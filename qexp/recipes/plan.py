@@ -30,7 +30,7 @@ def plan(cfg: DictConfig) -> str:
     precheck(cfg, card)
     model = build.make_model(cfg, card, torch.device("cpu"))
     reference = None
-    if not build.trains(cfg):
+    if not build.trains(cfg.recipe):
         fold_bn_(model)
         reference = copy.deepcopy(model)
     data_policy = not build.is_float(cfg) and build.needs_data(cfg)

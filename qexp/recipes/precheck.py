@@ -80,7 +80,7 @@ def precheck(cfg: DictConfig, data: Sizes | None = None) -> None:
             build.make_network(unsaved(cfg), model, sizes.input_shape, context=context, bits=bits)
         except ValueError as error:  # a quantizer that has no such width
             raise ConfigError(f"config: quantizer={cfg.quantizer.name}: {error}.") from error
-    if build.trains(cfg):
+    if build.trains(cfg.recipe):
         steps_in_epoch(sizes.train_size, cfg.recipe.batch_size, launched().size)
     _enough_images(cfg, sizes.train_size)
 

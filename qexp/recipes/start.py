@@ -78,7 +78,7 @@ def check_from_ptq(cfg: DictConfig, source: str | None) -> None:
     Raises:
         ConfigError: so.
     """
-    if not trains(cfg):
+    if not trains(cfg.recipe):
         raise ConfigError(
             f"config: model.checkpoint={source} is itself a post-training run. Give the float "
             "network it started from, or train on with recipe=qat."
