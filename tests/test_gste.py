@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,27 @@ needs_compiler = pytest.mark.skipif(not gste.available(), reason="no C++ compile
 def eager_afterwards() -> Iterator[None]:
     yield
     compile_kernels(False)
+
+
+@pytest.fixture(
+    scope="module", params=["", "-march=x86-64-v3", "-march=x86-64"], ids=["native", "avx2", "sse"]
+)
+def machine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator:
+    """This machine, and older ones that it can stand for."""
+    if request.param:
+        has = torch.backends.cpu.get_cpu_capability()
+        if has not in ("AVX2", "AVX512") or platform.machine() not in ("x86_64", "AMD64"):
+            pytest.skip("not such a processor")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+            patch.setattr(gste, "MACHINE", (request.param,))
+            gste._library.cache_clear()
+            if not gste.available():
+                pytest.skip("the compiler does not know it")
+            yield
+    else:
+        yield
+    gste._library.cache_clear()
 
 
 def borders_of(segments: int) -> Tensor:
@@ -59,6 +81,7 @@ def exactly(grad: Tensor, x: Tensor, borders: Tensor, step: float, qmin: int) ->
 
 
 @needs_compiler
+@pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("dtype", gste.DTYPES)
 @pytest.mark.parametrize("segments", gste.SEGMENTS)
 def test_both_passes_are_the_equations(segments: int, dtype: torch.dtype) -> None:
@@ -138,6 +161,7 @@ def test_several_threads_and_gaps_in_memory() -> None:
 
 
 @needs_compiler
+@pytest.mark.usefixtures("machine")
 def test_a_nan_is_above_all_thresholds_and_has_no_gradient() -> None:
     for segments in gste.SEGMENTS:
         borders = borders_of(segments)

@@ -1,6 +1,6 @@
 // G-STE on a CPU: the codes of N2UQ and their backward, one pass each, for `qexp/quant/gste_native.py`,
-// where the arguments are explained. Plain C interface; vectors of 16 floats, which the compiler
-// lowers to what the machine has.
+// where the arguments are explained. Plain C interface. A vector is what the machine holds in one
+// register; what C++ cannot say of its lanes stands under `Lanes`.
 
 #include <algorithm>
 #include <cstdint>
@@ -8,66 +8,128 @@
 #include <system_error>
 #include <thread>
 #include <vector>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
-constexpr int LANES = 16;
+#if defined(__AVX512F__)
+constexpr int LANES = 16, REGISTERS = 32;
+#elif defined(__AVX2__)
+constexpr int LANES = 8, REGISTERS = 16;
+#else
+constexpr int LANES = 4, REGISTERS = 16;
+#endif
 constexpr int64_t CHUNK = 1 << 14;  // elements whose sums are float32; chunks are added in double
-constexpr int COPIES = 8;           // of the bins, so that neighbours do not wait for each other
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Shorts __attribute__((vector_size(2 * LANES)));
-typedef float Pair __attribute__((vector_size(8)));
 
-Floats all(float value) { return Floats{} + value; }
+struct alignas(64) Table {  // what is looked up by segment; +inf behind the last
+  float of[16];
+  Table() { std::fill(of, of + 16, __builtin_inff()); }
+};
 
-Floats look_up(const Floats& table, const Ints& index) {
-#ifdef __clang__
-  Floats found;
-  for (int j = 0; j < LANES; ++j) found[j] = table[index[j]];
-  return found;
-#else
-  return __builtin_shuffle(table, index);
-#endif
-}
+inline Floats all(float value) { return Floats{} + value; }
 
 template <class V, class T>
-V read(const T* p) {
-  V v;
-  std::memcpy(&v, p, sizeof v);
+void read(V& v, const T* p) { std::memcpy(&v, p, sizeof v); }
+
+inline Floats load(const float* p) {
+  Floats v;
+  read(v, p);
   return v;
 }
 
-Floats load(const float* p) { return read<Floats>(p); }
-void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
-
-Floats load(const uint16_t* p) {  // bfloat16: the upper half of a float32
-  const Ints bits = __builtin_convertvector(read<Shorts>(p), Ints) << 16;
-  return read<Floats>(&bits);
+inline Floats load(const uint16_t* p) {  // bfloat16: the upper half of a float32
+  Shorts s;
+  read(s, p);
+  return (Floats)(__builtin_convertvector(s, Ints) << 16);
 }
 
-void store(uint16_t* p, Floats v) {  // rounds half to even
-  const Ints bits = read<Ints>(&v);
-  const Ints rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-  const Ints number = v == v;
+inline void store(float* p, const Floats& v) { std::memcpy(p, &v, sizeof v); }
+inline void store(int32_t* p, const Ints& v) { std::memcpy(p, &v, sizeof v); }
+
+inline void store(uint16_t* p, const Floats& v) {  // rounds half to even
+  const Ints bits = (Ints)v, number = v == v;
+  const Ints rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) & 0xFFFF;
   const Shorts s = __builtin_convertvector((rounded & number) | (~number & 0x7FC0), Shorts);
   std::memcpy(p, &s, sizeof s);
 }
 
+// ------------------------------------------------------------------------------------------------
+// Lanes
+
+// table.of[index], index in 0..M.
+template <int M>
+Floats look_up(const Table& table, const Ints& index) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_permutexvar_ps((__m512i)index, _mm512_load_ps(table.of));
+#elif defined(__AVX2__)
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_load_ps(table.of), (__m256i)index);
+  if (M < 8) return (Floats)low;
+  const __m256 high = _mm256_permutevar8x32_ps(_mm256_load_ps(table.of + 8), (__m256i)index);
+  return (Floats)_mm256_blendv_ps(low, high, (__m256)(index << 28));  // by the bit of 8
+#else
+  Floats found;
+  for (int j = 0; j < LANES; ++j) found[j] = table.of[index[j]];
+  return found;
+#endif
+}
+
+// sum += value where index is k.
+inline void add_where(Floats& sum, const Ints& index, int k, const Floats& value) {
+#if defined(__AVX512F__)
+  const __mmask16 here = _mm512_cmpeq_epi32_mask((__m512i)index, _mm512_set1_epi32(k));
+  sum = (Floats)_mm512_mask_add_ps((__m512)sum, here, (__m512)sum, (__m512)value);
+#else
+  sum += (Floats)((Ints)value & (index == Ints{} + k));
+#endif
+}
+
+// Elements for `Bins`, not yet added. Those outside all segments, half of them behind a ReLU, have
+// nothing to add: they are left out, or marked with segment -1.
+struct Buffer {
+  static constexpr int ROOM = 64 * LANES;
+  alignas(64) int32_t segment[ROOM + 2 * LANES];
+  alignas(64) float g[ROOM + 2 * LANES], gf[ROOM + 2 * LANES];
+  int filled = 0;
+
+  void push(const Ints& inside, const Ints& s, const Floats& a, const Floats& b) {
+#if defined(__AVX512F__)
+    const __mmask16 kept = _mm512_test_epi32_mask((__m512i)inside, (__m512i)inside);
+    store(segment + filled, (Ints)_mm512_maskz_compress_epi32(kept, (__m512i)s));
+    store(g + filled, (Floats)_mm512_maskz_compress_ps(kept, (__m512)a));
+    store(gf + filled, (Floats)_mm512_maskz_compress_ps(kept, (__m512)b));
+    filled += __builtin_popcount(kept);
+#else
+    store(segment + filled, (s & inside) | ~inside);
+    store(g + filled, a);
+    store(gf + filled, b);
+    filled += LANES;
+#endif
+  }
+};
+
+// ------------------------------------------------------------------------------------------------
+// Forward and backward
+
 // #{k: z > table[k]}, K = 2^b - 1 borders and +inf; a NaN is above all of them.
 template <int K>
-Ints count(const Floats& z, const Floats& table) {
-  Ints n{};
+Ints count(const Floats& z, const Table& table) {
+  Ints n = ~(z <= all(table.of[K / 2])) & (K + 1) / 2;
 #pragma GCC unroll 8
-  for (int bit = (K + 1) / 2; bit > 0; bit /= 2) n += ~(z <= look_up(table, n + (bit - 1))) & bit;
+  for (int bit = (K + 1) / 4; bit > 0; bit /= 2)
+    n += ~(z <= look_up<K>(table, n + (bit - 1))) & bit;
   return n;
 }
 
 template <class T, int M>
 void forward(const T* x, T* y, int64_t n, const float* thresholds, float step, float qmin) {
-  Floats table = all(__builtin_inff());
-  for (int k = 0; k < M; ++k) table[k] = thresholds[k];
+  Table table;
+  std::copy(thresholds, thresholds + M, table.of);
   const auto run = [&](const T* from, T* to) {
     store(to, (__builtin_convertvector(count<M>(load(from), table), Floats) + qmin) * step);
   };
@@ -81,25 +143,57 @@ void forward(const T* x, T* y, int64_t n, const float* thresholds, float step, f
   }
 }
 
-// Sums of pairs (g, g f) by segment. Few segments: a masked addition for each of them; more: an
-// addition at a computed place for each element, whose cost does not grow with their number.
-template <int M, bool MASKED = (M <= 7)>
-struct Bins;
-
+// Sums of pairs (g, g f) by segment: a masked addition for each segment. They are made from a short
+// buffer, so many segments at a time as there are registers for their sums.
 template <int M>
-struct Bins<M, true> {
+struct Bins {
+  static constexpr int GROUP = std::min(M, REGISTERS / 4);
   Floats total[M] = {}, weighted[M] = {};
+  Buffer buffer;
 
-  void add(const Ints& segment, const Floats& g, const Floats& gf) {
-    const Floats zero{};
+  void add(const Ints& inside, const Ints& segment, const Floats& g, const Floats& gf) {
+    if constexpr (M <= 3) {
+      const Ints kept = (segment & inside) | ~inside;
 #pragma GCC unroll 8
-    for (int k = 0; k < M; ++k) {
-      const Ints here = segment == (Ints{} + k);
-      total[k] += here ? g : zero;
-      weighted[k] += here ? gf : zero;
+      for (int k = 0; k < M; ++k) {
+        add_where(total[k], kept, k, g);
+        add_where(weighted[k], kept, k, gf);
+      }
+    } else {
+      buffer.push(inside, segment, g, gf);
+      if (buffer.filled >= Buffer::ROOM) flush();
     }
   }
-  void finish(double* sums) const {
+
+  template <int FIRST>
+  void add_group() {
+    constexpr int SIZE = std::min(GROUP, M - FIRST);
+    Floats t[SIZE], w[SIZE];
+    std::copy(total + FIRST, total + FIRST + SIZE, t);
+    std::copy(weighted + FIRST, weighted + FIRST + SIZE, w);
+    for (int i = 0; i < buffer.filled; i += LANES) {
+      Ints segment;
+      read(segment, buffer.segment + i);
+      const Floats g = load(buffer.g + i), gf = load(buffer.gf + i);
+#pragma GCC unroll 8
+      for (int k = 0; k < SIZE; ++k) {
+        add_where(t[k], segment, FIRST + k, g);
+        add_where(w[k], segment, FIRST + k, gf);
+      }
+    }
+    std::copy(t, t + SIZE, total + FIRST);
+    std::copy(w, w + SIZE, weighted + FIRST);
+    if constexpr (FIRST + SIZE < M) add_group<FIRST + SIZE>();
+  }
+
+  void flush() {
+    store(buffer.segment + buffer.filled, Ints{} - 1);  // the rest of the last vector
+    add_group<0>();
+    buffer.filled = 0;
+  }
+
+  void finish(double* sums) {
+    flush();
     for (int k = 0; k < M; ++k)
       for (int j = 0; j < LANES; ++j) {
         sums[k] += total[k][j];
@@ -108,35 +202,18 @@ struct Bins<M, true> {
   }
 };
 
-template <int M>
-struct Bins<M, false> {
-  Pair pairs[COPIES][M + 1] = {};  // a NaN is in segment M, and adds nothing
-
-  void add(const Ints& segment, const Floats& g, const Floats& gf) {
-#pragma GCC unroll 16
-    for (int j = 0; j < LANES; ++j) pairs[j % COPIES][segment[j]] += Pair{g[j], gf[j]};
-  }
-  void finish(double* sums) const {
-    for (int k = 0; k < M; ++k)
-      for (int c = 0; c < COPIES; ++c) {
-        sums[k] += pairs[c][k][0];
-        sums[M + k] += pairs[c][k][1];
-      }
-  }
-};
-
 // sums [2 M + 1]: of g by segment, of g f by segment, of e * code
 template <class T, int M>
 void backward(const T* grad, const T* x, T* grad_x, int64_t n, const float* borders, float step,
               float qmin, double* sums) {
-  Floats left{}, scale{}, middle{}, inner = all(__builtin_inff());
+  Table left, scale, middle, inner;
   for (int k = 0; k < M; ++k) {
-    left[k] = borders[k];
-    scale[k] = 1 / (borders[k + 1] - borders[k]);
-    middle[k] = (borders[k + 1] + borders[k]) / 2;
-    if (k > 0) inner[k - 1] = borders[k];
+    left.of[k] = borders[k];
+    scale.of[k] = 1 / (borders[k + 1] - borders[k]);
+    middle.of[k] = (borders[k + 1] + borders[k]) / 2;
+    if (k > 0) inner.of[k - 1] = borders[k];
   }
-  const Floats low = all(borders[0]), high = all(borders[M]), zero{};
+  const Floats low = all(borders[0]), high = all(borders[M]);
   for (int64_t start = 0; start < n; start += CHUNK) {
     Bins<M> bins;
     Floats codes{};
@@ -144,14 +221,14 @@ void backward(const T* grad, const T* x, T* grad_x, int64_t n, const float* bord
       const Floats z = load(zp), e = load(ep);
       const Ints segment = count<M>(z, inner);
       const Ints inside = (z > low) & (z <= high);
-      const Floats inv = look_up(scale, segment);
-      const Floats f = (z - look_up(left, segment)) * inv;
-      const Floats g = inside ? e * step * inv : zero;
+      const Floats inv = look_up<M>(scale, segment);
+      const Floats f = (z - look_up<M>(left, segment)) * inv;
+      const Floats g = (Floats)((Ints)(e * step * inv) & inside);
       store(gp, g);
-      Ints code = segment - ~(z <= look_up(middle, segment));
-      code = code > M ? Ints{} + M : code;  // of a NaN
+      Ints code = segment - ~(z <= look_up<M>(middle, segment));
+      code -= (code > M) & 1;  // of a NaN
       codes += e * (__builtin_convertvector(code, Floats) + qmin);
-      bins.add(segment, g, inside ? g * f : zero);
+      bins.add(inside, segment, g, g * f);
     };
     const int64_t end = std::min(n, start + CHUNK);
     int64_t i = start;
