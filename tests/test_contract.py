@@ -398,6 +398,24 @@ def test_a_training_step_never_waits_for_the_device(case: Case) -> None:
         q.health()
 
 
+@each
+def test_on_a_gpu_it_mixes_in_nothing_of_the_cpu(case: Case) -> None:
+    """By shape and device alone: no machine with a GPU is needed."""
+    with FakeTensorMode():
+        q = case.build(case.widths[1]).train()
+        for module in q.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, t in tensors.items():
+                    assert t is not None
+                    there = torch.empty(t.shape, dtype=t.dtype, device="cuda")
+                    learned = isinstance(t, torch.nn.Parameter)
+                    tensors[name] = torch.nn.Parameter(there) if learned else there
+        x = torch.randn(WEIGHT if case.role == "weight" else INPUT, device="cuda")
+        assert q(x).device.type == "cuda"
+        assert q.codes(x).device.type == "cuda"
+        assert all(count.device.type == "cuda" for count in q.health().values())
+
+
 @pytest.mark.parametrize("bits", [0, 17, 2.5, True])
 @each
 def test_a_width_outside_the_contract_is_refused(case: Case, bits: object) -> None:
