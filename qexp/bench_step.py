@@ -41,6 +41,7 @@ class Contender:
         step: one training step: forward, cross-entropy, backward, SGD with momentum.
         wall_s, cpu_s: of each timed step; CPU seconds of all threads together.
         warmup_s: of the untimed first steps, compiling included.
+        replayed: steps replay CUDA graphs, whose memory is taken once and for all.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Contender:
     warmup_s: float = 0.0
     saved_bytes: int = 0
     peak_bytes: int | None = None
+    replayed: bool = False
 
 
 class Group(NamedTuple):
@@ -109,7 +111,7 @@ def take_turns(
         gc.enable()
     for contender in contenders:
         contender.saved_bytes = kept_bytes(contender.model, contender.step)
-        contender.peak_bytes = peak_bytes(contender, device)
+        contender.peak_bytes = None if contender.replayed else peak_bytes(contender, device)
     compile_kernels(False)
 
 

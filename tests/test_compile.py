@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import platform
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -367,6 +368,9 @@ def test_a_kernel_has_room_for_all_its_variants(monkeypatch: pytest.MonkeyPatch)
     try:
         for n in range(1, 13):  # a string is a constant: each is compiled by itself
             assert scaled(torch.ones(2, 3), "x" * n)[0, 0] == n
+        with ThreadPoolExecutor(1) as thread:  # where autograd does a GPU's backward
+            for n in range(13, 25):
+                assert thread.submit(scaled, torch.ones(2, 3), "x" * n).result()[0, 0] == n
     finally:
         compile_kernels(False)
 

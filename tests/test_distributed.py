@@ -18,7 +18,9 @@ import torch.multiprocessing as mp
 from conftest import Qexp
 from torch import nn
 
+from qexp.errors import ConfigError
 from qexp.runner import checkpoint, distributed
+from qexp.runner.device import pick_device
 from qexp.runner.folder import find_runs, find_unfinished, read_json
 
 TINY = (
@@ -230,3 +232,42 @@ def follower_of(run: Path) -> int:
             continue  # it ended meanwhile
     (follower,) = siblings
     return follower
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Process 0 of two on a machine that seems to have two GPUs; what is asked of the group."""
+    asked: list[str] = []
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: asked.append(f"gpu {index}"))
+    monkeypatch.setattr(distributed, "rendezvous", lambda *a, **k: iter([(object(), 0, 2)]))
+    monkeypatch.setattr(distributed, "PrefixStore", lambda prefix, store: store)
+    group = distributed.dist
+    monkeypatch.setattr(group, "init_process_group", lambda name, **k: asked.append(name))
+    monkeypatch.setattr(group, "destroy_process_group", lambda: asked.append("destroyed"))
+    monkeypatch.setattr(
+        group.distributed_c10d, "_abort_process_group", lambda: asked.append("aborted")
+    )
+    return asked
+
+
+def test_a_process_that_fails_does_not_wait_for_the_others_gpus(two_gpus: list[str]) -> None:
+    with distributed.together("cuda"):
+        assert distributed.world().size == 2
+    with pytest.raises(MemoryError), distributed.together("auto"):
+        raise MemoryError
+    assert two_gpus == ["gpu 0", "nccl", "destroyed", "gpu 0", "nccl", "aborted"]
+    assert distributed.world().size == 1
+
+
+def test_more_processes_than_gpus(two_gpus: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    said = r"process 2 of this machine .* --nproc-per-node=2"
+    with pytest.raises(ConfigError, match=said), distributed.together("auto"):
+        pass
+    with pytest.raises(ConfigError, match="there are 2 GPUs"):
+        pick_device("auto")
+    assert not two_gpus

@@ -47,7 +47,8 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
     Shape: images uint8 [B, C, H, W], mean and std [C, 1, 1] -> float32 [B, C, H, W].
     """
-    return images.float().div_(255).sub_(mean).div_(std)
+    # By a tensor: CUDA takes a number's reciprocal and multiplies, another last bit.
+    return images.float().div_(mean.new_full((), 255)).sub_(mean).div_(std)
 
 
 def per_channel(key: str, values: Sequence[float], channels: int, name: str) -> Tensor:

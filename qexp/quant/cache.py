@@ -125,8 +125,3 @@ def record(
         handle.remove()
         model.train(was_training)
     return arrays["input"], arrays.get("output")
-
-
-def rows(array: Tensor, index: Tensor, device: torch.device) -> Tensor:
-    """`array[index]` on `device`. Shape: array [N, ...], index [B] -> [B, ...]."""
-    return array.index_select(0, index.to(array.device)).to(device, non_blocking=True)

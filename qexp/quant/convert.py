@@ -237,12 +237,13 @@ def shared_weights(model: nn.Module) -> Iterator[None]:
     """Quantize each weight once for several micro-batches, inside the block.
 
     Their backwards add up the gradient of the quantized weight; at the end of the block it goes
-    on, once, through the quantizer into the weight.
+    on, once, through the quantizer into the weight. The shared tensor of a layer is the same one
+    each time: CUDA graphs are recorded for its address.
     """
     layers = list(quant_layers(model).values())
     made = [m.quantized_weight() for m in layers]
     for module, w_hat in zip(layers, made, strict=True):
-        module.w_hat = w_hat.detach().requires_grad_()
+        module.w_hat = module.shared = _like(module.shared, w_hat.detach())
     try:
         yield
         taken = [(w, m.w_hat) for w, m in zip(made, layers, strict=True)]
@@ -251,6 +252,15 @@ def shared_weights(model: nn.Module) -> Iterator[None]:
     finally:
         for module in layers:
             module.w_hat = None
+
+
+def _like(leaf: Tensor | None, value: Tensor) -> Tensor:
+    """A leaf that holds `value`: the given one, if it can."""
+    if leaf is None or leaf.device != value.device or leaf.dtype != value.dtype:
+        return value.clone().requires_grad_()
+    leaf.grad = None
+    with torch.no_grad():
+        return leaf.copy_(value)
 
 
 def quantizer_parameters(model: nn.Module) -> list[nn.Parameter]:

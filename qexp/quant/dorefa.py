@@ -212,12 +212,17 @@ def _pact_backward(grad: Tensor, x: Tensor, alpha: Tensor, signed: bool) -> tupl
     return grad_x, pushed.float().sum(1, keepdim=True)
 
 
+def _pact_step(alpha: Tensor, qmax: int) -> Tensor:
+    # By a tensor: CUDA takes a number's reciprocal and multiplies, another last bit than the CPU.
+    return (alpha / torch.full_like(alpha, qmax)).clamp_min(MIN_SCALE)
+
+
 class _PACT(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, alpha: Tensor, qmin: int, qmax: int) -> Tensor:
         ctx.save_for_backward(x, alpha)
         ctx.signed = qmin < 0
-        scale = (alpha / qmax).clamp_min(MIN_SCALE).view(1, 1)
+        scale = _pact_step(alpha, qmax).view(1, 1)
         return from_rows(_pact_forward(as_rows(x, 1), scale, qmin, qmax), x)
 
     @staticmethod
@@ -260,7 +265,7 @@ class PACT(Quantizer):
         self.calibrated.fill_(True)
 
     def _scale(self) -> Tensor:
-        return (self.alpha.detach() / self.qmax).clamp_min(MIN_SCALE)
+        return _pact_step(self.alpha.detach(), self.qmax)
 
     def forward(self, x: Tensor) -> Tensor:
         return _PACT.apply(x, self.alpha, self.qmin, self.qmax)  # type: ignore[return-value]

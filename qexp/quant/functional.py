@@ -48,8 +48,6 @@ def compile_kernels(enabled: bool) -> None:
     """Run every `@kernel` function through `torch.compile` (True) or eagerly (False)."""
     global _compiled
     _compiled = enabled
-    if enabled:
-        torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
 
 
 def kernels_compiled() -> bool:
@@ -72,6 +70,9 @@ def kernel(fn: Callable[..., Any]) -> Callable[..., Any]:
             return fn(*args)
         if compiled is None:
             compiled = torch.compile(fn, dynamic=True, fullgraph=True)
+        if torch._dynamo.config.recompile_limit < VARIANTS:
+            # Asked each time: a GPU's backward runs in a thread with settings of its own.
+            torch._dynamo.config.recompile_limit = VARIANTS
         # A kernel sees values, not the graph: dynamo would look for the .grad of a view's base.
         return compiled(*(a.detach() if isinstance(a, Tensor) else a for a in args))
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from qexp.quant.adaround import AdaRound
-from qexp.quant.cache import rows
 from qexp.quant.drop import dropping, mix
 from qexp.quant.modules import QuantLayer
 from qexp.quant.plan import Method, Pass, Schedule
@@ -67,6 +66,13 @@ def learn(
         [{"params": ps, "lr": sweep.lr[name], "name": name} for name, ps in groups.items()],
         fused=True,
     )
+    # The images of all iterations at once, on the devices that hold them: a GPU never waits.
+    index = torch.randint(len(y), (sweep.iterations, schedule.minibatch), generator=draw)
+    chosen = {a.device: index.to(a.device) for a in (*arrays, fisher) if a is not None}
+
+    def drawn(array: Tensor, i: int) -> Tensor:
+        return array.index_select(0, chosen[array.device][i]).to(device, non_blocking=True)
+
     losses = torch.zeros(sweep.iterations, device=device)
     decided: list[Tensor] = []
     ends = part_ends(sweep.iterations)
@@ -80,12 +86,11 @@ def learn(
                 if group["name"] != "rounding":
                     cosine = 0.5 * (1 + math.cos(math.pi * progress))
                     group["lr"] = sweep.lr[group["name"]] * cosine
-            index = torch.randint(len(y), (schedule.minibatch,), generator=draw)
-            x = rows(x_hat, index, device)
+            x = drawn(x_hat, i)
             if method.mix > 0 and sweep.name == "rounding":
-                x = mix(rows(x_float, index, device), x, method.mix, dice)
-            weight = None if fisher is None else rows(fisher, index, device)
-            error = output_error(run(x), rows(y, index, device), sweep.p, weight)
+                x = mix(drawn(x_float, i), x, method.mix, dice)
+            weight = None if fisher is None else drawn(fisher, i)
+            error = output_error(run(x), drawn(y, i), sweep.p, weight)
             beta = beta_at(progress, schedule.beta, schedule.warmup) if soft else None
             loss = error
             if beta is not None:

@@ -32,6 +32,7 @@ class QuantizedOperands:
     weight_enabled = True
     act_enabled = True
     w_hat: Tensor | None = None  # the quantized weight, while `frozen_weights` holds it
+    shared: Tensor | None = None  # what `shared_weights` lends to `w_hat`
     input_again = False  # backward quantizes the input again, instead of keeping it (`lean`)
 
     @classmethod

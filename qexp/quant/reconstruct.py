@@ -22,7 +22,7 @@ with (1 + |g|)^2, g the gradient of KL(float || quantized) of the logits at that
 
 Adam; the rate of rounding is constant, those of steps and borders fall as a cosine. Every random
 draw comes from generators seeded by (seed, pass, unit): a run that stops between two units
-continues bit for bit.
+continues bit for bit (on a CPU: a GPU's sums have no fixed order).
 
 Departs from the papers and codes:
  1. The residual sum stays in float (nearest.py, point 3); the last unit's input is not held back.

@@ -135,6 +135,7 @@ def eager_afterwards(recipe: Recipe) -> Recipe:
             return recipe(*args, **options)
         finally:
             compile_kernels(False)
+            torch.compiler.reset()  # what CUDA graphs hold
 
     return cast(Recipe, run)
 
@@ -150,6 +151,11 @@ def _backend(on_cpu: bool, operands_again: bool, graphs: bool) -> Callable[..., 
         with torch._functorch.config.patch(again):
             return compile_fx(graph, inputs, config_patches=patches)
 
+    if graphs:
+        # torch.compiler.reset() asks each backend to forget: recorded graphs hold memory till then.
+        from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+        backend.reset = reset_cudagraph_trees  # type: ignore[attr-defined]
     return backend
 
 

@@ -7,8 +7,8 @@ quantized prefix). Weights and quantizer parameters train together on cross-entr
 with distillation. Batch norm is neither folded nor frozen, except where training starts from a
 post-training run (handover.py). `top1` is the last epoch's.
 
-A run can stop anywhere and continue bit for bit: batches depend on (seed, epoch, step) alone, the
-learning rate on the step alone, and the checkpoint holds everything else.
+A run can stop anywhere and continue, bit for bit on a CPU: batches depend on (seed, epoch, step)
+alone, the learning rate on the step alone, and the checkpoint holds everything else.
 
 Under torchrun every process runs this function (runner/distributed.py); the first one decides,
 calibrates and saves, and each step averages the gradients of all.

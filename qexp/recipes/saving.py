@@ -10,9 +10,9 @@ blocks   only the inputs of residual blocks are kept, and each block's forward r
 Packing the quantized input as codes would keep more than `inputs` does: the gradient of a learned
 step needs the float input itself (x_int - x / scale), bit for bit, so codes come on top of it.
 
-Gradients are those of `all`, bit for bit: what runs again sees the state it saw the first time.
-With `compile=model` the compiler decides what to keep; any mode but `all` then lets it compute
-every elementwise result again, convolutions never (`recipes/compilation.py`).
+Gradients are those of `all`, on a CPU bit for bit: what runs again sees the state it saw the first
+time. With `compile=model` the compiler decides what to keep; any mode but `all` then lets it
+compute every elementwise result again, convolutions never (`recipes/compilation.py`).
 """
 
 from __future__ import annotations

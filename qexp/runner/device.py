@@ -36,9 +36,7 @@ def pick_device(name: str) -> torch.device:
         ConfigError: unknown name, or a device this machine has not.
     """
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", launched().local)
-        return torch.device("cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
         return torch.device("cpu")
     if name == "mps":

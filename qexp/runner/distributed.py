@@ -86,6 +86,11 @@ def together(device: str) -> Iterator[World]:
                 f"config: device={device} puts every process on one GPU. Use device=cuda: "
                 "torchrun gives each process its own."
             )
+        if here.local >= torch.cuda.device_count():
+            raise ConfigError(
+                f"run: process {here.local} of this machine wants a GPU of its own, and there are "
+                f"{torch.cuda.device_count()}. Use --nproc-per-node={torch.cuda.device_count()}."
+            )
         torch.cuda.set_device(here.local)
     # torchrun's store outlives a restart: without a prefix the processes would look for the dead.
     store, rank, size = next(iter(rendezvous("env://", timeout=PATIENCE)))
@@ -95,9 +100,14 @@ def together(device: str) -> Iterator[World]:
     _world = here
     try:
         yield here
-    finally:
+    except BaseException:
+        # The others may wait inside a collective. nccl's orderly end would wait for them, forever;
+        # torchrun ends them once this process is gone.
         _world = World()
-        dist.destroy_process_group()
+        dist.distributed_c10d._abort_process_group() if on_gpu else dist.destroy_process_group()
+        raise
+    _world = World()
+    dist.destroy_process_group()
 
 
 @contextmanager
