@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 import platform
+import re
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
@@ -453,3 +457,26 @@ def test_each_run_sets_what_is_compiled_anew(said: Said) -> None:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_freed_memory_can_be_kept_on_glibc() -> None:
     assert keep_memory()
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["kernels", "model"])
+def test_what_was_compiled_for_other_vectors_is_not_taken(whole: bool, tmp_path: Path) -> None:
+    """One cache on disk, a process with AVX2's vectors and then one with this processor's."""
+    program = (
+        "import torch; from qexp.quant import functional as f; f.SMALL = 0\n"
+        "from qexp.recipes.compilation import compiled\n"
+        "@f.kernel\n"
+        "def plus(x): return 3 * x.exp() + 1\n"
+        f"run = compiled(plus.__wrapped__, torch.device('cpu')) if {whole} else plus\n"
+        "f.compile_kernels(True); x = torch.randn(2, 1001)\n"
+        "assert torch.allclose(run(x), plus.__wrapped__(x), atol=1e-5)\n"
+    )
+    for capability in ({"ATEN_CPU_CAPABILITY": "avx2"}, {}):
+        there = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), **capability}
+        subprocess.run([sys.executable, "-c", program], env=there, check=True, capture_output=True)
+    steps = {
+        step
+        for source in tmp_path.rglob("*.cpp")
+        for step in re.findall(r"x\d\+=static_cast<int64_t>\((\d+)L", source.read_text())
+    }
+    assert len(steps) == (2 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 1)

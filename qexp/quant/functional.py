@@ -21,7 +21,7 @@ backward: `x` is what the preceding ReLU already saved, so a quantized layer kee
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -50,6 +50,19 @@ def compile_kernels(enabled: bool) -> None:
     _compiled = enabled
 
 
+@cache
+def vector_width() -> dict[str, Any]:
+    """Options for the compiler: as many bits a CPU vector as it would choose, but by number.
+
+    Torch finds a graph that it compiled before on the disk, made perhaps on another processor or
+    under ATEN_CPU_CAPABILITY, and its search key has the options, not the processor. Loops over 8
+    numbers, compiled again for vectors of 16, write behind the ends of their tensors.
+    """
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    return {"cpp.simdlen": pick_vec_isa().bit_width()}
+
+
 def kernels_compiled() -> bool:
     """Whether `@kernel` functions run compiled."""
     return _compiled
@@ -69,7 +82,7 @@ def kernel(fn: Callable[..., Any]) -> Callable[..., Any]:
         if not _compiled or torch.compiler.is_compiling() or args[0].numel() < SMALL:
             return fn(*args)
         if compiled is None:
-            compiled = torch.compile(fn, dynamic=True, fullgraph=True)
+            compiled = torch.compile(fn, dynamic=True, fullgraph=True, options=vector_width())
         if torch._dynamo.config.recompile_limit < VARIANTS:
             # Asked each time: a GPU's backward runs in a thread with settings of its own.
             torch._dynamo.config.recompile_limit = VARIANTS

@@ -42,7 +42,7 @@ from torch import Tensor, nn
 
 from qexp.errors import ConfigError
 from qexp.quant.convert import quant_layers, quantizers
-from qexp.quant.functional import compile_kernels
+from qexp.quant.functional import compile_kernels, vector_width
 from qexp.quant.trace import Layer
 from qexp.recipes.saving import save_less_
 from qexp.runner.device import compiler_available, keep_memory
@@ -149,7 +149,7 @@ def _backend(on_cpu: bool, operands_again: bool, graphs: bool) -> Callable[..., 
         from torch._inductor.compile_fx import compile_fx
 
         with torch._functorch.config.patch(again):
-            return compile_fx(graph, inputs, config_patches=patches)
+            return compile_fx(graph, inputs, config_patches=patches | vector_width())
 
     if graphs:
         # torch.compiler.reset() asks each backend to forget: recorded graphs hold memory till then.
