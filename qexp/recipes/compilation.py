@@ -123,7 +123,7 @@ def _replayed(model: nn.Module, forward: Callable[[Tensor], Tensor]) -> Callable
 
 
 def eager_afterwards(recipe: Recipe) -> Recipe:
-    """Decorate a recipe: kernels run eagerly again when it ends, as in a fresh process.
+    """Decorate a recipe: when it ends kernels run eagerly again, and no graph is kept.
 
     What follows in the same process, a sweep's next job or the run that had its float network
     trained, calibrates before it compiles.

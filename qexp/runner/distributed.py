@@ -104,7 +104,10 @@ def together(device: str) -> Iterator[World]:
         # The others may wait inside a collective. nccl's orderly end would wait for them, forever;
         # torchrun ends them once this process is gone.
         _world = World()
-        dist.distributed_c10d._abort_process_group() if on_gpu else dist.destroy_process_group()
+        if on_gpu:
+            dist.distributed_c10d._abort_process_group()
+        else:
+            dist.destroy_process_group()
         raise
     _world = World()
     dist.destroy_process_group()
