@@ -74,6 +74,18 @@ def test_pad_shortcut_keeps_every_second_pixel_between_zero_channels() -> None:
     assert y[:, 3].abs().max() == 0
 
 
+@pytest.mark.parametrize("size", [(4, 4), (5, 7)])
+def test_compiled_pad_shortcut_is_the_eager_one(size: tuple[int, int]) -> None:
+    shortcut = PadShortcut(extra=3, stride=2)
+    compiled = torch.compile(shortcut, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 4, *size, requires_grad=True)
+    y, z = shortcut(x), compiled(x)
+    torch.testing.assert_close(z, y, rtol=0, atol=0)
+    e = torch.randn_like(y)
+    want, got = (torch.autograd.grad(out, x, e)[0] for out in (y, z))
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
 def test_projection_shortcut_adds_two_convolutions_with_batch_norm() -> None:
     pad, projection = ResNet(20, 10), ResNet(20, 10, shortcut="projection")
     extra = 16 * 32 + 2 * 32 + 32 * 64 + 2 * 64
