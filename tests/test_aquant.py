@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qexp.quant.aquant import AQuant
 from qexp.quant.border import border_round
 from qexp.quant.convert import Bits, calibrate_, quant_layers, quantize_
+from qexp.quant.drop import Drop, mix
 from qexp.quant.lsq import LSQ
 from qexp.quant.modules import QuantConv2d
 from qexp.quant.nearest import Nearest
@@ -68,21 +69,57 @@ def test_offset_before_floor_is_the_comparison_with_the_border(pairs: list) -> N
     assert torch.equal(got[away], (u.floor() + (fraction >= border))[away])
 
 
+def composed(q: AQuant, x: Tensor) -> Tensor:
+    """The forward of `q` in differentiable steps, straight through floor."""
+    u = q._view(x) / q.scale
+    shifted = u + (1 - q.borders(u))
+    floor = shifted.floor().detach() + (shifted - shifted.detach())
+    clipped = floor.detach().clamp(q.qmin - q.zero, q.qmax - q.zero)
+    return q._unview(torch.where(clipped == floor, floor, clipped) * q.scale, x)
+
+
 @pytest.mark.parametrize("border", ["constant", "linear", "quadratic"])
-@pytest.mark.parametrize("per", ["row", "channel", "tensor"])
-def test_fused_border_equals_the_composed_one(border: str, per: str) -> None:
-    q = made(border=border, per=per)
+@pytest.mark.parametrize(
+    ("per", "fusion"),
+    [
+        ("row", "none"),
+        ("channel", "none"),
+        ("tensor", "none"),
+        ("row", "window"),
+        ("row", "residual"),
+    ],
+)
+def test_fused_border_equals_the_composed_one(border: str, per: str, fusion: str) -> None:
+    q = made(border=border, per=per, fusion=fusion)
     x = columns() if per == "row" else columns().view(5, 4, 9, 7)
     e = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
     results = []
     for fused in (True, False):
         q.zero_grad()
         v = x.clone().requires_grad_()
-        y = q(v) if fused else q._unview(q._integers(q._view(v)) * q.scale, v)
+        y = q(v) if fused else composed(q, v)
         (y * e).sum().backward()
-        results.append([y.detach(), v.grad, q.scale.grad.clone(), q.border.grad.clone()])  # type: ignore[union-attr]
+        results.append([y.detach(), v.grad, *(p.grad.clone() for p in q.parameters())])  # type: ignore[union-attr]
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("fusion", ["none", "window", "residual"])
+def test_a_quantizer_that_drops_by_itself_equals_a_mix_of_both(fusion: str) -> None:
+    q, e = made(fusion=fusion), torch.randn(5, ROWS, 7)
+    results = []
+    for own in (True, False):
+        generator = torch.Generator().manual_seed(4)
+        q.zero_grad()
+        q.drop = Drop(0.5, generator) if own else None
+        x = columns().requires_grad_()
+        y = q(x) if own else mix(x, q(x), 0.5, generator)
+        (y * e).sum().backward()
+        results.append([y.detach(), x.grad, *(p.grad.clone() for p in q.parameters())])  # type: ignore[union-attr]
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    kept = (results[0][0] == columns()) & (columns() > 0)
+    assert 0.2 < kept.float().mean() < 0.3  # half of the half above 0
 
 
 def test_border_gradient_matches_closed_form_with_clipped_values() -> None:

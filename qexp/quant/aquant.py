@@ -64,10 +64,11 @@ import torch
 from torch import Tensor, nn
 
 from qexp.quant.border import border_round, polynomial_border
-from qexp.quant.drop import Drop, last_byte, mix, random_bytes
+from qexp.quant.drop import Drop, last_byte, random_bytes
 from qexp.quant.functional import MIN_SCALE, as_rows, from_rows
 from qexp.quant.nearest import Estimator, activation_sample, estimate_grid
 from qexp.quant.quantizer import Quantizer
+from qexp.quant.window_border import window_border
 
 DEGREE = {"constant": 0, "linear": 1, "quadratic": 2}
 GRID = 64  # points of [0, 1) per code at which a border is looked at for health and plots
@@ -193,23 +194,22 @@ class AQuant(Quantizer):
         return (0.5 + v).clamp(0, 1)
 
     def _integers(self, x: Tensor) -> Tensor:
-        """x_int - zero for x [A, R, M], through differentiable borders."""
+        """x_int - zero for x [A, R, M]."""
         u = x.float() / self.scale.clamp_min(MIN_SCALE)
         return border_round(u, self.borders(u), self.qmin - self.zero, self.qmax - self.zero)
 
     def forward(self, x: Tensor) -> Tensor:
         view = self._view(x)
+        dice, last = None, -1
+        if self.drop is not None:
+            dice = random_bytes(view, self.drop.generator)
+            last = last_byte(self.drop.probability)
+        bounds = (self.zero, self.qmin, self.qmax)
         if self.fusion == "none":
-            dice, last = None, -1
-            if self.drop is not None:
-                dice = random_bytes(view, self.drop.generator)
-                last = last_byte(self.drop.probability)
-            x_hat = polynomial_border(
-                view, self.scale, self.border, self.zero, self.qmin, self.qmax, dice, last
-            )
+            x_hat = polynomial_border(view, self.scale, self.border, *bounds, dice, last)
         else:
-            x_hat = (self._integers(view) * self.scale.clamp_min(MIN_SCALE)).to(x.dtype)
-            x_hat = x_hat if self.drop is None else mix(view, x_hat, *self.drop)
+            fusion = (self.mixing, *bounds, self.fusion == "window")
+            x_hat = window_border(view, self.scale, self.border, *fusion, dice, last)
         return self._unview(x_hat, x)
 
     @torch.no_grad()

@@ -4,8 +4,9 @@
 
 `polynomial_border` fuses the border v = a0 + a1 t + a2 t^2 with quantization, saves only x for
 backward and recomputes the rest; with `dice` it drops as well (drop.py): columns are kh*kw times
-the image, so that a pass over them is what costs. `border_round` takes any border. The equations
-and gradients are in aquant.py.
+the image, so that a pass over them is what costs. `border_round` takes any border and has no
+gradient; borders of a window that see each other are in window_border.py. The equations are in
+aquant.py.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ class _PolynomialBorder(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, scale, a, zero, dice)
         ctx.bounds, ctx.last = (qmin, qmax), last
-        constants = _constants(scale, zero, a)
+        constants = broadcast(scale, zero, a)
         if dice is None:
             return _border_forward(x, *constants, qmin, qmax)
         return _dropped_forward(x, dice, *constants, qmin, qmax, last)
@@ -109,7 +110,7 @@ class _PolynomialBorder(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, a, zero, dice = ctx.saved_tensors
-        constants = _constants(scale, zero, a)
+        constants = broadcast(scale, zero, a)
         if dice is None:
             results = _border_backward(grads[0], x, *constants, *ctx.bounds)
         else:
@@ -138,7 +139,7 @@ def polynomial_border(
     return _PolynomialBorder.apply(x, scale, a, zero, qmin, qmax, dice, last)  # type: ignore[return-value]
 
 
-def _constants(scale: Tensor, zero: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def broadcast(scale: Tensor, zero: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Broadcast to [A, R, M]; missing coefficients are 0, so that one kernel serves all degrees."""
     full = a if a.shape[0] == 3 else torch.cat([a, a.new_zeros(3 - a.shape[0], a.shape[1])])
     step = scale.reshape(1, 1, 1).clamp_min(MIN_SCALE)
@@ -149,21 +150,6 @@ def _constants(scale: Tensor, zero: Tensor, a: Tensor) -> tuple[Tensor, Tensor, 
 # Any border
 
 
-class _Border(torch.autograd.Function):
-    """Codes minus zero, floor(u + 1 - B) clipped; straight through floor. Any shape."""
-
-    @staticmethod
-    def forward(ctx: Any, u: Tensor, border: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        q = (u + (1 - border)).floor()
-        ctx.save_for_backward((q >= low) & (q <= high))
-        return torch.clamp(q, low, high)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        passed = torch.where(ctx.saved_tensors[0], grads[0], 0.0)
-        return passed, -passed, None, None  # the bounds are constants
-
-
 def border_round(u: Tensor, border: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """clip(floor(u) + 1[frac(u) >= border], low, high), for borders in [0, 1]."""
-    return _Border.apply(u, border, low, high)  # type: ignore[return-value]
+    """clip(floor(u) + 1[frac(u) >= border], low, high), for borders in [0, 1]. Shape: all alike."""
+    return torch.clamp((u + (1 - border)).floor(), low, high)

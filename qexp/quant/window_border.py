@@ -1,0 +1,170 @@
+"""Borders of a window's rows that see each other: `fusion: window` and `residual` of aquant.py.
+
+    v' = M p,   p = a0 + a1 t + a2 t^2                       (window)
+    v' = a0 + a1 t + a2 t^2 + M p,   p = u - floor(u + 1/2)  (residual; p is a constant)
+
+Three passes forward, around the small products with M [C, window, window]: features p, the product,
+rounding; backward one more and the two products of M's own. Drops as border.py does. The features
+are computed again in backward; kept are x, M p and the dice. The equations are in aquant.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qexp.quant.border import broadcast
+from qexp.quant.functional import kernel
+
+
+@kernel
+def _features(x: Tensor, scale: Tensor, a: Tensor, span: int, window: bool) -> Tensor:
+    # x [A, R, M]; scale [1, 1, 1]; a [3, 1, R, 1]
+    u = x.float() / scale
+    if not window:
+        return u - (u + 0.5).floor()
+    t = u * (1.0 / span)
+    return a[0] + t * (a[1] + t * a[2])
+
+
+def _raw(u: Tensor, product: Tensor, a: Tensor, span: int, window: bool) -> Tensor:
+    """1/2 + v', before it is clipped to [0, 1]."""
+    t = u * (1.0 / span)
+    return 0.5 + (product if window else a[0] + t * (a[1] + t * a[2]) + product)
+
+
+@kernel
+def _forward(
+    x: Tensor,
+    product: Tensor,
+    dice: Tensor | None,
+    scale: Tensor,
+    zero: Tensor,
+    a: Tensor,
+    qmin: int,
+    qmax: int,
+    last: int,
+    window: bool,
+) -> Tensor:
+    u = x.float() / scale
+    border = _raw(u, product, a, qmax - qmin, window).clamp(0, 1)
+    x_int = ((u + (1 - border)).floor() + zero).clamp(qmin, qmax)
+    x_hat = ((x_int - zero) * scale).to(x.dtype)
+    return x_hat if dice is None else torch.lerp(x_hat, x, (dice.float() <= last).to(x.dtype))
+
+
+@kernel
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    product: Tensor,
+    dice: Tensor | None,
+    scale: Tensor,
+    zero: Tensor,
+    a: Tensor,
+    qmin: int,
+    qmax: int,
+    last: int,
+    window: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    e = to_x = grad.float()
+    if dice is not None:
+        to_x = e * (dice.float() <= last).float()
+        e = e - to_x
+    u = x.float() / scale
+    raw = _raw(u, product, a, qmax - qmin, window)
+    x_int = (u + (1 - raw.clamp(0, 1))).floor() + zero
+    passed = torch.where((x_int >= qmin) & (x_int <= qmax), e, 0.0)  # e * inside
+    # dL/dv' = -e * scale * inside * free                                 [A, R, M]
+    down = torch.where((raw > 0) & (raw < 1), -passed * scale, 0.0)
+    # What reaches x past the border, dropped elements included           [A, R, M]
+    straight = passed if dice is None else passed + to_x
+    grad_scale = e * (x_int.clamp(qmin, qmax) - zero) - passed * u
+    return down, straight, grad_scale.sum(2)
+
+
+@kernel
+def _polynomial_backward(
+    down: Tensor, x: Tensor, straight: Tensor, scale: Tensor, a: Tensor, span: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    # down: dL/dv of v = a0 + a1 t + a2 t^2                               [A, R, M]
+    u = x.float() / scale
+    t = u * (1.0 / span)
+    through = down * ((a[1] + 2 * t * a[2]) * (1.0 / span)) / scale  # dL/dx by the border
+    return (
+        (straight + through).to(x.dtype),
+        -(through * u).sum(2),
+        down.sum(2),
+        (down * t).sum(2),
+        (down * t * t).sum(2),
+    )
+
+
+def _times(mixing: Tensor, rows: Tensor) -> Tensor:
+    """M p. Shape: mixing [C, window, window], rows [A, C * window, M]; result as rows."""
+    windows = rows.reshape(rows.shape[0], *mixing.shape[:2], rows.shape[2])
+    return torch.matmul(mixing, windows).reshape(rows.shape)
+
+
+class _WindowBorder(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        a: Tensor,
+        mixing: Tensor,
+        zero: Tensor,
+        qmin: int,
+        qmax: int,
+        window: bool,
+        dice: Tensor | None,
+        last: int,
+    ) -> Tensor:
+        step, offset, full = broadcast(scale, zero, a)
+        product = _times(mixing, _features(x, step, full, qmax - qmin, window))
+        ctx.save_for_backward(x, scale, a, mixing, zero, product, dice)
+        ctx.numbers = (qmin, qmax, last, window)
+        return _forward(x, product, dice, step, offset, full, *ctx.numbers)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, a, mixing, zero, product, dice = ctx.saved_tensors
+        qmin, qmax, _, window = ctx.numbers
+        step, offset, full = broadcast(scale, zero, a)
+        down, straight, of_codes = _backward(
+            grads[0], x, product, dice, step, offset, full, *ctx.numbers
+        )
+        features = _features(x, step, full, qmax - qmin, window)
+        by_window = (x.shape[0], *mixing.shape[:2], x.shape[2])  # [A, C, window, M]
+        grad_mixing = torch.matmul(
+            down.reshape(by_window), features.reshape(by_window).transpose(2, 3)
+        ).sum(0)
+        of_v = _times(mixing.transpose(1, 2), down) if window else down
+        grad_x, of_borders, *sums = _polynomial_backward(of_v, x, straight, step, full, qmax - qmin)
+        grad_a = torch.stack([s.sum(0) for s in sums[: a.shape[0]]])  # [degree + 1, R]
+        grad_scale = of_codes.sum() + of_borders.sum()
+        # zero, bounds, fusion, dice and their limit are constants
+        return grad_x, grad_scale, grad_a, grad_mixing, None, None, None, None, None, None
+
+
+def window_border(
+    x: Tensor,
+    scale: Tensor,
+    a: Tensor,
+    mixing: Tensor,
+    zero: Tensor,
+    qmin: int,
+    qmax: int,
+    window: bool,
+    dice: Tensor | None = None,
+    last: int = -1,
+) -> Tensor:
+    """Fake quantization with B = clip(1/2 + v', 0, 1), v' of the module docstring.
+
+    Elements whose byte of `dice` is at most `last` stay as they are.
+    Shape: x, dice [A, R, M]; scale, zero []; a [degree + 1, R]; mixing [C, R / C, R / C]; as x.
+    """
+    return _WindowBorder.apply(x, scale, a, mixing, zero, qmin, qmax, window, dice, last)  # type: ignore[return-value]
