@@ -35,12 +35,14 @@ Two deaths of an adapter, both counted by `health` over the last training batch.
 ReLU gives 0, beta_n = 1e-8, the sample saturates and the adapter gets no gradient from it
 (`dead_samples`; `dead_layers` where all are). Where no hidden unit is above 0, beta_n is the last
 bias, the same for every sample: all but that bias get no gradient, and ASQ is LSQ with a factor
-(`constant_factors`). The second one happens: in every ten-epoch run of results/cifar10_qat_short,
-layer1.0.conv1, four hidden units, ends so (`stuck` in its metrics.jsonl; from the third epoch on at
-W4A4). `leak: 0.01` lets the hidden units pass a hundredth of what is below 0, which cannot die.
+(`constant_factors`). The second one happens: of the ten-epoch runs of results/cifar10_qat_short,
+those at W4A4 (from the third epoch on) and W3A3 end so in layer1.0.conv1, four hidden units
+(`stuck` in metrics.jsonl). `leak: 0.01` lets the hidden units pass a hundredth of what is below 0,
+which cannot die.
 
-What the adapter buys (results/cifar10_qat_rungs: CIFAR-10, W2A2, POST weights, three epochs, one
-seed): 87.15 (86.85 with `softplus`), against 85.74 with LSQ's step and 85.65 with `statistics`.
+What the adapter buys (results/cifar10_qat_rungs and cifar10_qat_brief: CIFAR-10, W2A2, POST
+weights, three epochs, one seed): 87.15 (86.85 with `softplus`), against 85.74 with LSQ's step and
+85.65 with `statistics`.
 Under LSQ weights it buys nothing that one seed can show: 85.83, LSQ alone 86.71. After ten epochs
 (results/cifar10_qat_short) 88.57 against 88.23 with LSQ's step under POST weights, 88.20 against
 88.53 under LSQ's: nothing in either.

@@ -22,9 +22,9 @@ Gradients (eq. 3, 5), e = dL/dx_hat.
 
 Initialisation.  scale = 2 * mean|x| / sqrt(qmax), from the float weights and from the first batch
     (`init: lsq`); `init: mse` minimises the squared error instead and is what the configs use: at
-    2 bits the paper's rule clips a third of the inputs of a ResNet-20 and the steps do not recover
-    within ten epochs. CIFAR-10, ten epochs, one seed each: W2A2 88.53 with mse (bfloat16;
-    results/cifar10_qat_short), 61.60 with lsq (float32; results/cifar10_lsq_init).
+    2 bits the steps of the paper's rule, which clip 8 % of a ResNet-20's inputs (by hand, not
+    kept), do not recover within ten epochs. CIFAR-10, ten epochs, one seed each: W2A2 88.53 with
+    mse (bfloat16; results/cifar10_qat_short), 61.60 with lsq (float32; results/cifar10_lsq_init).
 
 LSQ+ adds a learned offset to activations that are not one-sided (Swish):
     x_int = clip(round((x - offset) / scale), qmin, qmax),  x_hat = x_int * scale + offset
@@ -36,9 +36,9 @@ Departs from the papers:
  2. `per_channel: true` (weights) is not in LSQ. It is the control that ASQ's own code uses.
  3. At 1 bit signed, qmax = 0: g uses max(qmax, 1).
  4. The configs start from the squared error (above), except for the first and last layer's 8 bits.
-    There the error's step is five times smaller than the paper's, inputs that outgrow it are
-    clipped, and a clipped input moves the ceiling qmax * scale by qmax^1.5: at lr 0.05 the last
-    layer's input step fell below zero within 30 steps and the network stood at chance for an
+    There the error's step is five times smaller than the paper's (by hand), inputs that outgrow
+    it are clipped, and a clipped input moves the ceiling qmax * scale by qmax^1.5: at lr 0.05 the
+    last layer's input step fell below zero within 30 steps and the network stood at chance for an
     epoch (11.26 on CIFAR-10 at W2A2, against 75.60 after 120 steps from the paper's step; not
     kept).
  5. LSQ+ weights start from the MSE too, instead of max|mean +- 3 std| / 2^(b-1).

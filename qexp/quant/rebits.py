@@ -5,7 +5,7 @@ So changing them replaces it: a fresh quantizer at the new bits is calibrated, i
 weights as they are now or from training images, as at the start; then it takes over from the old
 one every state tensor whose name begins with a prefix in its class's `carried` and whose shape is
 unchanged. Steps, levels, thresholds and clips belong to a width and are not carried: the clip of
-least squared error of rectified normal numbers is 4.4 deviations at 8 bits and 1.9 at 2, so that a
+least squared error of rectified normal numbers is 4.2 deviations at 8 bits and 1.95 at 2, so that a
 learned 8-bit clip is a bad start at 2 bits, for POST, APoT and PACT as for LSQ. An adapter that
 maps a sample's statistics to a factor is carried. A quantizer whose bits stay is not touched.
 
