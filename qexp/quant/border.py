@@ -16,7 +16,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qexp.quant.drop import mix_backward, mix_forward
 from qexp.quant.functional import MIN_SCALE, kernel
+
+# ---------------------------------------------------------------------------------------------
+# What the kernels here and in window_border.py are made of
+
+
+def polynomial(u: Tensor, a: Tensor, span: int) -> Tensor:
+    """a0 + a1 t + a2 t^2, t = u / span. Shape: u [A, R, M], a [3, 1, R, 1]."""
+    t = u * (1.0 / span)
+    return a[0] + t * (a[1] + t * a[2])
+
+
+def quantized(
+    x: Tensor, u: Tensor, raw: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int
+) -> Tensor:
+    """x_hat as x, for u = x / scale and the border `raw` = 1/2 + v before it is clipped."""
+    x_int = ((u + (1 - raw.clamp(0, 1))).floor() + zero).clamp(qmin, qmax)
+    return ((x_int - zero) * scale).to(x.dtype)
+
+
+def passed_on(
+    e: Tensor, u: Tensor, raw: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """e * inside; free; dL/dv = -e * scale * inside * free; e * (x_int - zero). All as u."""
+    x_int = (u + (1 - raw.clamp(0, 1))).floor() + zero
+    passed = torch.where((x_int >= qmin) & (x_int <= qmax), e, 0.0)
+    free = (raw > 0) & (raw < 1)
+    down = torch.where(free, -passed * scale, 0.0)
+    return passed, free, down, e * (x_int.clamp(qmin, qmax) - zero)
+
+
+def coefficient_sums(down: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dL/da_k = sum dL/dv * t^k, still by sample. Shape: [A, R, M] -> three of [A, R]."""
+    return down.sum(2), (down * t).sum(2), (down * t * t).sum(2)
+
 
 # ---------------------------------------------------------------------------------------------
 # Polynomial borders, fused
@@ -28,10 +63,7 @@ def _border_forward(
 ) -> Tensor:
     # x [A, R, M]; scale, zero [1, 1, 1]; a [3, 1, R, 1]
     u = x.float() / scale
-    t = u * (1.0 / (qmax - qmin))
-    border = (0.5 + (a[0] + t * (a[1] + t * a[2]))).clamp(0, 1)
-    x_int = ((u + (1 - border)).floor() + zero).clamp(qmin, qmax)
-    return ((x_int - zero) * scale).to(x.dtype)
+    return quantized(x, u, 0.5 + polynomial(u, a, qmax - qmin), scale, zero, qmin, qmax)
 
 
 @kernel
@@ -40,26 +72,14 @@ def _border_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     u = x.float() / scale
     t = u * (1.0 / (qmax - qmin))
-    raw = 0.5 + (a[0] + t * (a[1] + t * a[2]))
-    border = raw.clamp(0, 1)
-    x_int = (u + (1 - border)).floor() + zero
-    e = grad.float()
-    passed = torch.where((x_int >= qmin) & (x_int <= qmax), e, 0.0)  # e * inside
-    free = (raw > 0) & (raw < 1)
+    raw = 0.5 + polynomial(u, a, qmax - qmin)
+    passed, free, down, of_codes = passed_on(grad.float(), u, raw, scale, zero, qmin, qmax)
     # dL/dx = e * inside * (1 - B'(u))                                    [A, R, M]
     slope = torch.where(free, (a[1] + 2 * t * a[2]) * (1.0 / (qmax - qmin)), 0.0)
     grad_u = passed * (1 - slope)
-    # dL/da_k = sum dL/dB * free * t^k,  dL/dB = -e * scale * inside      [A, R]
-    down = torch.where(free, -passed * scale, 0.0)
     # dL/dscale = sum e * (x_int - zero) - e * inside * (1 - B'(u)) * u   [A, R]
-    grad_scale = e * (x_int.clamp(qmin, qmax) - zero) - grad_u * u
-    return (
-        grad_u.to(grad.dtype),
-        grad_scale.sum(2),
-        down.sum(2),
-        (down * t).sum(2),
-        (down * t * t).sum(2),
-    )
+    grad_scale = of_codes - grad_u * u
+    return grad_u.to(grad.dtype), grad_scale.sum(2), *coefficient_sums(down, t)
 
 
 @kernel
@@ -67,7 +87,7 @@ def _dropped_forward(
     x: Tensor, dice: Tensor, scale: Tensor, zero: Tensor, a: Tensor, qmin: int, qmax: int, last: int
 ) -> Tensor:
     x_hat = _border_forward(x, scale, zero, a, qmin, qmax)
-    return torch.lerp(x_hat, x, (dice.float() <= last).to(x.dtype))
+    return mix_forward(x, x_hat, dice, last)
 
 
 @kernel
@@ -82,8 +102,8 @@ def _dropped_backward(
     qmax: int,
     last: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    to_x = grad * (dice.float() <= last).to(grad.dtype)
-    grad_x, *sums = _border_backward(grad - to_x, x, scale, zero, a, qmin, qmax)
+    to_x, to_x_hat = mix_backward(grad, dice, last)
+    grad_x, *sums = _border_backward(to_x_hat, x, scale, zero, a, qmin, qmax)
     return grad_x + to_x, *sums
 
 

@@ -34,12 +34,14 @@ def random_bytes(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @kernel
-def _mix_forward(x: Tensor, x_hat: Tensor, dice: Tensor, last: int) -> Tensor:
+def mix_forward(x: Tensor, x_hat: Tensor, dice: Tensor, last: int) -> Tensor:
+    """x where a byte of `dice` is at most `last`, else x_hat. Shape: all alike."""
     return torch.lerp(x_hat, x, (dice.float() <= last).to(x.dtype))
 
 
 @kernel
-def _mix_backward(grad: Tensor, dice: Tensor, last: int) -> tuple[Tensor, Tensor]:
+def mix_backward(grad: Tensor, dice: Tensor, last: int) -> tuple[Tensor, Tensor]:
+    """The gradients of x and of x_hat in `mix_forward`. Shape: all alike."""
     to_x = grad * (dice.float() <= last).to(grad.dtype)
     return to_x, grad - to_x
 
@@ -49,11 +51,11 @@ class _Mix(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, x_hat: Tensor, dice: Tensor, last: int) -> Tensor:
         ctx.save_for_backward(dice)
         ctx.last = last
-        return _mix_forward(x, x_hat, dice, last)
+        return mix_forward(x, x_hat, dice, last)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x, grad_x_hat = _mix_backward(grads[0], ctx.saved_tensors[0], ctx.last)
+        grad_x, grad_x_hat = mix_backward(grads[0], ctx.saved_tensors[0], ctx.last)
         return grad_x, grad_x_hat, None, None  # the dice are constants
 
 

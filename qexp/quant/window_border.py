@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qexp.quant.border import broadcast
+from qexp.quant.border import broadcast, coefficient_sums, passed_on, polynomial, quantized
+from qexp.quant.drop import mix_backward, mix_forward
 from qexp.quant.functional import kernel
 
 
@@ -23,16 +24,12 @@ from qexp.quant.functional import kernel
 def _features(x: Tensor, scale: Tensor, a: Tensor, span: int, window: bool) -> Tensor:
     # x [A, R, M]; scale [1, 1, 1]; a [3, 1, R, 1]
     u = x.float() / scale
-    if not window:
-        return u - (u + 0.5).floor()
-    t = u * (1.0 / span)
-    return a[0] + t * (a[1] + t * a[2])
+    return polynomial(u, a, span) if window else u - (u + 0.5).floor()
 
 
 def _raw(u: Tensor, product: Tensor, a: Tensor, span: int, window: bool) -> Tensor:
     """1/2 + v', before it is clipped to [0, 1]."""
-    t = u * (1.0 / span)
-    return 0.5 + (product if window else a[0] + t * (a[1] + t * a[2]) + product)
+    return 0.5 + (product if window else polynomial(u, a, span) + product)
 
 
 @kernel
@@ -49,10 +46,9 @@ def _forward(
     window: bool,
 ) -> Tensor:
     u = x.float() / scale
-    border = _raw(u, product, a, qmax - qmin, window).clamp(0, 1)
-    x_int = ((u + (1 - border)).floor() + zero).clamp(qmin, qmax)
-    x_hat = ((x_int - zero) * scale).to(x.dtype)
-    return x_hat if dice is None else torch.lerp(x_hat, x, (dice.float() <= last).to(x.dtype))
+    raw = _raw(u, product, a, qmax - qmin, window)
+    x_hat = quantized(x, u, raw, scale, zero, qmin, qmax)
+    return x_hat if dice is None else mix_forward(x, x_hat, dice, last)
 
 
 @kernel
@@ -69,20 +65,15 @@ def _backward(
     last: int,
     window: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    e = to_x = grad.float()
+    to_x, e = None, grad.float()
     if dice is not None:
-        to_x = e * (dice.float() <= last).float()
-        e = e - to_x
+        to_x, e = mix_backward(e, dice, last)
     u = x.float() / scale
     raw = _raw(u, product, a, qmax - qmin, window)
-    x_int = (u + (1 - raw.clamp(0, 1))).floor() + zero
-    passed = torch.where((x_int >= qmin) & (x_int <= qmax), e, 0.0)  # e * inside
-    # dL/dv' = -e * scale * inside * free                                 [A, R, M]
-    down = torch.where((raw > 0) & (raw < 1), -passed * scale, 0.0)
+    passed, _, down, of_codes = passed_on(e, u, raw, scale, zero, qmin, qmax)
     # What reaches x past the border, dropped elements included           [A, R, M]
-    straight = passed if dice is None else passed + to_x
-    grad_scale = e * (x_int.clamp(qmin, qmax) - zero) - passed * u
-    return down, straight, grad_scale.sum(2)
+    straight = passed if to_x is None else passed + to_x
+    return down, straight, (of_codes - passed * u).sum(2)
 
 
 @kernel
@@ -93,13 +84,8 @@ def _polynomial_backward(
     u = x.float() / scale
     t = u * (1.0 / span)
     through = down * ((a[1] + 2 * t * a[2]) * (1.0 / span)) / scale  # dL/dx by the border
-    return (
-        (straight + through).to(x.dtype),
-        -(through * u).sum(2),
-        down.sum(2),
-        (down * t).sum(2),
-        (down * t * t).sum(2),
-    )
+    grad_x = (straight + through).to(x.dtype)
+    return grad_x, -(through * u).sum(2), *coefficient_sums(down, t)
 
 
 def _times(mixing: Tensor, rows: Tensor) -> Tensor:
