@@ -16,16 +16,20 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16, REGISTERS = 32;
+constexpr bool FUSED = true;  // g f is added as it is multiplied
 #elif defined(__AVX2__)
 constexpr int LANES = 8, REGISTERS = 16;
+constexpr bool FUSED = false;
 #else
 constexpr int LANES = 4, REGISTERS = 16;
+constexpr bool FUSED = false;
 #endif
 constexpr int64_t CHUNK = 1 << 14;  // elements whose sums are float32; chunks are added in double
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Shorts __attribute__((vector_size(2 * LANES)));
+typedef double Doubles __attribute__((vector_size(8 * LANES)));
 
 struct alignas(64) Table {  // what is looked up by segment; +inf behind the last
   float of[16];
@@ -79,13 +83,17 @@ Floats look_up(const Table& table, const Ints& index) {
 #endif
 }
 
-// sum += value where index is k.
-inline void add_where(Floats& sum, const Ints& index, int k, const Floats& value) {
+// total += g and weighted += g f where index is k; second: f if FUSED, else g f.
+inline void add_where(Floats& total, Floats& weighted, const Ints& index, int k, const Floats& g,
+                      const Floats& second) {
 #if defined(__AVX512F__)
   const __mmask16 here = _mm512_cmpeq_epi32_mask((__m512i)index, _mm512_set1_epi32(k));
-  sum = (Floats)_mm512_mask_add_ps((__m512)sum, here, (__m512)sum, (__m512)value);
+  total = (Floats)_mm512_mask_add_ps((__m512)total, here, (__m512)total, (__m512)g);
+  weighted = (Floats)_mm512_mask3_fmadd_ps((__m512)g, (__m512)second, (__m512)weighted, here);
 #else
-  sum += (Floats)((Ints)value & (index == Ints{} + k));
+  const Ints here = index == k;
+  total += (Floats)((Ints)g & here);
+  weighted += (Floats)((Ints)second & here);
 #endif
 }
 
@@ -94,7 +102,7 @@ inline void add_where(Floats& sum, const Ints& index, int k, const Floats& value
 struct Buffer {
   static constexpr int ROOM = 64 * LANES;
   alignas(64) int32_t segment[ROOM + 2 * LANES];
-  alignas(64) float g[ROOM + 2 * LANES], gf[ROOM + 2 * LANES];
+  alignas(64) float g[ROOM + 2 * LANES], second[ROOM + 2 * LANES];
   int filled = 0;
 
   void push(const Ints& inside, const Ints& s, const Floats& a, const Floats& b) {
@@ -102,12 +110,12 @@ struct Buffer {
     const __mmask16 kept = _mm512_test_epi32_mask((__m512i)inside, (__m512i)inside);
     store(segment + filled, (Ints)_mm512_maskz_compress_epi32(kept, (__m512i)s));
     store(g + filled, (Floats)_mm512_maskz_compress_ps(kept, (__m512)a));
-    store(gf + filled, (Floats)_mm512_maskz_compress_ps(kept, (__m512)b));
+    store(second + filled, (Floats)_mm512_maskz_compress_ps(kept, (__m512)b));
     filled += __builtin_popcount(kept);
 #else
     store(segment + filled, (s & inside) | ~inside);
     store(g + filled, a);
-    store(gf + filled, b);
+    store(second + filled, b);
     filled += LANES;
 #endif
   }
@@ -143,7 +151,7 @@ void forward(const T* x, T* y, int64_t n, const float* thresholds, float step, f
   }
 }
 
-// Sums of pairs (g, g f) by segment: a masked addition for each segment. They are made from a short
+// Sums of g and g f by segment: a masked addition for each segment. They are made from a short
 // buffer, so many segments at a time as there are registers for their sums.
 template <int M>
 struct Bins {
@@ -151,16 +159,14 @@ struct Bins {
   Floats total[M] = {}, weighted[M] = {};
   Buffer buffer;
 
-  void add(const Ints& inside, const Ints& segment, const Floats& g, const Floats& gf) {
+  void add(const Ints& inside, const Ints& segment, const Floats& g, const Floats& f) {
+    const Floats second = FUSED ? f : g * f;
     if constexpr (M <= 3) {
       const Ints kept = (segment & inside) | ~inside;
 #pragma GCC unroll 8
-      for (int k = 0; k < M; ++k) {
-        add_where(total[k], kept, k, g);
-        add_where(weighted[k], kept, k, gf);
-      }
+      for (int k = 0; k < M; ++k) add_where(total[k], weighted[k], kept, k, g, second);
     } else {
-      buffer.push(inside, segment, g, gf);
+      buffer.push(inside, segment, g, second);
       if (buffer.filled >= Buffer::ROOM) flush();
     }
   }
@@ -174,12 +180,9 @@ struct Bins {
     for (int i = 0; i < buffer.filled; i += LANES) {
       Ints segment;
       read(segment, buffer.segment + i);
-      const Floats g = load(buffer.g + i), gf = load(buffer.gf + i);
+      const Floats g = load(buffer.g + i), second = load(buffer.second + i);
 #pragma GCC unroll 8
-      for (int k = 0; k < SIZE; ++k) {
-        add_where(t[k], segment, FIRST + k, g);
-        add_where(w[k], segment, FIRST + k, gf);
-      }
+      for (int k = 0; k < SIZE; ++k) add_where(t[k], w[k], segment, FIRST + k, g, second);
     }
     std::copy(t, t + SIZE, total + FIRST);
     std::copy(w, w + SIZE, weighted + FIRST);
@@ -192,13 +195,12 @@ struct Bins {
     buffer.filled = 0;
   }
 
-  void finish(double* sums) {
+  void finish(Doubles* sums) {
     flush();
-    for (int k = 0; k < M; ++k)
-      for (int j = 0; j < LANES; ++j) {
-        sums[k] += total[k][j];
-        sums[M + k] += weighted[k][j];
-      }
+    for (int k = 0; k < M; ++k) {
+      sums[k] += __builtin_convertvector(total[k], Doubles);
+      sums[M + k] += __builtin_convertvector(weighted[k], Doubles);
+    }
   }
 };
 
@@ -206,13 +208,15 @@ struct Bins {
 template <class T, int M>
 void backward(const T* grad, const T* x, T* grad_x, int64_t n, const float* borders, float step,
               float qmin, double* sums) {
-  Table left, scale, middle, inner;
+  Table left, scale, middle, inner, level;
   for (int k = 0; k < M; ++k) {
     left.of[k] = borders[k];
     scale.of[k] = 1 / (borders[k + 1] - borders[k]);
     middle.of[k] = (borders[k + 1] + borders[k]) / 2;
     if (k > 0) inner.of[k - 1] = borders[k];
   }
+  for (int k = 0; k <= M; ++k) level.of[k] = k + qmin;
+  Doubles lanes[2 * M + 1] = {};
   const Floats low = all(borders[0]), high = all(borders[M]);
   for (int64_t start = 0; start < n; start += CHUNK) {
     Bins<M> bins;
@@ -225,10 +229,9 @@ void backward(const T* grad, const T* x, T* grad_x, int64_t n, const float* bord
       const Floats f = (z - look_up<M>(left, segment)) * inv;
       const Floats g = (Floats)((Ints)(e * step * inv) & inside);
       store(gp, g);
-      Ints code = segment - ~(z <= look_up<M>(middle, segment));
-      code -= (code > M) & 1;  // of a NaN
-      codes += e * (__builtin_convertvector(code, Floats) + qmin);
-      bins.add(inside, segment, g, g * f);
+      const Ints code = segment - (z > look_up<M>(middle, segment));  // a NaN's segment is M
+      codes += e * look_up<M>(level, code);
+      bins.add(inside, segment, g, f);
     };
     const int64_t end = std::min(n, start + CHUNK);
     int64_t i = start;
@@ -240,9 +243,11 @@ void backward(const T* grad, const T* x, T* grad_x, int64_t n, const float* bord
       run(z, e, g);
       std::memcpy(grad_x + i, g, (end - i) * sizeof(T));
     }
-    bins.finish(sums);
-    for (int j = 0; j < LANES; ++j) sums[2 * M] += codes[j];
+    bins.finish(lanes);
+    lanes[2 * M] += __builtin_convertvector(codes, Doubles);
   }
+  for (int k = 0; k <= 2 * M; ++k)
+    for (int j = 0; j < LANES; ++j) sums[k] += lanes[k][j];
 }
 
 // work(part, first, last) for `threads` parts of n elements at most, each whole chunks.

@@ -3,8 +3,8 @@
 What torch.compile makes of N2UQ's backward (`n2uq`) is several passes, because sums by segment are
 a scatter, which it writes as scalar code and cannot fuse. Here forward is one pass, backward
 another: a search of log2(segments) steps in registers, and a masked addition for each segment.
-Backward of 2 M float32 elements behind a ReLU at 2, 3 and 4 bits, one thread: 0.7, 1.2 and 1.8 ms
-with AVX-512, 1.3, 1.8 and 3.5 ms with AVX2, 4, 7 and 10 ms with neither; torch's passes 9.8 ms at 4
+Backward of 2 M float32 elements behind a ReLU at 2, 3 and 4 bits, one thread: 0.5, 0.9 and 1.4 ms
+with AVX-512, 1.0, 1.5 and 3.2 ms with AVX2, 6, 9 and 13 ms with neither; torch's passes 9.8 ms at 4
 bits (by hand, not kept; whole steps: results/bench_train).
 
 The operators are opaque to torch.compile: a graph keeps its one piece and goes around them. Without
