@@ -22,6 +22,7 @@ from qexp.report_papers import find_papers
 from qexp.report_rows import Row, Table
 from qexp.report_runs import read_runs
 from qexp.report_tables import GROUPS, make_tables
+from qexp.runner.atomic import write_bytes
 
 OPTIONS = ("out", "format", "group", "papers")
 FORMATS = ("md", "csv", "html")
@@ -35,7 +36,7 @@ examples:
 
 def main(argv: list[str]) -> int:
     """Run `qexp report`; returns the exit code. Raises QexpError for a user's error."""
-    given = _parser().parse_args(argv)
+    given = _parser().parse_intermixed_args(argv)
     _refuse_overrides(given.folders)
     by = _groups(given.group)
     roots = [Path(f) for f in given.folders] or [Path("outputs")]
@@ -106,12 +107,18 @@ def _format_of(out: str | None) -> str:
 
 
 def _deliver(text: str, out: str | None) -> None:
-    if out is None:
-        sys.stdout.write(text)
+    data = text.encode(errors="backslashreplace")
+    if out is None:  # a terminal of another encoding shows what it can
+        encoding = sys.stdout.encoding or "utf-8"
+        sys.stdout.write(data.decode().encode(encoding, "replace").decode(encoding))
         return
     try:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_text(text)
+        path = Path(out).resolve()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():  # a pipe, /dev/stdout
+            path.write_bytes(data)
+        else:
+            write_bytes(path, data)
     except OSError as error:
         raise RunError(
             f"report: cannot write '{out}': {error.strerror}. Choose another --out."
@@ -139,8 +146,8 @@ def _csv_row(table: Table, row: Row) -> dict[str, Any]:
         "model": run.model,
         "method": row.name,
         "bits": row.bits,
-        "w_bits": run.width("weight"),
-        "a_bits": run.width("act"),
+        "w_bits": row.width("weight"),
+        "a_bits": row.width("act"),
         "top1_mean": top1 and top1.mean,
         "top1_std": top1 and top1.std,
         "n": top1.n if top1 else 0,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from qexp.report_papers import Paper, match
+from qexp.report_papers import NEAR, Paper, match
 from qexp.report_rows import Row
 
 SAME_FLOAT = 0.1  # points: papers print one decimal
@@ -20,8 +21,8 @@ def flag_(row: Row, papers: Sequence[Paper]) -> None:
         method=run.method,
         model=run.model,
         dataset=run.dataset,
-        w_bits=run.width("weight"),
-        a_bits=run.width("act"),
+        w_bits=row.width("weight"),
+        a_bits=row.width("act"),
         mixed=not run.uniform,
         distilled=distilled,
     )
@@ -33,15 +34,49 @@ def flag_(row: Row, papers: Sequence[Paper]) -> None:
     commits = {str(r.result.get("commit")) for r in row.counted}
     if len(commits) > 1:
         row.flags.append(f"{len(commits)} commits")
+    if "None" in commits:
+        row.flags.append("no commit recorded")
     if any(r.result.get("dirty") for r in row.counted):
         row.flags.append("uncommitted code")
+    if any(not r.result.get("protocol") for r in row.counted):
+        row.flags.append("no protocol recorded")
+    if any(not r.config for r in row.counted):
+        row.flags.append("no config: options unknown")
+    row.flags += _cut(run.protocol)
+    row.flags += _uneven(row)
     measured, nominal = row.stat("bits", "weight_by_param"), run.width("weight")
     if run.uniform and measured and nominal and measured.mean > nominal + 0.01:
         row.flags.append(f"holds more levels than {nominal:g} bit: {measured.mean:.2f}")
+    seeds = f" in {len(row.counted)} runs" if len(row.counted) > 1 else ""
     for kind, count in sorted(_health(row).items()):
-        row.flags.append(f"{kind.replace('_', ' ')}: {count}")
+        row.flags.append(f"{kind.replace('_', ' ')}: {count}{seeds}")
     for other in row.unfinished:
         row.flags.append(f"seed {other.seed} {other.state}: {other.error or 'no reason recorded'}")
+
+
+def _cut(protocol: Mapping[str, Any]) -> list[str]:
+    """How a protocol departs from what its recipe says."""
+    flags = []
+    if protocol.get("max_steps") is not None:
+        flags.append(f"stopped after {protocol['max_steps']} steps")
+    if protocol.get("subset") is not None:
+        flags.append(f"trained on {protocol['subset']} images")
+    if protocol.get("segments"):
+        flags.append("resumed with other settings")
+    return flags
+
+
+def _uneven(row: Row) -> list[str]:
+    """Where the seeds of a row do not say the same things."""
+    flags = []
+    drop = row.stat("drop")
+    if row.top1 and drop and drop.n != row.top1.n:
+        flags.append(f"drop known of {drop.n} of {row.top1.n} seeds")
+    for operand in ("weight", "act"):
+        widths = [w for r in row.counted if (w := r.width(operand)) is not None]
+        if widths and max(widths) - min(widths) > NEAR:
+            flags.append(f"{operand} bits of {min(widths):g} to {max(widths):g}")
+    return flags
 
 
 def _unlike(row: Row, paper: Paper, distilled: bool) -> list[str]:
@@ -70,6 +105,6 @@ def _health(row: Row) -> Counter[str]:
     total: Counter[str] = Counter()
     for run in row.counted:
         for kind, found in (run.result.get("health") or {}).items():
-            count = sum(found.values()) if isinstance(found, Mapping) else found
-            total[kind] += count if isinstance(count, int) else 0
+            counts = found.values() if isinstance(found, Mapping) else [found]
+            total[kind] += sum(count for count in counts if isinstance(count, int))
     return +total

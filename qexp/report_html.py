@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from qexp.figure import number
 from qexp.report_cells import COLUMNS, NONE, cells
@@ -222,4 +223,4 @@ def _layer_table(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def _relative(path: Path, beside: Path) -> str:
-    return Path(os.path.relpath(path.resolve(), beside.resolve())).as_posix()
+    return quote(Path(os.path.relpath(path.resolve(), beside.resolve())).as_posix())

@@ -23,8 +23,8 @@ def markdown(tables: Sequence[Table]) -> str:
     if apart := differing(tables):
         parts += [WARNING, *map(_differing, apart)]
     for table, name in zip(tables, names, strict=True):
-        lines = [f"## {name}", "", *_table(COLUMNS, [cells(row) for row in table.rows])]
-        parts.append("\n".join([*lines, "", *protocol_lines(table)]))
+        lines = [f"## {plain(name)}", "", *_table(COLUMNS, [cells(row) for row in table.rows])]
+        parts.append("\n".join([*lines, "", *map(plain, protocol_lines(table))]))
     return "\n\n".join([*parts, NOTE]) + "\n"
 
 
@@ -47,13 +47,13 @@ def contents(tables: Sequence[Table]) -> str:
     lines = []
     for i, (table, name) in enumerate(zip(tables, titles(tables), strict=True), start=1):
         anchor = re.sub(r"[^\w\- ]", "", name.lower()).replace(" ", "-")
-        lines.append(f"{i}. [{table.title}](#{anchor}): {size(table)}")
+        lines.append(f"{i}. [{plain(table.title)}](#{anchor}): {size(table)}")
     return "\n".join(["## Tables", "", *lines])
 
 
 def _differing(found: Differing) -> str:
     head, *lines = found.lines()
-    return "\n".join([f"{found.subject}: what differs", "", *_table(head, lines)])
+    return "\n".join([f"{plain(found.subject)}: what differs", "", *_table(head, lines)])
 
 
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
@@ -66,8 +66,13 @@ def markdown_row(texts: Sequence[str]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Safe inside a Markdown table: an error that quotes `<class 'int'>` is no tag."""
-    return re.sub(r"<(?!/?sub>)", "&lt;", text).replace("|", "\\|").replace("\n", " ")
+    """Safe inside a Markdown table."""
+    return plain(text).replace("|", "\\|")
+
+
+def plain(text: str) -> str:
+    """One line in which nothing is a tag, as in an error that quotes `<class 'int'>`."""
+    return " ".join(re.sub(r"<(?!/?sub>)", "&lt;", text).splitlines())
 
 
 def protocol_lines(table: Table) -> list[str]:
@@ -79,4 +84,7 @@ def protocol_lines(table: Table) -> list[str]:
             f"{k}: {brief(theirs)} instead of {brief(ours)}" for k, (ours, theirs) in keys.items()
         )
         lines.append(f"Protocol {other} differs, do not compare: {changed}.")
+    if table.commits:
+        several = f" ({len(table.commits)} of them)" if len(table.commits) > 1 else ""
+        lines.append(f"Code at {', '.join(table.commits)}{several}.")
     return [f"{line}  " for line in lines[:-1]] + lines[-1:]

@@ -36,6 +36,12 @@ from qexp.errors import ConfigError
 
 KINDS = ("paper", "authors", "rerun")
 VERIFIED = ("yes", "reported", "no")
+CHOICES = {
+    "kind": KINDS,
+    "verified": VERIFIED,
+    "policy": ("uniform", "mixed"),
+    "distillation": ("yes", "no", ""),
+}
 NEAR = 0.02  # bits: two averages of a mixed policy that papers would print as one
 PACKAGE = Path(__file__).parent
 PLACES = (Path("results/papers.csv"), PACKAGE / "papers.csv", PACKAGE.parent / "results/papers.csv")
@@ -109,14 +115,19 @@ def read_papers(path: Path) -> list[Paper]:
 
 def _paper(row: dict[str, str], where: str) -> Paper:
     numbers: dict[str, float | None] = {}
-    for column in ("w_bits", "a_bits", "top1", "float_top1"):
+    for column in ("w_bits", "a_bits", "top1", "float_top1", "epochs"):
         try:
             numbers[column] = float(row[column]) if row[column] else None
         except ValueError:
             raise ConfigError(f"report: {where}: {column} '{row[column]}' is no number.") from None
+    del numbers["epochs"]  # quoted as it is written
     top1 = numbers.pop("top1")
     if top1 is None:
         raise ConfigError(f"report: {where}: top1 is empty. Leave the row out instead.")
+    for column, options in CHOICES.items():
+        if row[column] not in options:
+            known = ", ".join(option or "empty" for option in options)
+            raise ConfigError(f"report: {where}: {column} '{row[column]}'. Use one of {known}.")
     rest = {c: row[c] for c in COLUMNS if c not in numbers and c != "top1"}
     return Paper(top1=top1, **numbers, **rest)  # type: ignore[arg-type]
 

@@ -115,13 +115,13 @@ def recipe_of(rows: Sequence[Row]) -> str:
 def label_(tables: Sequence[Table]) -> None:
     """Write each table's protocol in words: recipe, budget, and what sets it apart."""
     for group in _by_recipe(tables).values():
-        varying = [key for key in _varying(group) if key not in BUDGET]
-        words = {key: [_word(table, key) for table in group] for key in varying}
-        usual = {key: None if key in ALWAYS else commonest(words[key]) for key in varying}
+        keys = [key for key in varying(group) if key not in BUDGET]
+        words = {key: [_word(table, key) for table in group] for key in keys}
+        usual = {key: None if key in ALWAYS else commonest(words[key]) for key in keys}
         for i, table in enumerate(group):
             told = _told(table)
             budget = [f"{key} {told[key]}" for key in BUDGET if key in told]
-            own = [words[key][i] for key in varying if words[key][i] not in ("", usual[key])]
+            own = [words[key][i] for key in keys if words[key][i] not in ("", usual[key])]
             more = [f"more: {len(own) - NAMED}"] if len(own) > NAMED else []
             unknown = [] if table.protocol else ["no finished run"]
             table.label = ", ".join([table.recipe, *budget, *own[:NAMED], *more, *unknown])
@@ -131,7 +131,7 @@ def differing(tables: Sequence[Table]) -> list[Differing]:
     """For every recipe that ran under several protocols, the keys in which those differ."""
     found = []
     for (subject, recipe), group in _by_recipe(t for t in tables if t.protocol).items():
-        if keys := _varying(group):
+        if keys := varying(group):
             values = {key: [value_of(table.protocol, key) for table in group] for key in keys}
             numbers = [1 + tables.index(table) for table in group]
             hashes = [table.protocol_hash for table in group]
@@ -153,7 +153,7 @@ def _told(table: Table) -> Mapping[str, Any]:
     return {k.partition(".")[2] or k: v for k, v in _recipe(table.rows[0].first).items()}
 
 
-def _varying(group: Sequence[Table]) -> list[str]:
+def varying(group: Sequence[Table]) -> list[str]:
     """Keys that differ among the finished protocols; a float network is not asked for some."""
     known = [table for table in group if table.protocol]
     keys = dict.fromkeys(key for table in known for key in table.protocol)

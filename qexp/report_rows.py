@@ -72,10 +72,17 @@ class Row:
         """`W4A4`; a mixed run has its averages and its policy behind them; `float`."""
         if self.first.is_float:
             return "float"
-        w, a = (self.first.width(operand) for operand in ("weight", "act"))
+        w, a = (self.width(operand) for operand in ("weight", "act"))
         text = f"W{'?' if w is None else f'{w:g}'}A{'?' if a is None else f'{a:g}'}"
         shown = self.first.policy not in (None, "float", "uniform")
         return f"{text} {self.first.policy}" if shown else text
+
+    def width(self, operand: str) -> float | None:
+        """Bits of `weight` or `act`; of a mixed row the mean over its seeds, to two digits."""
+        if self.first.uniform:
+            return self.first.width(operand)
+        mean = Stat.of(run.width(operand) for run in self.counted or self.unfinished)
+        return None if mean is None else round(mean.mean, 2)
 
     def stat(self, *path: str) -> Stat | None:
         """Over the seeds, of the field of result.json at `path`."""
@@ -94,9 +101,14 @@ class Row:
 
     @property
     def drop_difference(self) -> float | None:
-        """Our drop from float minus the paper's, points: each against its own float network."""
+        """Our drop from float minus the paper's, points: each against its own float network.
+
+        None where it is not known of every seed.
+        """
         ours, theirs = self.stat("drop"), self.paper and self.paper.drop
-        if self.difference is None or ours is None or theirs is None:
+        if self.top1 is None or self.difference is None or ours is None or theirs is None:
+            return None
+        if ours.n != self.top1.n:
             return None
         return ours.mean - theirs
 
@@ -131,6 +143,12 @@ class Table:
     protocol: Mapping[str, Any] = field(default_factory=dict)
     protocol_hash: str = ""
     others: dict[str, dict[str, tuple[Any, Any]]] = field(default_factory=dict)
+
+    @property
+    def commits(self) -> list[str]:
+        """Of the runs that count, each once, ten digits."""
+        found = (run.result.get("commit") for row in self.rows for run in row.counted)
+        return sorted({str(commit)[:10] for commit in found if commit})
 
     @property
     def title(self) -> str:

@@ -21,9 +21,13 @@ from typing import Any
 from qexp.errors import ConfigError
 from qexp.runner.folder import NOT_IDENTITY, RESULT, STATUS, read_json, read_status
 
+MAPPINGS = ("protocol", "bits", "health")  # fields of result.json that are read into
 UNIFORM = (None, "float", "uniform", "progressive")  # policies that end at one width for all
 # Two runs that differ in these keys only are the same experiment with another seed or place.
 NOT_EXPERIMENT = (*NOT_IDENTITY, "seed", "root", "download", "plots", "save_every", "save")
+# Of a config, what tells rows of one protocol apart; and what of it is named elsewhere.
+VARIANT = ("quantizer", "bitwidth", "model", "dataset")
+NAMED = ("quantizer.name", "model.name", "model.checkpoint", "dataset.name", "dataset.workers")
 
 
 @dataclass(frozen=True)
@@ -103,14 +107,13 @@ class RunRecord:
 
     @cached_property
     def variant(self) -> dict[str, Any]:
-        """What tells two quantizers of one name apart: their options and their policy's.
+        """What tells two runs of one protocol apart: options of quantizer, policy, network, data.
 
         The name itself is `method`: `quantizer=asq quantizer/weight=lsq` and `quantizer=asq_lsq`
         are the method lsq+asq, though one config still says asq.
         """
-        keys = ("quantizer", "bitwidth")
-        own = {k: self.config[k] for k in keys if self.config.get(k)}
-        leaves = ((k, v) for k, v in flatten(own) if k != "quantizer.name")
+        own = {k: self.config[k] for k in VARIANT if isinstance(self.config.get(k), Mapping)}
+        leaves = ((k, v) for k, v in flatten(own) if k not in NAMED)
         return {k: v for k, v in leaves if k.rpartition(".")[2] not in NOT_EXPERIMENT}
 
     @cached_property
@@ -150,17 +153,19 @@ def read_runs(roots: Sequence[Path]) -> list[RunRecord]:
         ConfigError: a root that does not exist or is a file.
     """
     found: dict[Path, RunRecord] = {}
+    visited: set[Path] = set()  # links are followed, each folder once
     for root in roots:
         if not root.is_dir():
             why = "is a file" if root.exists() else "does not exist"
             raise ConfigError(
                 f"report: folder '{root}' {why}. Give folders of runs: qexp report DIR"
             )
-        for place, folders, files in os.walk(root):
-            folders[:] = sorted(f for f in folders if not f.startswith("."))
-            if STATUS in files or RESULT in files:
-                folder = Path(place)
-                found.setdefault(folder.resolve(), read_run(folder))
+        for place, folders, files in os.walk(root, followlinks=True):
+            folder, real = Path(place), Path(place).resolve()
+            folders[:] = [] if real in visited else sorted(f for f in folders if f[0] != ".")
+            if real not in visited and (STATUS in files or RESULT in files):
+                found[real] = read_run(folder)
+            visited.add(real)
     return list(found.values())
 
 
@@ -170,10 +175,10 @@ def read_run(folder: Path) -> RunRecord:
     status = read_status(folder) if (folder / STATUS).is_file() else {"state": "done"}
     state = str(status.get("state"))
     error = str(status.get("error") or "")
-    if state == "done" and not _finite(result.get("top1")):
-        state = "failed"
-        there = (folder / RESULT).is_file()
-        error = f"{RESULT} {'holds no finite top1' if there else 'is missing'}"
+    if state == "done" and (wrong := _wrong(result)):
+        state, there = "failed", (folder / RESULT).is_file()
+        error = f"{RESULT} {wrong if there else 'is missing'}"
+        result = {k: v for k, v in result.items() if k not in MAPPINGS}
     elif state != "done":
         result = {}
         error = error or {"running": "not finished yet", "dead": "its process is gone"}.get(
@@ -182,8 +187,22 @@ def read_run(folder: Path) -> RunRecord:
     return RunRecord(folder, state, error, result, _read_config(folder / "config.yaml"))
 
 
+def _wrong(result: Mapping[str, Any]) -> str:
+    """What keeps a result from being shown; empty for a sound one."""
+    if not _finite(result.get("top1")):
+        return "holds no finite top1"
+    for key in MAPPINGS:
+        if not isinstance(result.get(key) or {}, Mapping):
+            return f"holds no mapping under '{key}'"
+    for key, value in (result.get("bits") or {}).items():
+        if value is not None and not _finite(value):
+            return f"holds no number under 'bits.{key}'"
+    return ""
+
+
 def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and math.isfinite(value)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

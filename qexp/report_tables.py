@@ -83,15 +83,20 @@ def _row(runs: Sequence[RunRecord]) -> Row:
     newest: dict[Any, RunRecord] = {}
     for run in runs:
         if run.done:
-            newest[run.seed] = max(newest.get(run.seed, run), run, key=_age)
+            newest[_draw(run)] = max(newest.get(_draw(run), run), run, key=_age)
     counted = sorted(newest.values(), key=lambda r: str(r.seed))
-    again = [r for r in runs if r.done and newest[r.seed] is not r]
+    again = [r for r in runs if r.done and newest[_draw(r)] is not r]
     return Row(
         counted,
-        repeats=[r for r in again if r.result != newest[r.seed].result],
-        copies=[r for r in again if r.result == newest[r.seed].result],
+        repeats=[r for r in again if r.result != newest[_draw(r)].result],
+        copies=[r for r in again if r.result == newest[_draw(r)].result],
         unfinished=[r for r in runs if not r.done],
     )
+
+
+def _draw(run: RunRecord) -> Any:
+    """The seed; of a run that recorded none the folder: it stands for no other one."""
+    return str(run.folder) if run.seed is None else run.seed
 
 
 def _age(run: RunRecord) -> tuple[str, list[tuple[int, str]]]:
@@ -139,13 +144,15 @@ def _compare(table: Table) -> None:
 def _name_variants(rows: Sequence[Row]) -> None:
     """Tell the rows of a method apart by its options, the same way at each width.
 
-    A policy's options are named only where rows of one name and width are left.
+    A policy's options are named only where rows of one name and width are left. Options of the
+    network and of its data come last: they are mostly the same.
     """
     methods: dict[str, list[Row]] = {}
     for row in rows:
         methods.setdefault(row.first.method, []).append(row)
     for group in methods.values():
-        _name(group, "quantizer.")
+        for part in ("quantizer.", "model.", "dataset."):
+            _name(group, part)
     same: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         same.setdefault((row.name, row.bits), []).append(row)

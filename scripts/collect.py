@@ -4,7 +4,8 @@
 
 Every run below the given folders is copied to `TABLE/<name>-s<seed>[-k]/`: result.json,
 config.yaml, layers.csv, metrics.jsonl, and a status.json with its state and error.
-A run whose tree differed from its commit is refused: its numbers cannot be traced.
+A run whose tree differed from its commit, or that has none, is refused: its numbers cannot be
+traced. A run that is not done is left out and named.
 """
 
 from __future__ import annotations
@@ -23,23 +24,36 @@ COPIED = (RESULT, "config.yaml", "layers.csv", "metrics.jsonl")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 1 when a run was refused."""
+    """Returns the exit code: 1 when a run was refused, 2 when a folder holds none."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("table", type=Path)
     parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--unfinished", action="store_true", help="take failed runs too")
     given = parser.parse_args(argv)
+    found = {folder: list(find_runs(folder)) for folder in given.folders}
+    if empty := [folder for folder, runs in found.items() if not runs]:
+        print(f"no runs at or below: {', '.join(map(str, empty))}", file=sys.stderr)
+        return 2
     refused = 0
-    for run in (run for folder in given.folders for run in find_runs(folder)):
+    for run in (run for runs in found.values() for run in runs):
         state = read_status(run).get("state")
         if state != "done" and not given.unfinished:
-            continue
-        if any(read_json(run / name).get("dirty") for name in (RESULT, "env.json")):
-            print(f"refused, uncommitted code: {run}", file=sys.stderr)
+            print(f"left out, {state}: {run}", file=sys.stderr)
+        elif why := untraceable(run):
+            print(f"refused, {why}: {run}", file=sys.stderr)
             refused += 1
-            continue
-        print(copy(run, given.table))
+        else:
+            print(copy(run, given.table))
     return int(bool(refused))
+
+
+def untraceable(run: Path) -> str:
+    """Why nobody could repeat this run; empty where somebody could."""
+    told = [read_json(run / name) for name in (RESULT, "env.json")]
+    if any(one.get("dirty") for one in told):
+        return "uncommitted code"
+    known = not told[0] or any(one.get("commit") for one in told)  # a run that failed has no number
+    return "" if known else "no commit recorded"
 
 
 def copy(run: Path, table: Path) -> Path:

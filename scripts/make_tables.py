@@ -23,7 +23,7 @@ from qexp.errors import QexpError
 from qexp.report_cells import cited, show
 from qexp.report_markdown import markdown, markdown_row
 from qexp.report_papers import Paper, read_papers
-from qexp.report_protocols import is_start, value_of
+from qexp.report_protocols import is_start, value_of, varying
 from qexp.report_rows import Row, Table
 from qexp.report_runs import read_runs
 from qexp.report_tables import make_tables
@@ -91,21 +91,27 @@ def render(
     runs = read_runs([folder])
     if full:
         return markdown(make_tables(runs, papers)).strip()
-    parts = [pivot(table, start) for table in make_tables(runs, papers)]
+    tables = make_tables(runs, papers)
+    apart = [key for key in varying(tables) if key not in (*TOLD, "act_sample")]
+    parts = [pivot(table, start, apart) for table in tables]
     command = folder / "command.txt"
     if command.is_file():
         parts.append(f"Made by: `{command.read_text().strip()}`")
     return "\n\n".join(parts)
 
 
-def pivot(table: Table, start: Path) -> str:
-    """Methods down, bit-widths across, with the float networks and the protocol above."""
+def pivot(table: Table, start: Path, apart: Sequence[str] = ()) -> str:
+    """Methods down, bit-widths across, with the float networks and the protocol above.
+
+    Args:
+        apart: keys of the protocol in which the tables of one folder differ.
+    """
     quantized = [row for row in table.rows if not row.first.is_float] or table.rows
     widths = list(dict.fromkeys(column(row) for row in quantized))
     names = sorted({row.name for row in quantized})
     papers = [row for row in quantized if row.paper]
     head = ["method", *widths, *(["published"] if papers else [])]
-    lines = [headline(table, start), "", markdown_row(head), "|" + " --- |" * len(head)]
+    lines = [headline(table, start, apart), "", markdown_row(head), "|" + " --- |" * len(head)]
     for name in names:
         own = [row for row in quantized if row.name == name]
         texts = [
@@ -116,8 +122,11 @@ def pivot(table: Table, start: Path) -> str:
     notes = dict.fromkeys(f"{row.first.method} {row.bits} {cited(row.paper)}" for row in papers)
     if notes:
         lines += ["", f"Published: {'; '.join(notes)}."]
-    if flags := flagged(quantized):
+    shown = [row for row in table.rows if row in quantized or not is_start(row, table.protocol)]
+    if flags := flagged(shown):
         lines += ["", f"Flags: {flags}."]
+    if len(table.commits) > 1:
+        lines += ["", f"Code at {len(table.commits)} commits: {', '.join(table.commits)}."]
     return "\n".join(lines)
 
 
@@ -131,9 +140,10 @@ def flagged(rows: Sequence[Row]) -> str:
     return "; ".join(f"{flag}: {', '.join(names)}" for flag, names in found.items())
 
 
-def headline(table: Table, start: Path) -> str:
+def headline(table: Table, start: Path, apart: Sequence[str] = ()) -> str:
     """`cifar10, resnet20: 10 epochs, ...; float start 91.73; float trained on 92.00 ± 0.10.`"""
     told = ", ".join(f"{key} {table.protocol[key]}" for key in TOLD if key in table.protocol)
+    told += "".join(f", {key} {value_of(table.protocol, key)}" for key in apart)
     starts = [row.stat("fp32_top1") for row in table.rows if not row.first.is_float]
     lows = [stat.low for stat in starts if stat]
     highs = [stat.high for stat in starts if stat]

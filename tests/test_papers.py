@@ -120,9 +120,10 @@ def _result(root: Path, name: str, seed: int, **fields: Any) -> None:
     result = {
         "method": "pact", "dataset": "cifar10", "model": "resnet20", "policy": "uniform",
         "w_bits": 4, "a_bits": 4, "top1": 90.0 + seed, "fp32_top1": 91.73, "seed": seed,
-        "protocol": {"epochs": 10}, "protocol_hash": "aaaa",
+        "protocol": {"epochs": 10}, "protocol_hash": "aaaa", "commit": "c0",
     }  # fmt: skip
     (folder / "result.json").write_text(json.dumps({**result, **fields}))
+    (folder / "config.yaml").write_text(f"seed: {seed}\n")
 
 
 @pytest.fixture
@@ -192,6 +193,22 @@ def test_a_table_keeps_the_flags_of_its_rows(project: Path) -> None:
     )
 
 
+def test_a_float_control_keeps_its_flags(project: Path) -> None:
+    again = {"method": "fp32", "policy": "float", "w_bits": 32, "a_bits": 32, "top1": 80.0}
+    _result(project, "d2", 0, **again, commit="c1", finished="2026-01-01")
+    text = _script().rebuild((project / "README.md").read_text(), project)
+    assert "Flags: seed 0 ran again: the newest counts: fp32 float" in text
+    assert "Code at 2 commits: c0, c1." in text
+
+
+def test_tables_of_one_folder_say_in_what_they_differ(project: Path) -> None:
+    decay = {"protocol": {"epochs": 10, "weight_decay": 0.01}, "protocol_hash": "cccc"}
+    _result(project, "e", 0, method="lsq", **decay)
+    text = _script().rebuild((project / "README.md").read_text(), project)
+    assert "(protocol `cccc`): epochs 10, weight_decay 0.01, calibrated" in text
+    assert "(protocol `aaaa`): epochs 10, weight_decay -, calibrated" in text
+
+
 def test_a_table_says_how_its_runs_were_calibrated(project: Path) -> None:
     text = _script().rebuild((project / "README.md").read_text(), project)
     assert text.count("calibrated on elements at a stride") == 2
@@ -213,7 +230,8 @@ def test_a_run_is_collected_once_finished_or_not(tmp_path: Path) -> None:
         (run / "config.yaml").write_text(f"seed: {seed}\n")
         (run / "metrics.jsonl").write_text(f"{number}\n")
         if state == "done":
-            (run / "result.json").write_text(json.dumps({"top1": 90.0, "seed": seed}))
+            told = {"top1": 90.0, "seed": seed, "commit": "c0"}
+            (run / "result.json").write_text(json.dumps(told))
     words = [str(table), str(tmp_path / "outputs"), "--unfinished"]
     for _ in range(2):
         assert collect.main(words) == 0
@@ -221,3 +239,19 @@ def test_a_run_is_collected_once_finished_or_not(tmp_path: Path) -> None:
     assert sorted(path.name for path in table.iterdir()) == names
     (tmp_path / "outputs/lsq-w4a4/1/env.json").write_text('{"dirty": true}')
     assert collect.main(words) == 1  # a failed run of code that no commit holds is refused too
+
+
+def test_what_is_not_collected_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    collect, table = _script("collect"), tmp_path / "results/demo"
+    for number, (state, told) in enumerate((("failed", {}), ("done", {"top1": 90.0, "seed": 0}))):
+        run = tmp_path / f"outputs/{number}"
+        run.mkdir(parents=True)
+        (run / "status.json").write_text(json.dumps({"state": state}))
+        (run / "result.json").write_text(json.dumps(told))
+    assert collect.main([str(table), str(tmp_path / "outputs")]) == 1
+    error = capsys.readouterr().err
+    assert f"left out, failed: {tmp_path / 'outputs/0'}" in error
+    assert f"refused, no commit recorded: {tmp_path / 'outputs/1'}" in error
+    assert collect.main([str(table), str(tmp_path / "nowhere")]) == 2
+    assert f"no runs at or below: {tmp_path / 'nowhere'}" in capsys.readouterr().err
+    assert not table.exists()
