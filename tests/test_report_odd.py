@@ -1,4 +1,4 @@
-"""`qexp report` on folders that are odd, damaged or not alike: nothing is mixed, nothing is lost."""
+"""`qexp report` on folders that are odd, damaged or unlike: nothing is mixed, nothing is lost."""
 
 from __future__ import annotations
 
