@@ -24,6 +24,12 @@ from qexp.report_rows import Row, Table
 from qexp.report_runs import RunRecord
 
 FILES = ("result.json", "config.yaml", "layers.csv", "train.log")
+# What accuracy is drawn against: of result.json, and the factor to the axis' unit.
+COSTS = {
+    "size [kB]": (("size_bytes",), 1e-3),
+    "average weight bits, all layers": (("bits", "weight_with_outer"), 1.0),
+    "operations of weight bit x input bit (BOPs) [G]": (("bops",), 1e-9),
+}
 EMPTY = "A column in which a table has nothing is left out."
 STYLE = """
 body { font: 13px/1.4 system-ui, sans-serif; color: #1b1b1b; margin: 2rem auto; max-width: 92rem;
@@ -127,8 +133,7 @@ def _figures(table: Table) -> str:
     rows = [row for row in table.rows if row.top1 and row.protocol_hash not in table.others]
     rows, left_out = most_accurate(rows)
     drawn = looks(row.name for row in rows)
-    costs = {"size [kB]": ("size_bytes", 1e-3), "average weight bits, all layers": ("bits", 1.0)}
-    charts = {label: _points(rows, key, unit) for label, (key, unit) in costs.items()}
+    charts = {label: _points(rows, path, unit) for label, (path, unit) in COSTS.items()}
     charts = {label: points for label, points in charts.items() if points}
     curves = [curve for row in rows for run in row.counted for curve in _curve(row, run)]
     parts = []
@@ -152,9 +157,8 @@ def most_accurate(rows: Sequence[Row]) -> tuple[list[Row], str]:
     return [row for row in rows if row.name in kept], note
 
 
-def _points(rows: Sequence[Row], key: str, unit: float) -> list[Point]:
+def _points(rows: Sequence[Row], path: Sequence[str], unit: float) -> list[Point]:
     """The quantized rows; float is far to the right and would press the rest together."""
-    path = (key, "weight_with_outer") if key == "bits" else (key,)
     points = []
     for row in rows:
         cost, top1 = row.stat(*path), row.top1

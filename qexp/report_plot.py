@@ -94,7 +94,8 @@ def pareto(
     """
     names = dict.fromkeys(p.name for points in charts.values() for p in points)
     drawn = drawn or looks(names)
-    figure, axes = panels(len(charts), columns=2, width=5.4, height=3.9)
+    columns = min(3, len(charts))
+    figure, axes = panels(len(charts), columns=columns, width=10.8 / max(2, columns), height=3.9)
     handles: dict[str, Any] = {}
     for axis, (cost, points) in zip(axes, charts.items(), strict=True):
         best = front(points)
@@ -107,10 +108,10 @@ def pareto(
                     fmt=drawn[name].marker, color=drawn[name].color, ms=5, elinewidth=0.8,
                 )  # fmt: skip
         axis.margins(x=0.1, y=0.1)
-        axis.set(xlabel=cost, ylabel="top-1, last epoch [%]")
+        axis.set(xlabel=cost, ylabel="top-1 [%]")
         axis.grid(alpha=0.25)
     _legend(figure, handles)
-    title_(figure, title, "grey: Pareto front; bars: deviation over seeds")
+    title_(figure, title, "grey: Pareto front; bars: deviation over seeds, none for one")
     figure.draw_without_rendering()  # places of points are final from here
     for axis, points in zip(axes, charts.values(), strict=True):
         label_front(axis, front(points))
