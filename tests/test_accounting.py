@@ -121,6 +121,8 @@ def test_each_layers_bytes_and_the_rest_add_up_to_the_size() -> None:
 def test_per_channel_levels_are_counted_in_the_fullest_channel() -> None:
     model, layers = quantized(Bits(2, 4), per_channel=True)
     conv = model.get_submodule("3")
+    with torch.no_grad():
+        conv.weight[0].zero_()  # type: ignore[operator, union-attr]  # one level
     w_hat: Tensor = conv.weight_quantizer(conv.weight)  # type: ignore[operator]
     used = account(model, layers).layers[1].levels_used
     assert torch.unique(w_hat).numel() > 4
@@ -158,7 +160,8 @@ def test_csv_has_the_columns_and_leaves_blanks_where_nothing_applies() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "levels", "expected"), [(8, 4, 2), (9, 4, 3), (8, 5, 3), (1, 2, 1), (3, 256, 3)]
+    ("count", "levels", "expected"),
+    [(8, 4, 2), (9, 4, 3), (8, 5, 3), (1, 2, 1), (3, 256, 3), (8, 1, 1)],
 )
 def test_packed_bytes_rounds_a_layer_up_to_whole_bytes(
     count: int, levels: int, expected: int
@@ -178,3 +181,61 @@ class Twice(nn.Module):
 def test_a_layer_that_runs_twice_is_refused() -> None:
     with pytest.raises(ConfigError, match="layer 'conv' runs more than once"):
         trace(Twice(), (3, 8, 8))
+
+
+def mixed() -> tuple[nn.Module, list[Layer]]:
+    """W2A3, W5A8 and a float layer between 8-bit ends; 36 + 72 + 48 + 12 + 90 weights."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3),  # 36 weights, 36 positions
+        nn.Conv2d(4, 2, 3),  # 72 weights, 16 positions
+        nn.Conv2d(2, 6, 2),  # 48 weights, 9 positions
+        nn.Conv2d(6, 2, 1),  # 12 weights, 9 positions
+        nn.Flatten(),
+        nn.Linear(18, 5, bias=False),  # 90 weights
+    )
+    layers = trace(model, (1, 8, 8))
+    bits = {"0": Bits(8, 8), "1": Bits(2, 3), "2": Bits(5, 8), "5": Bits(8, 8)}
+    quantize_(model, layers, bits, LSQ, LSQ)
+    calibrate_(model, torch.randn(4, 1, 8, 8))
+    return model, layers
+
+
+def test_averages_are_over_the_quantized_inner_layers_by_weight_or_by_layer() -> None:
+    got = account(*mixed())
+    assert got.bits == {
+        "weight_by_param": (2 * 72 + 5 * 48) / 120,
+        "weight_by_layer": (2 + 5) / 2,
+        "weight_with_outer": (8 * 36 + 2 * 72 + 5 * 48 + 32 * 12 + 8 * 90) / 258,
+        "act_by_layer": (3 + 8) / 2,
+    }
+    assert got.ideal_bytes == math.ceil((8 * 36 + 2 * 72 + 5 * 48 + 32 * 12 + 8 * 90) / 8)
+    macs = (36 * 36, 72 * 16, 48 * 9, 12 * 9, 90)
+    assert got.bops == sum(
+        n * w * a for n, w, a in zip(macs, (8, 2, 5, 32, 8), (8, 3, 8, 32, 8), strict=True)
+    )
+
+
+def test_a_network_of_outer_layers_alone_has_their_average() -> None:
+    model = nn.Sequential(nn.Linear(6, 4, bias=False), nn.ReLU(), nn.Linear(4, 5, bias=False))
+    layers = trace(model, (6,))
+    quantize_(model, layers, {"0": Bits(8, 8), "2": Bits(4, 6)}, LSQ, LSQ)
+    got = account(model, layers)
+    assert got.weight_by_param == pytest.approx((8 * 24 + 4 * 20) / 44)
+    assert got.act_by_layer == 7
+
+
+def test_state_is_counted_once_and_integers_at_their_own_size() -> None:
+    model = small()
+    model.register_buffer("table", torch.zeros(10, dtype=torch.int16))
+    model.register_buffer("mean_again", model[1].running_mean)  # type: ignore[arg-type, union-attr]
+    got = account(model, trace(model, (3, 8, 8)))
+    assert got.size_bytes == got.fp32_bytes == 4 * (108 + 216 + 30 + 5) + BN_BYTES + 2 * 10
+
+
+def test_looking_at_a_network_leaves_its_mode() -> None:
+    model, layers = quantized(Bits(4, 4))
+    for training in (True, False):
+        model.train(training)
+        account(model, layers)
+        assert all(m.training is training for m in model.modules())

@@ -36,6 +36,16 @@ def test_hard_rounding_starts_as_nearest_bit_for_bit(bits: int, symmetric: bool,
     assert torch.equal(a.codes(w), n.codes(w))
 
 
+def test_ties_and_their_neighbours_start_as_nearest() -> None:
+    tie = torch.arange(8) + 0.5
+    near = torch.arange(-60, 61)
+    w = torch.cat([(tie[:, None] + near * 2.0**-21).flatten(), 0.5 + near * 2.0**-25]).view(1, -1)
+    a, n = AdaRound(4, shape=w.shape), Nearest(4, shape=w.shape, per_channel=True)
+    a.round_nearest(w)  # both with step 1
+    assert torch.equal(a.codes(w), n.codes(w))
+    assert torch.equal(a(w), n(w))
+
+
 def test_soft_rounding_starts_as_the_clipped_float_weight() -> None:
     a, n, w = pair(3)
     a.soft = True
@@ -68,15 +78,19 @@ def test_penalty_and_its_gradient_match_numpy() -> None:
     np.testing.assert_allclose(a.rounding.grad.numpy(), slope, rtol=1e-3, atol=1e-3)
 
 
-def test_gradient_of_soft_rounding_matches_closed_form() -> None:
+@pytest.mark.parametrize("soft", [True, False])
+def test_gradient_of_the_rounding_matches_closed_form(soft: bool) -> None:
     a, _, w = pair(2)
-    a.soft = True
+    a.soft = soft
+    with torch.no_grad():
+        a.rounding[0] = torch.linspace(-6, 6, 36).view(SHAPE[1:])  # beyond 2.4 decided
     e = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
     (a(w) * e).sum().backward()
     u = w / a.scale
     s = a.rounding.detach().sigmoid()
     h = rectified_sigmoid(a.rounding.detach())
-    x_int = u.floor() + h + a.zero
+    up = h if soft else (a.rounding.detach() >= 0).float()
+    x_int = u.floor() + up + a.zero
     inside = (x_int >= a.qmin) & (x_int <= a.qmax)
     free = (h > 0) & (h < 1)
     expected = e * a.scale * inside * free * 1.2 * s * (1 - s)
@@ -153,3 +167,74 @@ def test_unknown_estimator_is_refused_by_name() -> None:
     q = Nearest(4, estimator="median")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="median"):
         q.calibrate(weights())
+
+
+@pytest.mark.parametrize("cls", [AdaRound, Nearest])
+def test_a_zero_point_costs_a_byte_a_row_and_two_above_8_bits(cls: type) -> None:
+    for bits, symmetric, signed, each in (
+        (4, False, True, 4 + 1),
+        (8, False, True, 4 + 1),
+        (10, False, True, 4 + 2),
+        (4, True, True, 4),
+        (4, False, False, 4),
+    ):
+        q = cls(bits, shape=SHAPE, per_channel=True, symmetric=symmetric, signed=signed)
+        assert q.extra_bytes() == 6 * each
+        q.calibrate(weights())
+        assert (q.zero != 0).any() == (each > 4)
+
+
+def test_nearest_gradients_match_closed_form_with_a_zero_point_and_clipping() -> None:
+    # step 0.5, codes -2..1, zero point -1: levels -0.5, 0, 0.5, 1
+    q = Nearest(2, signed=True)
+    q.scale.data.fill_(0.5)
+    q.zero.fill_(-1.0)
+    x = torch.tensor([[-3.0, -0.7, 0.2, 0.75, 1.2, 4.0]], requires_grad=True)
+    y = q(x)
+    assert y.tolist() == [[-0.5, -0.5, 0.0, 1.0, 1.0, 1.0]]
+    e = torch.tensor([[1.0, 10.0, 100.0, 1000.0, 10000.0, 100000.0]])
+    y.backward(e)
+    inside = torch.tensor([[0.0, 1.0, 1.0, 1.0, 1.0, 0.0]])
+    t = y.detach() / 0.5 - inside * x.detach() / 0.5
+    g = 1 / (6 * 3) ** 0.5
+    torch.testing.assert_close(x.grad, e * inside)
+    torch.testing.assert_close(q.scale.grad, g * (e * t).sum())
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize(("p", "shift"), [(2.4, 0.1), (2.4, -0.1), (1.0, 0.1)])
+def test_searched_grid_is_the_best_of_all_widths_and_zero_points(
+    bits: int, p: float, shift: float
+) -> None:
+    w = 0.1 * torch.randn(300, generator=torch.Generator().manual_seed(bits)) + shift
+    q = Nearest(bits, shape=tuple(w.shape), p=p)
+    q.calibrate(w)
+    low, high, steps = float(w.min()), float(w.max()), q.qmax - q.qmin
+    widest = (high - low) / steps
+    natural = round(q.qmin - low / widest)
+
+    def error(step: float, zero: int) -> float:
+        code = ((w / step + 0.5).floor() + zero).clamp(q.qmin, q.qmax)
+        return float(((code - zero) * step - w).abs().pow(p).sum())
+
+    zeros = [max(q.qmin, min(q.qmax, natural + k)) for k in range(-2, 3)]
+    least = min(error(widest * i / 80, zero) for i in range(1, 81) for zero in zeros)
+    assert error(q.scale.item(), int(q.zero)) == pytest.approx(least, rel=1e-4)
+
+
+def test_percentile_leaves_the_same_number_out_at_either_end() -> None:
+    x = torch.randperm(1000, generator=torch.Generator().manual_seed(0)) - 399.0  # -399 .. 600
+    q = Nearest(8, signed=True, estimator="percentile", percent=90.0, shape=(1000,))
+    q.calibrate(x)
+    # 50 on either side: -349 .. 550
+    assert q.scale.item() == pytest.approx((550 + 349) / 255)
+    assert int(q.zero) == round(-128 + 349 / q.scale.item())
+
+
+@pytest.mark.parametrize("estimator", ["mse", "absmax", "percentile"])
+def test_a_grid_of_values_above_zero_still_contains_zero(estimator: str) -> None:
+    x = torch.linspace(2.0, 3.0, 100)
+    q = Nearest(4, signed=True, shape=(100,), estimator=estimator)  # type: ignore[arg-type]
+    q.calibrate(x)
+    assert (q.levels() == 0).any()
+    assert q.levels().max() == pytest.approx(3.0, rel=0.1)

@@ -38,6 +38,7 @@ def trained(bits: int = 3, signed: bool = False, **own: object) -> ASQ:
     q.calibrate(inputs(signed=signed))
     if q.adapter is not None:
         with torch.no_grad():
+            q.adapter[0].bias.fill_(0.5)  # type: ignore[operator, union-attr]  # else dead
             q.adapter[-1].weight.fill_(0.7)  # type: ignore[operator, union-attr]
     return q
 
@@ -157,9 +158,20 @@ def test_the_factor_starts_near_one(factor: str) -> None:
 
 def test_adapter_size_follows_the_released_rule() -> None:
     assert [tuple(p.shape) for p in ASQ(4, shape=(3, 3, 3)).adapter.parameters()] == [(1, 3), (1,)]  # type: ignore[union-attr]
+    seven, eight = (ASQ(4, shape=(channels, 3, 3)).adapter for channels in (7, 8))
+    assert [tuple(p.shape) for p in seven.parameters()] == [(1, 7), (1,)]  # type: ignore[union-attr]
+    assert [tuple(p.shape) for p in eight.parameters()] == [(2, 8), (2,), (1, 2), (1,)]  # type: ignore[union-attr]
     q = ASQ(4, shape=(64, 3, 3))
     assert [tuple(p.shape) for p in q.adapter.parameters()] == [(16, 64), (16,), (1, 16), (1,)]  # type: ignore[union-attr]
     assert q.extra_bytes() == 4 * (16 * 64 + 16 + 16 + 1 + 1)
+
+
+@pytest.mark.parametrize("dequantize", ["scaled", "plain"])
+def test_decoded_codes_equal_forward_where_the_factors_differ(dequantize: str) -> None:
+    q, x = trained(dequantize=dequantize).eval(), inputs(3)
+    with torch.no_grad():
+        assert q.factors(x).unique().numel() == 6  # the contract's fresh adapters give 1
+        assert torch.equal(q.decode(q.codes(x), q.context(x)), q(x))
 
 
 def test_each_sample_is_quantized_on_its_own() -> None:
@@ -178,6 +190,9 @@ def test_linear_and_token_inputs_share_one_factor_per_sample() -> None:
     q.calibrate(tokens)
     assert q.factors(tokens).shape == (3, 1, 1)
     assert q.factors(tokens[:, 0]).shape == (3, 1)
+    grid = tokens[:, :6].reshape(3, 2, 3, 8)  # Swin: channels last, two axes of positions
+    assert q.factors(grid).shape == (3, 1, 1, 1)
+    torch.testing.assert_close(q.factors(grid).flatten(), q.factors(tokens[:, :6]).flatten())
     torch.testing.assert_close(q.factors(tokens).view(3, 1), q.factors(tokens.mean(1)))
 
 
@@ -191,6 +206,7 @@ def test_dead_samples_are_counted_per_batch_and_a_dead_layer_is_named() -> None:
     assert q.health()["dead_layers"].item() == 0
     q(x[2:])
     assert q.health()["dead_layers"].item() == 1
+    assert q.health()["constant_factors"].item() == 0  # the other death
     q.eval()(x)  # evaluation counts nothing
     assert q.health()["dead_samples"].item() == 2
     assert {"dead_samples", "dead_layer", "mean_abs"} <= set(q.state_dict())
@@ -203,6 +219,8 @@ def test_a_hidden_layer_that_is_dead_is_named_and_a_leak_revives_it() -> None:
         q = ASQ(4, signed=False, shape=(16, 3, 3), leak=leak)
         assert q.adapter is not None
         q(x)
+        assert q.health()["constant_factors"].item() == 0
+        q(x[:1])  # one sample has one factor, which says nothing
         assert q.health()["constant_factors"].item() == 0
         q.adapter[0].bias.data.fill_(-100.0)  # type: ignore[operator, union-attr]
         q(x).square().sum().backward()
@@ -230,6 +248,25 @@ def test_guarded_factors_keep_their_gradient_where_relu_dies(factor: str) -> Non
     assert gradients[1] == 0
 
 
+@pytest.mark.parametrize("factor", ["relu", "statistics"])
+def test_the_count_of_the_gradient_scale_is_of_a_sample_or_of_the_batch(factor: str) -> None:
+    grads = []
+    for count in ("sample", "tensor"):
+        q = trained(factor=factor, count=count).eval()
+        q(inputs()).square().sum().backward()
+        assert q.scale.grad is not None
+        grads.append(q.scale.grad.item())
+    assert grads[0] == pytest.approx(6**0.5 * grads[1], rel=1e-5)  # of six samples
+
+
+def test_the_exp_factor_stays_between_1_over_e_and_e() -> None:
+    q = trained(factor="exp").eval()
+    for bias in (-9.0, 9.0):
+        q.adapter[-1].bias.data.fill_(bias)  # type: ignore[operator, union-attr]
+        expected = torch.full((6,), bias / 9).exp()
+        torch.testing.assert_close(q.factors(inputs()).flatten(), expected)
+
+
 def test_statistics_factor_is_the_sample_mean_over_the_running_mean() -> None:
     x = inputs()
     q = ASQ(4, signed=False, shape=FIELD, factor="statistics")
@@ -238,6 +275,7 @@ def test_statistics_factor_is_the_sample_mean_over_the_running_mean() -> None:
     torch.testing.assert_close(q.factors(x).flatten(), means / means.mean())
     q(3 * x)  # a training batch moves the running mean a tenth of the way
     torch.testing.assert_close(q.mean_abs, means.mean() * (1 + 0.1 * 2))
+    assert q.extra_bytes() == 4 * 2  # the step and the running mean
 
 
 def test_saved_memory_is_that_of_lsq_plus_a_number_per_sample() -> None:

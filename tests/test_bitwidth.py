@@ -151,6 +151,12 @@ def test_malformed_bits_file_names_the_line(line: str) -> None:
         parse_bits("# bits\n" + line)
 
 
+def test_a_layer_that_comes_twice_in_a_file_is_refused() -> None:
+    line = "a: {weight: 4, act: 4}\n"
+    with pytest.raises(ValueError, match="line 2: layer 'a' comes twice"):
+        parse_bits(line + line.replace("4", "8"))
+
+
 def test_pattern_file_reproduces_the_assignment_it_was_written_from(
     layers: list[Layer], tmp_path: Path
 ) -> None:
@@ -170,6 +176,8 @@ STAGES = [{"until": 0.25, "bits": 8}, {"until": 0.5, "bits": 4}, {"bits": 2}]
 def test_stages_by_fraction_change_at_their_epochs() -> None:
     policy = Progressive(STAGES)
     assert [policy.bits_at(e, 8) for e in range(8)] == [8, 8, 4, 4, 2, 2, 2, 2]
+    rounded = Progressive([{"until": 0.29, "bits": 8}, {"bits": 2}])  # 0.29 * 100 < 29 in float64
+    assert [rounded.bits_at(e, 100) for e in (28, 29)] == [8, 2]
 
 
 def test_stages_by_epoch_do_not_depend_on_the_length() -> None:
@@ -273,9 +281,11 @@ def test_the_adapters_of_asq_survive(layers: list[Layer]) -> None:
     with torch.no_grad():
         for parameter in before.adapter.parameters():  # type: ignore[union-attr]
             parameter.add_(0.25)
+        before.mean_abs.fill_(7.0)  # type: ignore[operator, union-attr]
     rebits_(model, layers, Uniform(4, 4).assign(layers), LSQ, ASQ, images=images)
     after = model.get_submodule("2.act_quantizer")
     assert after is not before
+    assert torch.equal(after.mean_abs, before.mean_abs)  # type: ignore[arg-type]
     kept, carried = before.adapter.state_dict(), after.adapter.state_dict()  # type: ignore[union-attr]
     assert kept.keys() == carried.keys()
     assert all(torch.equal(carried[name], value) for name, value in kept.items())

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qexp.quant import calibrate, nearest
-from qexp.quant.calibrate import mse_scale, sample
+from qexp.quant.calibrate import mse_range, mse_scale, sample
 from qexp.quant.nearest import ACT_SAMPLES, Nearest, activation_sample
 
 
@@ -66,3 +66,37 @@ def test_values_that_an_unsigned_grid_cannot_hold_do_not_widen_it() -> None:
         both.calibrate(x)
         positive.calibrate(x.relu())
         assert both.scale.item() == pytest.approx(positive.scale.item(), rel=0.2), estimator
+
+
+@pytest.mark.parametrize(("qmin", "qmax"), [(-4, 3), (0, 7)])
+@pytest.mark.parametrize("shift", [-2.0, 0.0, 2.0])
+def test_the_searched_step_is_the_best_of_all_candidates(
+    qmin: int, qmax: int, shift: float
+) -> None:
+    x = torch.randn(400, generator=torch.Generator().manual_seed(0)) + shift
+    widest = max(float(x.max()) / qmax, float(x.min()) / qmin if qmin else 0.0)
+
+    def error(step: float) -> float:
+        return float(((x / step).round().clamp(qmin, qmax) * step - x).square().sum())
+
+    candidates = [widest * i / 80 for i in range(1, 81)]
+    best = min(candidates, key=error)
+    assert mse_scale(x, qmin, qmax).item() == pytest.approx(best, rel=1e-6)
+
+
+@pytest.mark.parametrize("one_sided", [False, True])
+def test_the_searched_range_is_the_best_of_both_ends(one_sided: bool) -> None:
+    x = torch.randn(400, generator=torch.Generator().manual_seed(0)) + 0.5
+    low, high = 0.0 if one_sided else float(x.min()), float(x.max())
+
+    def error(ends: tuple[float, float]) -> float:
+        step = (ends[1] - ends[0]) / 7
+        return float(
+            (((x - ends[0]) / step).round().clamp(0, 7) * step + ends[0] - x).square().sum()
+        )
+
+    ends = [(low * j / 20, high * i / 20) for i in range(1, 21) for j in range(1, 21)]
+    best = min(ends, key=error)
+    scale, start = mse_range(x, 7, one_sided=one_sided)
+    assert start.item() == pytest.approx(best[0], rel=1e-6)
+    assert scale.item() == pytest.approx((best[1] - best[0]) / 7, rel=1e-6)

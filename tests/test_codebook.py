@@ -85,6 +85,22 @@ def test_simple_average_moves_each_level_by_its_part_towards_its_mean() -> None:
     np.testing.assert_allclose(q.levels()[0].numpy(), 0.9 * before + 0.1 * mean, rtol=1e-5)
 
 
+def test_count_average_keeps_sums_and_numbers_of_earlier_weights() -> None:
+    w, later = weights(), 1.3 * weights(1)
+    q = made(w, 3, gamma=0.9, form="count")
+    levels = q.levels()[0].double().numpy()
+    count = np.bincount(nearest(w.double().numpy().ravel(), levels), minlength=7).astype(float)
+    for _ in range(2):
+        v = later.double().numpy().ravel()
+        cells = nearest(v, levels)
+        n, t = np.bincount(cells, minlength=7), np.bincount(cells, weights=v, minlength=7)
+        total, count = 0.9 * levels * count + 0.1 * t, 0.9 * count + 0.1 * n
+        levels = total / count
+        levels[q.zero_at] = 0
+        q.train()(later)
+        np.testing.assert_allclose(q.levels()[0].numpy(), levels, rtol=1e-4, atol=1e-8)
+
+
 def test_adaptation_lowers_the_error_of_the_start() -> None:
     w = weights(rows=60)
     q = made(w, 4, gamma=0.5)
@@ -94,6 +110,14 @@ def test_adaptation_lowers_the_error_of_the_start() -> None:
     assert errors[-1] < 0.6 * errors[0]
     kmeans = made(w, 4, init="kmeans").eval()
     assert errors[-1] < 1.1 * (kmeans(w) - w).square().mean().item()
+
+
+def test_kmeans_starts_where_another_sweep_changes_nothing() -> None:
+    w = weights()
+    q = made(w, 3, init="kmeans", gamma=0.0)
+    start = q.levels().clone()
+    q.train()(w)
+    torch.testing.assert_close(q.levels(), start, rtol=1e-5, atol=0)
 
 
 def test_levels_move_in_training_only_and_not_after_their_time() -> None:
@@ -147,12 +171,50 @@ def test_a_dead_level_is_counted_and_moves_into_its_fuller_neighbour() -> None:
     assert q.health()["dead_levels"] == 0
 
 
-def test_per_channel_equals_a_loop_of_single_codebooks() -> None:
+@pytest.mark.parametrize(
+    ("levels", "at", "goes_to"),
+    [
+        ([-3, -2, -1, 0, 1, 2, 50], 6, (2.1 + 2.4) / 2),  # upper half of the cell below
+        ([-50, -2, -1, 0, 1, 2, 3], 0, (-2.2 - 2.1) / 2),  # lower half of the cell above
+        ([-3, -2, -1, 0, 1, 1.6, 2], 5, (1.85 + 1.9) / 2),  # of two neighbours the fuller one
+    ],
+)
+def test_a_dead_level_goes_to_the_half_cell_that_faces_it(
+    levels: list[float], at: int, goes_to: float
+) -> None:
+    w = torch.tensor([[-2.2, -2.1, -1.9, -1.8, -1, 0.9, 1.1, 1.2, 1.85, 1.9, 2.1, 2.4]])
+    q = made(w, 3, dead_after=1, gamma=0.99).train()
+    with torch.no_grad():
+        q.codebook.copy_(torch.tensor([levels]))
+        q.count.fill_(7)
+    q(w)
+    assert q.levels()[0, at].item() == pytest.approx(goes_to)
+    assert q.count[0, at] == 2  # members of that half
+    assert q.health()["dead_levels"] == 0  # zero has no member here, and needs none
+
+
+def test_a_member_now_and_then_keeps_a_level_alive() -> None:
+    w = torch.cat([torch.linspace(-1, -0.1, 50), torch.linspace(0.1, 0.5, 50)]).view(1, -1)
+    seldom = w.clone()
+    seldom[0, -1] = 50.0
+    q = made(w, 3, dead_after=3, gamma=0.99).train()
+    with torch.no_grad():
+        q.codebook[0, -1] = 50.0
+    for v, idle in ((w, 1), (w, 1), (seldom, 0), (w, 1), (w, 1)):
+        q(v)
+        assert q.health()["dead_levels"] == idle
+        assert q.levels()[0, -1] == 50
+    q.calibrate(w)
+    assert q.health()["dead_levels"] == 0
+
+
+@pytest.mark.parametrize("init", ["quantile", "uniform"])
+def test_per_channel_equals_a_loop_of_single_codebooks(init: str) -> None:
     w = weights()
-    q = made(w, 3, per_channel=True, gamma=0.7).train()
+    q = made(w, 3, per_channel=True, gamma=0.7, init=init).train()
     y = q(w)
     for i, row in enumerate(w):
-        single = made(row[None], 3, gamma=0.7).train()
+        single = made(row[None], 3, gamma=0.7, init=init).train()
         assert torch.equal(single(row[None])[0], y[i])
         torch.testing.assert_close(single.levels()[0], q.levels()[i], rtol=1e-6, atol=0)
     assert q.extra_bytes() == 4 * 7 * 6

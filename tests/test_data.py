@@ -116,6 +116,7 @@ def test_incomplete_batch_is_dropped_and_a_small_set_is_one_batch() -> None:
 def test_seed_plus_epoch_do_not_collide() -> None:
     seeds = {derive_seed("order", seed, epoch) for seed in range(30) for epoch in range(30)}
     assert len(seeds) == 900
+    assert derive_seed("order", 0, 0) == 6413763137694573220  # as ever: runs must repeat
 
 
 # ---------------------------------------------------------------------------------------------
@@ -196,6 +197,17 @@ def test_every_prefix_of_the_stratified_order_has_classes_in_proportion(
         size / len(labels)
     )
     assert share.abs().max() < 2.5
+
+
+def test_a_class_of_one_stands_in_the_middle_of_the_order() -> None:
+    labels = torch.tensor([0] * 9 + [1])
+    place = stratified_order(labels).tolist().index(9)
+    assert 4 <= place <= 5
+
+
+def test_the_hold_out_is_the_nearest_whole_number_of_images() -> None:
+    labels = torch.zeros(99, dtype=torch.int64)
+    assert [len(split_train(labels, share, None)[1]) for share in (0.1, 0.014, 0.016)] == [10, 1, 2]
 
 
 def test_hold_out_is_disjoint_stratified_and_the_same_for_every_seed() -> None:

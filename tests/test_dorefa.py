@@ -29,6 +29,7 @@ def test_weights_match_the_tanh_equation(bits: int, rescale: str) -> None:
 def test_rescaled_weights_keep_the_size_of_the_float_ones() -> None:
     w = weights()
     for bits in (1, 2, 4):
+        assert DoReFaWeight(bits, shape=w.shape).extra_bytes() == 4
         rms = DoReFaWeight(bits, shape=w.shape)(w).square().mean().sqrt()
         torch.testing.assert_close(rms, w.square().mean().sqrt())
 
@@ -46,6 +47,7 @@ def test_weight_gradient_passes_tanh_with_its_maximum_constant(rescale: str) -> 
 def test_dorefa_activation_with_the_paper_clip_is_k_bit_on_zero_one() -> None:
     q = DoReFaActivation(2, signed=False, init="paper")
     q.calibrate(torch.ones(1, 1))
+    assert q.extra_bytes() == 4
     x = torch.tensor([[-1.0, 0.1, 0.2, 0.6, 1.0, 3.0]], requires_grad=True)
     y = q(x)
     torch.testing.assert_close(y, torch.tensor([[0, 0, 1 / 3, 2 / 3, 1, 1]]))
@@ -97,6 +99,12 @@ def test_signed_pact_is_symmetric_and_pushes_its_clip_from_both_sides() -> None:
     assert q.alpha.grad is not None
     assert x.grad.tolist() == [[0, 2, 4, 8, 0]]
     assert q.alpha.grad.item() == 16 - 1
+    edges = torch.tensor([[-3.0, 3.0]], requires_grad=True)
+    q.alpha.grad = None
+    q(edges).backward(torch.tensor([[1.0, 8.0]]))
+    assert edges.grad is not None
+    assert edges.grad.tolist() == [[0, 0]]
+    assert q.alpha.grad.item() == 8 - 1  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("cls", [PACT, DoReFaActivation])
@@ -114,4 +122,24 @@ def test_a_clip_driven_below_its_bound_is_counted_and_stays_finite() -> None:
     y.sum().backward()
     assert y.isfinite().all()
     assert q.health()["clamped_steps"] == 1
+    with torch.no_grad():
+        q.alpha.fill_(10 * 1.2e-7)  # above the bound, but a step of a fifteenth is not
+    assert q.health()["clamped_steps"] == 1
     assert q.alpha.grad == 6  # both rows lie above: the gradient passes the guard
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("cls", [PACT, DoReFaActivation])
+def test_the_clip_starts_where_the_squared_error_is_least(cls: type, signed: bool) -> None:
+    x = torch.randn(400, generator=torch.Generator().manual_seed(0))
+    x = x if signed else x.relu()
+    q = cls(4, signed=signed)
+    q.calibrate(x)
+    with torch.no_grad():
+        error = (q(x) - x).square().sum()
+        learned = q.alpha if cls is PACT else q.scale
+        for ratio in (0.8, 1.2):
+            kept = learned.clone()
+            learned.mul_(ratio)
+            assert (q(x) - x).square().sum() > error
+            learned.copy_(kept)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from qexp.errors import CheckpointError, ConfigError
 from qexp.export import bits
+from qexp.export.coding import CODERS, decode, encode
 from qexp.export.header import FormatError, parse
 from qexp.export.network import allowed, restore
 from qexp.export.packed import Packed, pack_network, read, write
@@ -222,6 +223,40 @@ def test_codes_take_their_true_width() -> None:
 
 
 # Refusals
+
+
+@pytest.mark.parametrize(("width", "dtype"), [(8, torch.int8), (9, torch.int16)])
+def test_a_zero_point_takes_the_bytes_it_is_charged(width: int, dtype: torch.dtype) -> None:
+    w = torch.randn(6, 4, 3, 3) + 0.5
+    q = Nearest(width, shape=w.shape, per_channel=True)
+    q.calibrate(w)
+    _, _, parts = encode(q, w, "conv")
+    assert parts["zero"].dtype == dtype
+    assert sum(t.numel() * t.element_size() for t in parts.values()) == q.extra_bytes()
+
+
+def test_a_step_below_its_bound_is_stored_as_it_is_used() -> None:
+    w = torch.randn(6, 4, 3, 3)
+    q = LSQ(4, shape=w.shape)
+    q.scale.data.fill_(-1.0)
+    coding, codes, parts = encode(q, w, "conv")
+    assert torch.equal(decode(coding, codes, parts), q(w))
+    assert parts["scale"] > 0
+
+
+def test_a_quantizer_that_does_not_keep_to_its_form_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Shifted(LSQ):
+        def codes(self, x: Tensor) -> Tensor:
+            return super().codes(x) - 1
+
+    monkeypatch.setitem(CODERS, Shifted, CODERS[LSQ])
+    w = torch.randn(6, 4, 3, 3)
+    q = Shifted(4, shape=w.shape)
+    q.calibrate(w)
+    with pytest.raises(ConfigError, match="layer 'conv' differs from Shifted's"):
+        encode(q, w, "conv")
 
 
 def test_an_unknown_quantizer_is_named() -> None:

@@ -154,3 +154,44 @@ def test_layer_granularity_compares_after_the_activation_that_follows() -> None:
     assert relu6 is not None
     assert relu6(torch.tensor([-1.0, 9.0])).tolist() == [0.0, 6.0]
     assert units["features.2.conv.2"].activation is None  # the linear bottleneck
+
+
+class Awkward(nn.Module):
+    """A norm that runs twice, a convolution that does, and a norm without running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Conv2d(3, 3, 1) for _ in range(4))
+        self.twice, self.norm_c, self.norm_d = (nn.BatchNorm2d(3) for _ in range(3))
+        self.batch = nn.BatchNorm2d(3, track_running_stats=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.twice(self.b(self.twice(self.a(x))))
+        x = self.norm_d(self.c(self.norm_c(self.c(x))))
+        return self.batch(self.d(x))
+
+
+@torch.no_grad()
+def test_norms_that_run_twice_or_measure_the_batch_stay() -> None:
+    model = Awkward().eval()
+    for norm in (model.twice, model.norm_c, model.norm_d):
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.running_mean)  # type: ignore[arg-type]
+    x = torch.randn(2, 3, 5, 5)
+    before = model(x)
+    assert [fold.note for fold in fold_bn_(model)] == [
+        *4 * ["called more than once"],
+        "no running statistics",
+    ]
+    assert torch.equal(model(x), before)
+
+
+@torch.no_grad()
+def test_a_norm_without_parameters_folds_with_its_epsilon() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, affine=False, eps=0.5)).eval()
+    model[1].running_var.uniform_(0.1, 0.5)  # type: ignore[union-attr, operator]
+    model[1].running_mean.normal_()  # type: ignore[union-attr, operator]
+    x = torch.randn(2, 3, 5, 5)
+    before = model(x)
+    assert [fold.conv for fold in fold_bn_(model)] == ["0"]
+    torch.testing.assert_close(model(x), before)

@@ -33,6 +33,12 @@ def lsq_numpy(x: np.ndarray, e: np.ndarray, s: float, qmin: int, qmax: int, g: f
     return x_hat, dx, g * ds
 
 
+def test_codes_are_those_of_twos_complement_or_count_from_zero() -> None:
+    widths = (1, 2, 3, 8)
+    assert [integer_range(b, True) for b in widths] == [(-1, 0), (-2, 1), (-4, 3), (-128, 127)]
+    assert [integer_range(b, False) for b in widths] == [(0, 1), (0, 3), (0, 7), (0, 255)]
+
+
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_forward_and_input_gradient_equal_torch_fake_quantize(bits: int, signed: bool) -> None:
@@ -200,3 +206,13 @@ def test_lsqplus_beats_lsq_on_a_swish_input() -> None:
         with torch.no_grad():
             errors.append((q(x) - x).square().mean().item())
     assert errors[0] < errors[1]
+
+
+def test_lsqplus_starts_below_zero_for_signed_inputs_alone() -> None:
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    for signed in (True, False):
+        q = LSQPlus(3, signed=signed, shape=(64,))
+        q.calibrate(x)
+        assert (q.offset.item() < -0.5) == signed
+        assert q.offset.item() <= 0
+        assert (q.qmin, q.qmax) == (0, 7)

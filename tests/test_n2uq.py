@@ -79,6 +79,37 @@ def test_gste_is_the_derivative_of_the_expected_stochastic_rounding(
         assert (a - b).norm() <= 1e-3 * b.norm() + 1e-6  # beta1 cancels in float32
 
 
+@pytest.mark.parametrize(("count", "n"), [("sample", 50), ("tensor", 400)])
+@pytest.mark.parametrize("signed", [False, True])
+def test_the_gradient_scale_multiplies_the_gradient_of_every_parameter(
+    signed: bool, count: str, n: int
+) -> None:
+    x = sample(signed=signed).requires_grad_()
+    found = []
+    for q in (uneven(3, signed), uneven(3, signed, count)):
+        x.grad = None
+        q(x).square().sum().backward()
+        found.append([x.grad, *(p.grad for p in q.parameters())])
+    g = 1 / (n * 7) ** 0.5  # m = 2^b - 1 segments, signed or not
+    assert torch.equal(found[0][0], found[1][0])  # type: ignore[arg-type]
+    for plain, scaled in zip(found[0][1:], found[1][1:], strict=True):
+        assert plain is not None
+        torch.testing.assert_close(scaled, g * plain)
+
+
+@pytest.mark.parametrize("init", ["mse", "paper"])
+def test_calibration_forgets_what_was_learned(init: str) -> None:
+    x = sample()
+    q, fresh = uneven(3), N2UQ(3, signed=False, init=init)  # type: ignore[arg-type]
+    q.init = init  # type: ignore[assignment]
+    for each in (q, fresh):
+        each.calibrate(x)
+    for p, expected in zip(q.parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(p, expected)
+    torch.testing.assert_close(q.input_scale * q.output_scale, torch.tensor(1.0))
+    assert (q.input_scale == 1) == (init == "paper")
+
+
 def test_equal_segments_are_lsq_forward_and_have_its_straight_through_slope() -> None:
     x = sample(signed=True)
     q, lsq = N2UQ(3, signed=True), LSQ(3, signed=True, init="mse")
@@ -106,6 +137,10 @@ def test_nothing_outside_the_segments_has_a_gradient() -> None:
     for p in (q.start, q.lengths, q.input_scale):
         assert p.grad is not None
         assert p.grad.abs().sum() == 0
+    last = borders[-1:].view(1, 1).requires_grad_()  # a segment has its upper end
+    q(last).sum().backward()
+    assert last.grad is not None
+    assert last.grad.item() > 0
 
 
 def test_thresholds_are_where_the_output_changes() -> None:
@@ -223,6 +258,7 @@ def test_weights_match_the_entropy_preserving_equation(bits: int) -> None:
     expected = numpy_weights(w.numpy().astype(np.float64), bits)
     np.testing.assert_allclose(q(w).numpy(), expected, rtol=1e-5, atol=1e-7)
     assert q.num_levels == 2**bits
+    assert q.extra_bytes() == 4 * 5  # a scale a row
     assert (q.levels() != 0).all()
     torch.testing.assert_close(q.thresholds(), midpoints(q.levels()[0]))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ from compose import tiny
 from torch import Tensor, nn
 
 from qexp.errors import RunError
+from qexp.quant.bitwidth import Progressive
 from qexp.quant.convert import calibrate_, quant_layers
 from qexp.recipes import build, outcome
+from qexp.recipes.evaluate import Score
 from qexp.recipes.observe import log_quantizers
 from qexp.recipes.watch import check_finite
 
@@ -60,6 +63,74 @@ class Log:
         self.samples[tag] = values.clone()
 
 
+class Run:
+    """Keeps the events of a run and nothing else."""
+
+    def __init__(self) -> None:
+        self.events: list[dict[str, Any]] = []
+
+    def event(self, kind: str, **fields: Any) -> None:
+        self.events.append({"event": kind, **fields})
+
+    def scalar(self, *given: Any) -> None: ...
+
+    info = warn = scalar
+
+
+def closed(run: Run, state: dict[str, Any], test: float, val: float | None, **made: Any) -> bool:
+    """Close an epoch of this score, of two steps, 6 of 8 images right, half of them just now."""
+    state |= {"losses": torch.tensor([1.0, 3.0, 90.0]), "step": 2, "hits": torch.tensor(6)}
+    state |= {"seen": 8, "trained": 4, "train_s": 2.0, "test_s": 1.0, "stuck": []}
+    network = SimpleNamespace(**{"model": nn.Linear(1, 1), "policy": None, **made})
+    scores = (Score(test, 0.5, 1.0), None if val is None else Score(val, 0.5, 1.0))
+    rates = torch.optim.SGD(network.model.parameters(), lr=0.1)
+    still = SimpleNamespace(stuck=lambda model: [])
+    return outcome.log_epoch(run, network, state, rates, *scores, 3, still)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_the_best_epoch_is_chosen_on_the_hold_out_and_the_last_one_reported(held_out: bool) -> None:
+    state: dict[str, Any] = {"history": [], "best": {"selected": -1.0, "top1": -1.0, "epoch": -1}}
+    best = []
+    for epoch, (test, val) in enumerate([(50.0, 40.0), (80.0, 30.0), (80.0, 60.0), (60.0, 60.0)]):
+        state["epoch"] = epoch + 1
+        best.append(closed(Run(), state, test, val if held_out else None))
+    assert best == ([True, False, True, False] if held_out else [True, True, False, False])
+    for row, speed in zip(state["history"], (9.0, 1.0, 2.0, 3.0), strict=True):
+        row["images_per_s"] = speed
+    found = outcome.measured(state, SimpleNamespace(has_val=held_out), 4)
+    assert found == {
+        "top1": 60.0,
+        "val_top1": 60.0 if held_out else None,
+        "top1_best": 80.0,
+        "best_epoch": 3 if held_out else 2,
+        "best_selected_on": "val" if held_out else "test",
+        "epochs": 4,
+        "images_per_s": 3.0,  # the median
+    }
+
+
+def test_an_epochs_row_is_of_its_own_steps_and_images() -> None:
+    state: dict[str, Any] = {"history": [], "best": {"selected": -1.0, "top1": -1.0, "epoch": -1}}
+    run, stages = Run(), Progressive([{"until": 1, "bits": 8}, {"bits": 2}])
+    for epoch in (1, 2):
+        state["epoch"] = epoch
+        closed(run, state, 50.0, None, policy=stages)
+    rows = [row for row in run.events if row["event"] == "epoch"]
+    assert [row["bits"] for row in rows] == [8, 2]  # of the epoch that was trained
+    for row in rows:
+        assert (row["loss"], row["train_top1"], row["images_per_s"]) == (2.0, 75.0, 2.0)
+
+
+def test_minutes_are_of_the_rounded_seconds() -> None:
+    assert [outcome.minutes(s) for s in (0.4, 59.4, 59.6, 3600)] == [
+        "0:00",
+        "0:59",
+        "1:00",
+        "60:00",
+    ]
+
+
 def test_the_last_line_of_a_run_says_what_came_out() -> None:
     result = {
         "top1": 87.754, "fp32_top1": 88.2, "w_bits": 4, "a_bits": 4, "wall_s": 65.2,
@@ -86,6 +157,7 @@ def test_quantizers_in_use_are_named_in_one_line_each(tmp_path: Path) -> None:
     build.make_network(cfg, model, dataset.input_shape)
     kinds = outcome.granularity(model)
     assert sorted(text.partition("(")[0] for text in kinds["act"]) == ["ASQ", "LSQ", "LSQ"]
+    assert {text.partition("(")[0] for text in kinds["weight"]} == {"POST", "LSQ"}
     assert all("\n" not in text for texts in kinds.values() for text in texts)
 
 

@@ -209,7 +209,7 @@ def test_clip_gradient_matches_closed_form_with_clipping_and_ties() -> None:
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4])
 def test_apot_gradients_equal_autograd_of_the_composed_form_in_float64(
     bits: int, normalize: bool
 ) -> None:
@@ -299,6 +299,29 @@ def test_wrong_options_are_named(own: dict[str, object], message: str) -> None:
         POST(4, shape=SHAPE, **own)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("levels", ["full", "symmetric", "no_zero"])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_code_0_is_zero_or_the_level_next_above_it(bits: int, levels: str) -> None:
+    q = POST(bits, shape=SHAPE, levels=levels)  # type: ignore[arg-type]
+    q.calibrate(weights())
+    least = 0 if levels != "no_zero" else q.grid[q.grid > 0].min()
+    assert torch.equal(
+        q.decode(torch.zeros(SHAPE, dtype=torch.int32)), q.scale * least + 0 * weights()
+    )
+    assert (q.qmin, q.qmax) == (
+        -(2**bits - (levels == "symmetric")) // 2 + (levels == "symmetric"),
+        2 ** (bits - 1) - 1,
+    )
+
+
+def test_normalised_weights_are_charged_for_mean_and_deviation_and_clip_at_three() -> None:
+    q = APoT(4, shape=SHAPE, normalize=True, init="three_std")
+    q.calibrate(weights())
+    assert (q.scale == 3).all()
+    assert q.extra_bytes() == 4 * 6 + 2 * 4
+    assert APoT(4, shape=SHAPE).extra_bytes() == 4 * 6
+
+
 def test_three_std_needs_normalised_weights() -> None:
     with pytest.raises(ValueError, match="normalize=true"):
         APoT(4, shape=SHAPE, init="three_std")
@@ -314,6 +337,15 @@ def test_apot_statistics_follow_training_and_stand_still_in_evaluation() -> None
     q.train()(2 * w)
     torch.testing.assert_close(q.std, 2 * std)
     torch.testing.assert_close(q.mean, 2 * w.mean())
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_apot_levels_are_those_of_its_output(normalize: bool) -> None:
+    w = weights(6)
+    q = APoT(3, shape=SHAPE, normalize=normalize).eval()
+    q.calibrate(w)
+    for row, levels in zip(q(w).detach(), q.levels(), strict=True):
+        assert torch.isin(row, levels).all()
 
 
 def test_apot_allows_two_forwards_before_one_backward() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,13 @@ from qexp.recipes import outcome
 from qexp.recipes import qat as qat_module
 from qexp.recipes.evaluate import evaluate_run
 from qexp.recipes.loss import training_loss
-from qexp.recipes.optimize import WeightAverage, lr_factor, make_optimizer, reestimate_bn_
+from qexp.recipes.optimize import (
+    WeightAverage,
+    carry_momentum,
+    lr_factor,
+    make_optimizer,
+    reestimate_bn_,
+)
 from qexp.recipes.qat import qat
 from qexp.recipes.settings import Distill, Settings
 from qexp.runner import checkpoint
@@ -44,6 +51,12 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
     return a == b
+
+
+def epochs(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run's epochs."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["event"] == "epoch"]
 
 
 @pytest.fixture
@@ -275,6 +288,59 @@ def test_several_processes_and_synced_norms_are_another_protocol(
     assert all("per_channel=" in text for text in result["granularity"]["weight"])
 
 
+def test_the_warm_up_is_of_epochs_and_the_schedule_of_what_is_left(
+    tmp_path: Path, float_run: Path
+) -> None:
+    options = (f"model.checkpoint={float_run}", "recipe.epochs=2", "recipe.warmup_epochs=1")
+    _, folder = train(tiny(tmp_path, *options))
+    rates = [row["lr"] for row in epochs(folder)]
+    assert rates == pytest.approx([0.01, 0.01 * 0.25])  # of 3 steps each; cos at 2/3 is -1/2
+
+
+def test_images_right_are_counted_anew_each_epoch(tmp_path: Path, float_run: Path) -> None:
+    options = (f"model.checkpoint={float_run}", "recipe.epochs=4", "recipe.lr=1e-9")
+    _, folder = train(tiny(tmp_path, *options, "recipe.accumulate=2"))
+    rows = epochs(folder)
+    assert all(0 < row["train_top1"] <= 100 for row in rows)
+    assert rows[-1]["train_top1"] == pytest.approx(rows[0]["train_top1"], abs=20)
+
+
+@pytest.mark.parametrize("ema", ["0", "0.9"])
+def test_batch_norms_are_measured_after_the_last_epoch_alone(
+    tmp_path: Path, float_run: Path, monkeypatch: pytest.MonkeyPatch, ema: str
+) -> None:
+    measured: list[dict[str, torch.Tensor]] = []
+
+    def spy(model: torch.nn.Module, *given: Any) -> None:
+        reestimate_bn_(model, *given)
+        measured.append(copy.deepcopy(model.state_dict()))
+
+    monkeypatch.setattr(qat_module, "reestimate_bn_", spy)
+    options = (f"model.checkpoint={float_run}", "recipe.epochs=2", "recipe.bn_reestimate=32")
+    _, folder = train(tiny(tmp_path, *options, f"recipe.ema={ema}"))
+    saved = checkpoint.load(folder / "last.pt")
+    (state,) = measured
+    assert same(saved["average"]["state"] if saved["average"] else saved["model"], state)
+
+
+def test_the_result_is_of_the_average_that_was_scored(
+    tmp_path: Path, float_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[dict[str, torch.Tensor]] = []
+    real = outcome.result
+
+    def spy(cfg: DictConfig, run: Any, network: Any, *given: Any, **more: Any) -> dict[str, Any]:
+        counted.append(copy.deepcopy(network.model.state_dict()))
+        return real(cfg, run, network, *given, **more)
+
+    monkeypatch.setattr(outcome, "result", spy)
+    options = (f"model.checkpoint={float_run}", "recipe.epochs=1", "recipe.ema=0.9")
+    _, folder = train(tiny(tmp_path, *options))
+    saved = checkpoint.load(folder / "last.pt")
+    assert same(saved["average"]["state"], counted[0])
+    assert not same(saved["model"], counted[0])
+
+
 def test_max_steps_ends_the_schedule_there(tmp_path: Path, float_run: Path) -> None:
     cfg = tiny(tmp_path, f"model.checkpoint={float_run}", "recipe.epochs=5", "max_steps=4")
     result, folder = train(cfg)
@@ -390,6 +456,8 @@ def test_every_parameter_is_in_exactly_one_group(tmp_path: Path, float_run: Path
     scales = optimizer.param_groups[1]
     assert len(scales["params"]) == 16  # W and A of eight layers
     assert (scales["lr"], scales["weight_decay"]) == (0.01, 0.0)
+    assert [g["momentum"] for g in optimizer.param_groups] == [0.9, 0.9]
+    assert optimizer.param_groups[0]["weight_decay"] == 1e-4
 
 
 def test_learning_rate_schedules_match_their_definition() -> None:
@@ -403,6 +471,9 @@ def test_learning_rate_schedules_match_their_definition() -> None:
     assert [at(s, "step") for s in (49, 50, 75)] == pytest.approx([1, 0.1, 0.01])
     assert at(0, "cosine", warmup=10) == 0.1
     assert at(9, "constant", warmup=10) == 1
+    assert at(10, "cosine", warmup=10) == 1
+    assert at(55, "cosine", warmup=10) == pytest.approx(0.5)  # what is left after the warm-up
+    assert at(55, "linear", warmup=10) == 0.5
 
 
 def test_weight_average_of_a_constant_is_the_constant() -> None:
@@ -422,6 +493,36 @@ def test_weight_average_of_a_constant_is_the_constant() -> None:
             model.weight.zero_()
         assert torch.equal(model.weight, kept)
         assert bool((average.state["weight"] == 0).all()) is keep
+
+
+def test_weight_average_copies_counters_and_goes_on_from_its_checkpoint() -> None:
+    model = torch.nn.BatchNorm1d(2)
+    one, other = WeightAverage(model, 0.9), WeightAverage(model, 0.9)
+    for k in range(12):
+        model(torch.randn(4, 2))
+        one.update(model)
+        assert one.state["num_batches_tracked"] == k + 1
+        if k == 5:
+            other.load_state_dict(copy.deepcopy(one.state_dict()))
+        elif k > 5:
+            other.update(model)
+    assert same(one.state_dict(), other.state_dict())
+    # The decay of step t is (1 + t) / (10 + t) at first, and `decay` at most.
+    weight = one.state["running_mean"].clone()
+    one.update(model)
+    decay = 13 / 22
+    torch.testing.assert_close(
+        one.state["running_mean"], decay * weight + (1 - decay) * model.running_mean
+    )
+
+
+def test_momentum_of_parameters_that_stay_is_kept() -> None:
+    stays, goes, comes = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
+    old, new = (torch.optim.SGD([stays, other], lr=0.1, momentum=0.9) for other in (goes, comes))
+    (stays.sum() + goes.sum()).backward()
+    old.step()
+    assert set(carry_momentum(old, new).state) == {stays}
+    assert torch.equal(new.state[stays]["momentum_buffer"], torch.ones(2))
 
 
 def test_reestimated_batch_norm_makes_eval_mode_the_forward_pass_it_was_measured_in() -> None:

@@ -25,7 +25,7 @@ from qexp.quant.bias import channel_mean, correct_bias_
 from qexp.quant.blocks import Unit, find_units
 from qexp.quant.cache import Store, record
 from qexp.quant.convert import Bits, calibrate_, float_operands, quant_layers, quantize_
-from qexp.quant.drop import dropping, mix
+from qexp.quant.drop import dropping, last_byte, mix
 from qexp.quant.fisher import output_weights
 from qexp.quant.fold import fold_bn_
 from qexp.quant.learn import beta_at, output_error
@@ -270,6 +270,10 @@ def test_mix_takes_the_share_it_says_and_routes_the_gradient(probability: float)
     for source, chosen in ((x, y == 0), (x_hat, y == 1)):
         grad = torch.zeros_like(source) if source.grad is None else source.grad
         assert torch.equal(grad, chosen.float())
+
+
+def test_a_probability_is_a_number_of_256_bytes() -> None:
+    assert [last_byte(p) for p in (0.0, 1 / 256, 0.25, 0.5, 1.0)] == [-1, 0, 63, 127, 255]
 
 
 def test_dropping_ends_with_its_block() -> None:

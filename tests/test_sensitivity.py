@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import scipy.optimize
 import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
@@ -14,8 +17,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from qexp.errors import RunError
+from qexp.models.resnet import ResNet
+from qexp.quant import sensitivity
 from qexp.quant.accounting import account
-from qexp.quant.allocate import allocate, tied
+from qexp.quant.allocate import allocate, operand_cost, tied
 from qexp.quant.bitwidth import Pattern
 from qexp.quant.convert import Bits, quantize_
 from qexp.quant.lsq import LSQ
@@ -139,6 +144,42 @@ def test_hutchinson_traces_each_layers_own_block_of_the_hessian() -> None:
         assert got[layer.name] == pytest.approx(exact, rel=0.1, abs=1e-3)
 
 
+def test_probes_are_shared_out_over_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    real = torch.randint
+    monkeypatch.setattr(torch, "randint", lambda *a, **k: (drawn.append(a), real(*a, **k))[1])
+    model, layers, x, y = softmax_model()
+    hutchinson_trace(model, layers, x[:20], y[:20], probes=5, chunk=16)
+    assert len(drawn) == 2 * 3  # two chunks, three probes each
+
+
+@pytest.mark.parametrize(("trace_of", "counts"), [(2.0, 2.0), (-1.0, 0.0)])
+def test_hutchinson_multiplies_the_squared_perturbation_by_a_trace_above_zero(
+    monkeypatch: pytest.MonkeyPatch, trace_of: float, counts: float
+) -> None:
+    model, layers, x, y = softmax_model()
+    monkeypatch.setattr(sensitivity, "hutchinson_trace", lambda *a, **k: {"0": trace_of})
+    got = sensitivity.hutchinson(model, layers, LSQ, CANDIDATES, x, y)["0"]
+    for bits in CANDIDATES:
+        dw = perturbation(model, layers[0], LSQ, bits)
+        assert got[bits] == pytest.approx(counts * dw.square().sum().item())
+
+
+def test_a_perturbation_is_what_the_quantizer_adds_to_the_weight() -> None:
+    model, layers, _, _ = softmax_model()
+    weight: Tensor = model[0].weight.detach()  # type: ignore[index]
+    q = LSQ(3, shape=weight.shape)
+    q.calibrate(weight)
+    assert torch.equal(weight + perturbation(model, layers[0], LSQ, 3), q(weight))
+
+
+def test_without_data_every_bit_divides_the_harm_by_four() -> None:
+    policy, *_ = assign(network(), metric="size")
+    assert policy.omega["3"] == {2: 1 / 16, 3: 1 / 64, 4: 1 / 256}
+    assert policy.omega["3"] == policy.omega["7"]
+    assert policy.sensitivity_by_layer == dict.fromkeys(("3", "5", "7"), 1 / 16)
+
+
 def test_fisher_is_the_mean_squared_gradient_times_the_squared_perturbation() -> None:
     model, layers, x, y = softmax_model()
     # dL/dW of one image: (p - onehot) x'.
@@ -253,6 +294,55 @@ def test_ilp_beats_random_at_equal_budget_on_the_objective() -> None:
     assert best < total(omega, allocate(cost, budget, method="uniform"))
 
 
+def test_a_solver_that_slips_over_the_budget_is_asked_for_less(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    solve, calls = scipy.optimize.milp, []
+
+    def slips(*given: Any, **more: Any) -> Any:
+        calls.append(given)
+        if len(calls) == 1:
+            return SimpleNamespace(x=np.array([0, 0, 1] * 2), message="")  # 4 bits everywhere
+        return solve(*given, **more)
+
+    monkeypatch.setattr(scipy.optimize, "milp", slips)
+    cost = {n: {b: 10 * b for b in CANDIDATES} for n in "ab"}
+    omega = {n: {b: 4.0**-b for b in CANDIDATES} for n in "ab"}
+    assert total(cost, allocate(cost, 60, omega=omega)) <= 60
+    assert len(calls) == 2
+
+
+def test_greedy_takes_the_most_harm_removed_a_unit_that_still_fits() -> None:
+    cost = {"small": {2: 2, 3: 3}, "large": {2: 20, 3: 30}}
+    omega = {"small": {2: 1.0, 3: 0.0}, "large": {2: 5.0, 3: 0.0}}
+    for budget, bits in ((22, (2, 2)), (23, (3, 2)), (32, (3, 2)), (33, (3, 3))):
+        got = allocate(cost, budget, omega=omega, method="greedy")
+        assert (got["small"], got["large"]) == bits
+
+
+def test_uniform_takes_the_most_bits_that_all_can_have() -> None:
+    cost = {"a": {2: 20, 3: 30, 4: 40}, "b": {2: 2, 3: 3, 4: 4}}
+    for budget, bits in ((22, 2), (32.9, 2), (33, 3), (43, 3), (44, 4), (99, 4)):
+        assert allocate(cost, budget, method="uniform") == {"a": bits, "b": bits}
+
+
+@pytest.mark.parametrize("method", ["ilp", "greedy"])
+def test_a_group_costs_and_harms_as_all_its_layers(method: Any) -> None:
+    cost = {n: {2: 2, 3: 3} for n in "ab"} | {"c": {2: 4, 3: 6}}
+    omega = {"a": {2: 1.0, 3: 0.0}, "b": {2: 9.0, 3: 0.0}, "c": {2: 6.0, 3: 0.0}}
+    groups = [("a", "b"), ("c",)]
+    for budget, bits in ((9, (2, 2, 2)), (10, (3, 3, 2)), (12, (3, 3, 3))):
+        got = allocate(cost, budget, omega=omega, groups=groups, method=method)
+        assert tuple(got.values()) == bits
+
+
+def test_what_a_layer_takes_of_each_budget() -> None:
+    odd = Layer("odd", "conv", (3, 1, 1, 1), (1, 1, 1), 7, (1, 1, 1), False, "inner")
+    assert operand_cost(odd, 3, 5, "average_bits") == 3 * odd.weights
+    assert operand_cost(odd, 3, 5, "bytes") == -(-3 * odd.weights // 8)
+    assert operand_cost(odd, 3, 5, "bops") == odd.macs * 15
+
+
 def test_ilp_resolves_tiny_sensitivities_beside_large_ones() -> None:
     cost = {n: {2: 2, 3: 3} for n in "abc"}
     omega = {"a": {2: 1.0, 3: 0.0}, "b": {2: 2e-8, 3: 0.0}, "c": {2: 1e-8, 3: 0.0}}
@@ -314,6 +404,57 @@ def test_average_bits_budget_holds_in_the_accounting() -> None:
         _, bits, layers = assign(model, budget=2.6, allocation=allocation)
         quantize_(model, layers, bits, LSQ, LSQ)
         assert account(model, layers).weight_by_param <= 2.6
+
+
+@pytest.mark.parametrize("metric", ["fisher", "size"])
+def test_the_policy_is_the_least_harm_within_its_budget(metric: str) -> None:
+    policy, bits, layers = assign(network(), budget=2.7, metric=metric)
+    inner = [x for x in layers if x.position == "inner"]
+    cost = {x.name: {b: x.weights * b for b in CANDIDATES} for x in inner}
+    choices = (
+        dict(zip(cost, choice, strict=True)) for choice in itertools.product(CANDIDATES, repeat=3)
+    )
+    budget = 2.7 * sum(x.weights for x in inner)
+    best = min(total(policy.omega, c) for c in choices if total(cost, c) <= budget)
+    assert total(policy.omega, {n: bits[n].weight for n in cost}) == pytest.approx(best)
+
+
+def test_the_policy_looks_at_its_images_with_its_probes_and_its_seed() -> None:
+    model = network().eval()
+    layers = trace(model, (3, 8, 8))[1:-1]
+    x, y = data()
+    for seed, probes, images in ((0, 1, 16), (3, 4, 16), (0, 1, 99)):
+        own = {"metric": "hutchinson", "seed": seed, "probes": probes, "images": images}
+        policy, *_ = assign(network(), **own)
+        given = (LSQ, CANDIDATES, x[:images], y[:images])
+        expected = sensitivity.hutchinson(model, layers, *given, probes=probes, seed=seed)
+        assert policy.omega == expected
+
+
+def test_a_random_policy_depends_on_its_seed() -> None:
+    draws = {
+        tuple(assign(network(), budget=2.6, allocation="random", seed=s)[1].values())
+        for s in range(6)
+    }
+    assert len(draws) > 1
+
+
+def test_a_policy_ties_shortcuts_if_asked() -> None:
+    layers = trace(ResNet(depth=8, num_classes=4, width=0.25, shortcut="projection"), (3, 8, 8))
+    names = ("layer2.0.conv1", "layer2.0.shortcut.0")
+    agree = []
+    for tie in (True, False):
+        own: Any = {"metric": "size", "allocation": "random", "tie": tie}
+        drawn = [Sensitivity(2.6, seed=s, **own).assign(layers) for s in range(8)]
+        agree.append(all(len({bits[n] for n in names}) == 1 for bits in drawn))
+    assert agree == [True, False]
+
+
+def test_activations_follow_the_weights_or_stay_at_a_width() -> None:
+    for act in ("same", 5):
+        _, bits, _ = assign(network(), metric="size", act=act)
+        inner = [bits[n] for n in ("3", "5", "7")]
+        assert [b.act for b in inner] == [b.weight if act == "same" else act for b in inner]
 
 
 def test_bops_budget_is_of_the_whole_network() -> None:
