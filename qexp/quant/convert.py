@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -162,28 +163,33 @@ def quantizers(model: nn.Module) -> dict[str, Quantizer]:
 
 
 @torch.no_grad()
-def calibrate_(model: nn.Module, images: Tensor, *, fresh_only: bool = False) -> None:
+def calibrate_(model: nn.Module, images: Tensor, *, fresh_only: bool = False) -> list[str]:
     """Set every quantizer: weights from themselves, inputs from one batch of images.
 
     Each layer sees the output of the already quantized layers before it. Batch norm statistics
     stay as they are. `fresh_only` leaves quantizers that are calibrated as they are.
     Shape: images [N, C, H, W], normalised, from the training split.
-    """
-    handles = []
 
-    def set_input(module: QuantLayer, inputs: tuple[Tensor, ...]) -> None:
+    Returns:
+        The layers whose unsigned input quantizer saw negative values, which it makes zero.
+    """
+    handles, negative = [], []
+
+    def set_input(name: str, module: QuantLayer, inputs: tuple[Tensor, ...]) -> None:
         quantizer, x = module.act_quantizer, inputs[0]
         if fresh_only and bool(quantizer.calibrated):
             return
+        if not (quantizer.signed or isinstance(quantizer, Identity)) and bool(x.min() < 0):
+            negative.append(name)
         quantizer.calibrate(x)
         see_weights = getattr(quantizer, "see_weights", None)
         if see_weights is not None:  # a start from the weights; reconstruction does it anew
             see_weights(module.weight, module.weight_quantizer(module.weight))
 
-    for module in quant_layers(model).values():
+    for name, module in quant_layers(model).items():
         if not (fresh_only and bool(module.weight_quantizer.calibrated)):
             module.weight_quantizer.calibrate(module.weight)
-        handles.append(module.register_forward_pre_hook(set_input))
+        handles.append(module.register_forward_pre_hook(partial(set_input, name)))
     was_training = model.training
     try:
         model.eval()(images)
@@ -191,6 +197,7 @@ def calibrate_(model: nn.Module, images: Tensor, *, fresh_only: bool = False) ->
         model.train(was_training)
         for handle in handles:
             handle.remove()
+    return negative
 
 
 def check_calibrated(model: nn.Module) -> None:

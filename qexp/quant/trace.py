@@ -1,9 +1,11 @@
 """What a float network's layers are, seen by running it once on noise.
 
 One forward pass with hooks gives, for every convolution and linear layer in execution order: its
-name, the shapes it sees, its multiply-accumulates, and whether its input can be negative. A
+name, the shapes it sees, its multiply-accumulates, and whether its input is negative somewhere. A
 tensor that follows a ReLU (or ReLU6) is non-negative whatever the data, one that follows a batch
-norm is not, so noise is enough and no data set is needed.
+norm is not, so noise is enough and no data set is needed. Of the rest (pooled SiLU, a branch whose
+gain is zero) noise shows what holds with the weights of the moment: a run keeps the answer with its
+checkpoints (recipes/signs.py), and `calibrate_` reports inputs that contradict it.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from qexp.models.load import averaged
 from qexp.quant.convert import Bits, Swap, quantize_
 from qexp.quant.plan import Method
 from qexp.quant.trace import Layer, trace
-from qexp.runner import checkpoint
+from qexp.recipes.signs import load_run_state, with_signs
 from qexp.runner.device import pick_device
 from qexp.runner.distributed import world
 from qexp.runner.folder import run_config
@@ -121,14 +121,16 @@ def make_network(
     *,
     context: Mapping[str, Any] | None = None,
     bits: Mapping[str, Bits] | None = None,
+    signed: Mapping[str, bool] | None = None,
 ) -> Network:
     """Trace `model`, ask the policy for bits, and quantize it in place (uncalibrated).
 
     Args:
         context: what a policy may need beside the layers (`epoch`, `epochs`, `images`, ...).
         bits: widths already decided (a checkpoint's), instead of asking the policy.
+        signed: whether each layer's input is signed, where that is already decided.
     """
-    layers = trace(model, input_shape)
+    layers = with_signs(trace(model, input_shape), signed or {})
     if is_float(cfg):
         return Network(model, layers, None, {}, [])
     policy = make_policy(cfg)
@@ -179,7 +181,7 @@ def load_run(
 ) -> tuple[nn.Module, Any, DictConfig]:
     """The trained network of a run folder, its data set and its config.
 
-    Nothing is calibrated: bits and every quantizer's state come from the checkpoint.
+    Nothing is calibrated: bits, signs and every quantizer's state come from the checkpoint.
 
     Args:
         area: the command that asks, for its messages.
@@ -187,7 +189,7 @@ def load_run(
     cfg = run_config(folder, area)
     target = pick_device(device)
     dataset = make_dataset(cfg, target)
-    state = checkpoint.load(folder / name if not Path(name).is_absolute() else Path(name))
+    state = load_run_state(folder / name if not Path(name).is_absolute() else Path(name))
     model = restore(cfg, state, dataset, target)
     return model, dataset, cfg
 
@@ -210,7 +212,8 @@ def restore(
         fold_bn_(model)
     if not is_float(cfg):  # the policy is not asked: a file it was read from may be gone
         bits = {k: Bits(*v) for k, v in state["bits"].items()}
-        quantize_(model, trace(model, dataset.input_shape), bits, **factories(cfg))
+        layers = with_signs(trace(model, dataset.input_shape), state.get("signed", {}))
+        quantize_(model, layers, bits, **factories(cfg))
     try:
         model.load_state_dict(averaged(state) or state["model"])
     except RuntimeError as error:

@@ -24,7 +24,7 @@ from qexp.quant.adaround import AdaRound
 from qexp.quant.convert import Bits, quant_layers
 from qexp.quant.fold import fold_bn_
 from qexp.quant.quantizer import Quantizer
-from qexp.runner import checkpoint
+from qexp.recipes.signs import load_run_state
 from qexp.runner.run import Run
 
 STAND_IN = {"AdaRound": ("AdaRound", "Nearest")}  # what takes a kind's grid over, beside itself
@@ -46,7 +46,7 @@ def read_ptq(source: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        state = checkpoint.load(path)
+        state = load_run_state(path)
     except CheckpointError:
         return None  # whoever loads it as a float network says what is wrong
     if not state.get("folded") or "units" not in state:

@@ -121,7 +121,7 @@ def _staged(network: Network) -> bool:
 def weights_only(path: Path) -> dict[str, Any]:
     """The part of a checkpoint that evaluation needs: no optimizer, no counters."""
     saved = checkpoint.load(path)
-    return {k: saved[k] for k in ("model", "bits", "average", "epoch", "start", "folded")}
+    return {k: saved[k] for k in ("model", "bits", "signed", "average", "epoch", "start", "folded")}
 
 
 def protocol(

@@ -41,6 +41,7 @@ from qexp.recipes import build, outcome, settings
 from qexp.recipes.compilation import choose, compile_for, eager_afterwards
 from qexp.recipes.evaluate import evaluate
 from qexp.recipes.ptq_settings import Settings
+from qexp.recipes.signs import load_run_state, signs, warn_clipped
 from qexp.recipes.start import float_start
 from qexp.recipes.units import Work, summary, units_of
 from qexp.recipes.watch import unlearned
@@ -61,7 +62,7 @@ def ptq(cfg: DictConfig, run: Run) -> dict[str, Any]:
     device = pick_device(cfg.device)
     seed_everything(cfg.seed)
     last = run.dir / "last.pt"
-    saved = checkpoint.load(last) if run.resumed and last.exists() else None
+    saved = load_run_state(last) if run.resumed and last.exists() else None
     over = saved is not None and "float" in saved  # learned and corrected; the result is missing
 
     # The start: data, a float network, its batch norms folded.
@@ -76,11 +77,12 @@ def ptq(cfg: DictConfig, run: Run) -> dict[str, Any]:
     # The quantized network, calibrated.
     bits = None if saved is None else {k: Bits(*v) for k, v in saved["bits"].items()}
     context = build.policy_context(cfg, model, dataset, 1) if saved is None else {}
-    network = build.make_network(cfg, model, dataset.input_shape, context=context, bits=bits)
+    shape, signed = dataset.input_shape, (saved or {}).get("signed")
+    network = build.make_network(cfg, model, shape, context=context, bits=bits, signed=signed)
     if saved is None:
         outcome.log_plan(run, network)
         with float_operands(model, weight=s.calibrate_on == "float", act=s.calibrate_on == "float"):
-            calibrate_(model, data.images[: s.act_images])
+            warn_clipped(run, calibrate_(model, data.images[: s.act_images]))
         check_calibrated(model)
     else:
         model.load_state_dict(saved["model"])
@@ -93,6 +95,7 @@ def ptq(cfg: DictConfig, run: Run) -> dict[str, Any]:
         state = {
             "model": model.state_dict(),
             "bits": {k: list(v) for k, v in network.bits.items()},
+            "signed": signs(network.layers),
             "sensitivity": network.sensitivity,
             "folded": True,
             "kinds": {n: type(q).__name__ for n, q in quantizers(model).items()},

@@ -47,6 +47,7 @@ from qexp.recipes.optimize import (
     set_lr,
 )
 from qexp.recipes.settings import Settings
+from qexp.recipes.signs import load_run_state, signs, warn_clipped
 from qexp.recipes.start import FloatStart, float_start
 from qexp.recipes.watch import Movement, check_finite
 from qexp.runner import checkpoint, distributed
@@ -65,7 +66,7 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
     device, leads = pick_device(cfg.device), distributed.world().leads
     seed_everything(cfg.seed)
     last = run.dir / "last.pt"
-    saved = checkpoint.load(last) if run.resumed and last.exists() else None
+    saved = load_run_state(last) if run.resumed and last.exists() else None
 
     # The start: data, a float network and its top-1.
     dataset = build.make_dataset(cfg, device)
@@ -81,7 +82,9 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
     if bits is None and not leads:
         bits = distributed.told(bits)
     context = build.policy_context(cfg, model, dataset, s.epochs) if bits is None else {}
-    network = build.make_network(cfg, model, dataset.input_shape, context=context, bits=bits)
+    signed = (saved or start.ptq or {}).get("signed")
+    shape = dataset.input_shape
+    network = build.make_network(cfg, model, shape, context=context, bits=bits, signed=signed)
     if saved is None and leads:
         distributed.told(network.bits)
     count = s.calibration_images if network.bits else min(OBSERVED_IMAGES, dataset.train_size)
@@ -91,7 +94,7 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
     if saved is None:
         if leads:
             take_over_(model, network.bits, start.ptq, run)
-            calibrate_(model, images, fresh_only=True)
+            warn_clipped(run, calibrate_(model, images, fresh_only=True))
         distributed.share_(model)
         check_calibrated(model)
         outcome.log_plan(run, network)
@@ -125,6 +128,7 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
                 "optimizer": optimizer.state_dict(),
                 "average": average.state_dict() if average else None,
                 "bits": {k: list(v) for k, v in network.bits.items()},
+                "signed": signs(network.layers),
                 "sensitivity": network.sensitivity,
                 "start": start.record(),
                 "folded": start.folded,
