@@ -123,7 +123,8 @@ def float_program(start: ResNet, images: Tensor, s: Settings) -> Program:
         draw = torch.Generator().manual_seed(seed)
         for _ in range(s.iterations):
             index = torch.randint(len(y), (s.minibatch,), generator=draw)
-            error = output_error(block(x.index_select(0, index)), y.index_select(0, index), 2.0)
+            target = y.index_select(0, index)
+            error = output_error(block(x.index_select(0, index)), target, 2.0, y.shape[1])
             optimizer.zero_grad(set_to_none=True)
             error.backward()
             optimizer.step()

@@ -28,7 +28,7 @@ from qexp.quant.convert import Bits, calibrate_, float_operands, quant_layers, q
 from qexp.quant.drop import dropping, last_byte, mix
 from qexp.quant.fisher import output_weights
 from qexp.quant.fold import fold_bn_
-from qexp.quant.learn import beta_at, output_error
+from qexp.quant.learn import beta_at, channels_of, output_error
 from qexp.quant.nearest import Nearest
 from qexp.quant.plan import Method, Schedule, passes
 from qexp.quant.reconstruct import Data, reconstruct_unit
@@ -254,10 +254,10 @@ def test_output_error_is_summed_over_channels_and_averaged_over_the_rest() -> No
     a, b = torch.randn(2, 5, 3, 4), torch.randn(2, 5, 3, 4)
     for p in (2.0, 2.4):
         expected = (a - b).abs().pow(p).sum(1).mean()
-        torch.testing.assert_close(output_error(a, b, p), expected)
+        torch.testing.assert_close(output_error(a, b, p, 5), expected)
     w = torch.rand(2, 5, 3, 4)
     expected = ((a - b).square() * w).sum(1).mean()
-    torch.testing.assert_close(output_error(a, b, 2.0, w), expected)
+    torch.testing.assert_close(output_error(a, b, 2.0, 5, w), expected)
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.25, 0.5, 1.0])
@@ -375,7 +375,7 @@ def test_bias_correction_gives_every_layer_the_mean_of_the_float_one() -> None:
     for net in (case.reference, case.model):
         handles = [
             net.get_submodule(n).register_forward_hook(
-                lambda m, i, y, n=n: means[n].append(channel_mean(y)) and None
+                lambda m, i, y, n=n: means[n].append(channel_mean(y, m)) and None
             )
             for n in case.names
         ]
@@ -389,6 +389,41 @@ def test_bias_correction_gives_every_layer_the_mean_of_the_float_one() -> None:
 
 def test_the_mean_of_a_channel_is_over_positions_of_images_and_tokens() -> None:
     images, tokens = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 3)  # as many tokens as channels
-    torch.testing.assert_close(channel_mean(images), images.mean((0, 2, 3)))
-    torch.testing.assert_close(channel_mean(tokens), tokens.mean((0, 1)))
-    torch.testing.assert_close(channel_mean(tokens[:, 0]), tokens[:, 0].mean(0))
+    conv, linear = nn.Conv2d(3, 3, 1), nn.Linear(3, 3)
+    torch.testing.assert_close(channel_mean(images, conv), images.mean((0, 2, 3)))
+    torch.testing.assert_close(channel_mean(images, linear), images.mean((0, 1, 2)))
+    torch.testing.assert_close(channel_mean(tokens, linear), tokens.mean((0, 1)))
+    torch.testing.assert_close(channel_mean(tokens[:, 0], linear), tokens[:, 0].mean(0))
+
+
+class ChannelsLast(nn.Module):
+    """A convolution, and linear layers over [N, H, W, C]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.up, self.down = nn.Conv2d(3, 5, 3), nn.Linear(5, 6), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(self.conv(x).permute(0, 2, 3, 1))).mean((1, 2))
+
+
+def test_biases_of_linear_layers_over_channels_last_images_are_corrected() -> None:
+    torch.manual_seed(0)
+    reference = ChannelsLast()
+    model = copy.deepcopy(reference)
+    layers = trace(model, (3, 8, 8))
+    quantize_(model, layers, {n: Bits(2, 4) for n in ("conv", "up", "down")}, Nearest, Nearest)
+    images = torch.randn(16, 3, 8, 8)
+    calibrate_(model, images)
+    assert set(correct_bias_(model, reference, images)) == {"conv", "up", "down"}
+    with torch.no_grad():
+        torch.testing.assert_close(model(images).mean(0), reference(images).mean(0))
+
+
+def test_the_channels_of_a_units_output_are_found_first_and_last() -> None:
+    conv, linear, gate = nn.Conv2d(2, 5, 1), nn.Linear(2, 5), nn.Conv2d(2, 1, 1)
+    assert channels_of(torch.empty(2, 5, 3, 4), conv) == 5
+    assert channels_of(torch.empty(2, 3, 4, 5), linear) == 5
+    assert channels_of(torch.empty(2, 5, 3, 4), linear) == 5  # a block that moves them back
+    assert channels_of(torch.empty(2, 7, 5), linear) == channels_of(torch.empty(2, 5), linear) == 5
+    assert channels_of(torch.empty(2, 5, 3, 4), gate) == 5

@@ -15,14 +15,17 @@ from torch import Tensor, nn
 from qexp.quant.convert import frozen_weights, quant_layers
 
 
-def channel_mean(y: Tensor) -> Tensor:
-    """Mean of each channel: images [N, C, H, W], or tokens [N, ..., C] -> [C]."""
-    channels = y.movedim(1, -1) if y.dim() == 4 else y
+def channel_mean(y: Tensor, layer: nn.Module) -> Tensor:
+    """Mean of each channel of a layer's output -> [C].
+
+    Shape: y [N, C, H, W] of a convolution, [N, ..., C] of a linear layer.
+    """
+    channels = y.movedim(1, -1) if isinstance(layer, nn.Conv2d) else y
     return channels.float().reshape(-1, channels.shape[-1]).mean(0)
 
 
-def _shaped(v: Tensor, y: Tensor) -> Tensor:
-    return (v[:, None, None] if y.dim() == 4 else v).to(y.dtype)
+def _shaped(v: Tensor, y: Tensor, layer: nn.Module) -> Tensor:
+    return (v[:, None, None] if isinstance(layer, nn.Conv2d) else v).to(y.dtype)
 
 
 @torch.no_grad()
@@ -44,16 +47,16 @@ def correct_bias_(model: nn.Module, reference: nn.Module, images: Tensor) -> dic
 
     def read(name: str) -> object:
         def hook(module: nn.Module, inputs: object, y: Tensor) -> None:
-            means[name] = channel_mean(y)
+            means[name] = channel_mean(y, module)
 
         return hook
 
     def correct(name: str) -> object:
         def hook(module: nn.Module, inputs: object, y: Tensor) -> Tensor:
-            shift = means[name] - channel_mean(y)
+            shift = means[name] - channel_mean(y, module)
             layers[name].bias.add_(shift)  # type: ignore[union-attr]
             shifts[name] = float(shift.abs().max())
-            return y + _shaped(shift, y)
+            return y + _shaped(shift, y, module)
 
         return hook
 

@@ -30,12 +30,24 @@ def beta_at(progress: float, beta: Sequence[float], warmup: float) -> float | No
     return beta[0] + (beta[1] - beta[0]) * (progress - warmup) / (1 - warmup)
 
 
-def output_error(y_hat: Tensor, y: Tensor, p: float, weight: Tensor | None = None) -> Tensor:
+def channels_of(y: Tensor, last: nn.Module) -> int:
+    """Channels of a unit's output, whose last layer is `last`.
+
+    Shape: y [N, C, H, W], tokens [N, T, C], [N, C], or [N, H, W, C], which the layer's own
+    number of channels tells from the first.
+    """
+    own: Tensor = last.weight  # type: ignore[assignment]
+    at_end = y.shape[1] != len(own) == y.shape[-1]
+    return y.shape[-1] if y.dim() == 3 or at_end else y.shape[1]
+
+
+def output_error(
+    y_hat: Tensor, y: Tensor, p: float, channels: int, weight: Tensor | None = None
+) -> Tensor:
     """sum over channels of |y_hat - y|^p, averaged over images and positions, []."""
     error = (y_hat - y).square() if p == 2.0 else (y_hat - y).abs().pow(p)
     if weight is not None:
         error = error * weight
-    channels = y.shape[-1] if y.dim() == 3 else y.shape[1]  # tokens [N, T, C], else [N, C, ...]
     return error.sum() * (channels / y.numel())
 
 
@@ -44,6 +56,7 @@ def learn(
     layers: Sequence[QuantLayer],
     groups: Mapping[str, list[nn.Parameter]],
     arrays: tuple[Tensor, Tensor, Tensor],
+    channels: int,
     fisher: Tensor | None,
     sweep: Pass,
     method: Method,
@@ -90,7 +103,7 @@ def learn(
             if method.mix > 0 and sweep.name == "rounding":
                 x = mix(drawn(x_float, i), x, method.mix, dice)
             weight = None if fisher is None else drawn(fisher, i)
-            error = output_error(run(x), drawn(y, i), sweep.p, weight)
+            error = output_error(run(x), drawn(y, i), sweep.p, channels, weight)
             beta = beta_at(progress, schedule.beta, schedule.warmup) if soft else None
             loss = error
             if beta is not None:

@@ -50,7 +50,7 @@ from qexp.quant.blocks import Unit
 from qexp.quant.cache import Store, record
 from qexp.quant.convert import float_operands, frozen_weights, quant_layers
 from qexp.quant.fisher import output_weights
-from qexp.quant.learn import learn
+from qexp.quant.learn import channels_of, learn
 from qexp.quant.modules import QuantLayer
 from qexp.quant.plan import Method, Pass, Schedule
 
@@ -149,7 +149,8 @@ def reconstruct_unit(
             fisher = output_weights(model, reference, unit, later, data.images, batch_size, store)
         check = (arrays[1][0], arrays[1][2], batch_size, device)
         before = relative_error(run, *check)
-        learned = (run, layers, groups, arrays[0], fisher)
+        channels = channels_of(arrays[0][2], reference.get_submodule(unit.layers[-1]))
+        learned = (run, layers, groups, arrays[0], channels, fisher)
         with _trainable(model, groups):
             trace = learn(*learned, sweep, method, schedule, seed, tick)
         _check_finite(unit, groups, trace["loss"])
