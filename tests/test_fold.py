@@ -133,6 +133,37 @@ def test_a_block_whose_addition_is_a_module_of_its_own_is_a_block() -> None:
     assert [(unit.name, unit.layers) for unit in units] == [("0", ("0.conv",)), ("1", ("1.conv",))]
 
 
+class Wrapped(nn.Module):
+    """A backbone that adds positions to its tokens, before two residual blocks."""
+
+    def __init__(self, *, sliced: bool) -> None:
+        super().__init__()
+        self.patch, self.sliced = nn.Linear(3, 3), sliced
+        self.position = nn.Parameter(torch.zeros(1, 4, 3))
+        self.blocks = nn.Sequential(Tokens(), Tokens())
+
+    def forward(self, x: Tensor) -> Tensor:
+        position = self.position[:, : x.shape[1]] if self.sliced else self.position
+        return self.blocks(self.patch(x) + position)
+
+
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(3, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.add(x, other=self.down(self.up(x)))
+
+
+@pytest.mark.parametrize("sliced", [False, True])
+def test_a_parameter_that_is_added_makes_no_block(sliced: bool) -> None:
+    model = nn.Sequential(Wrapped(sliced=sliced), nn.Linear(3, 2))
+    layers = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    units = find_units(model, layers, "block")
+    assert [u.name for u in units] == ["0.patch", "0.blocks.0", "0.blocks.1", "1"]
+
+
 class Branching(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x if x.sum() > 0 else -x

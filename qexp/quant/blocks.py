@@ -1,7 +1,7 @@
 """The parts of a network that reconstruction works on one after another.
 
-A block is a module whose own forward adds two branches (a residual or inverted-residual block), or
-another instance of such a class: MobileNetV2's blocks of stride 2 have no shortcut and are blocks
+A block is a module whose own forward adds two branches (a residual or inverted-residual block;
+a parameter that is added is no branch), or another instance of such a class: MobileNetV2's blocks of stride 2 have no shortcut and are blocks
 all the same. Blocks are read off the traced graph, so any network that torch.fx can trace has them.
 A layer outside all blocks, or every layer with `granularity: layer`, is a unit of its own. Its
 output is compared after the activation that reads it, when it is the only reader.
@@ -23,6 +23,7 @@ from qexp.quant.fold import trace_graph
 Granularity = Literal["layer", "block"]
 
 ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+SIZES = {"shape", "ndim", "dtype", "device"}  # attributes of a tensor that hold none of its values
 ACTIVATIONS: dict[Any, Callable[[Tensor], Tensor]] = {
     F.relu: F.relu,
     torch.relu: torch.relu,
@@ -74,10 +75,11 @@ def find_units(model: nn.Module, layers: Sequence[str], granularity: Granularity
 def find_blocks(model: nn.Module, graph: fx.Graph) -> list[str]:
     """Paths of the outermost residual blocks, in module order."""
     modules = dict(model.named_modules())
+    fed = _fed(graph)
     classes = set()
     for node in graph.nodes:
         if node.op in ("call_function", "call_method") and node.target in ADDITIONS:
-            branches = [a for a in node.args if isinstance(a, fx.Node)]
+            branches = [a for a in (*node.args, *node.kwargs.values()) if a in fed]
             # The innermost module around the addition that has layers: a block may have a module
             # that only adds. (The stack's keys count calls; its values start with the name.)
             stack = [entry[0] for entry in (node.meta.get("nn_module_stack") or {}).values()]
@@ -90,6 +92,16 @@ def find_blocks(model: nn.Module, graph: fx.Graph) -> list[str]:
         if name and not inside and type(module) in classes:
             found.append(name)
     return found
+
+
+def _fed(graph: fx.Graph) -> set[Any]:
+    """Nodes that are computed from the image: no parameters, no sizes."""
+    fed: set[Any] = set()
+    for node in graph.nodes:
+        size = node.target in ("size", "dim") or (node.target is getattr and node.args[1] in SIZES)
+        if node.op == "placeholder" or (not size and any(n in fed for n in node.all_input_nodes)):
+            fed.add(node)
+    return fed
 
 
 def _has_layers(module: nn.Module) -> bool:
