@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from compose import TINY, TINY_PTQ, tiny
 from conftest import Qexp
 
-from qexp.errors import DataError
+from qexp.errors import ConfigError, DataError
+from qexp.models.resnet import ResNet
+from qexp.recipes.logits import giving_logits, run_in_training_mode
 from qexp.recipes.precheck import precheck
 
 POLICY = "config: bitwidth="
@@ -131,6 +134,30 @@ class Raises(torch.nn.Module):
         )
 
 
+class Gives(torch.nn.Module):
+    """A classifier of 4 classes whose output is not always logits."""
+
+    def __init__(self, num_classes: int, output: str) -> None:
+        super().__init__()
+        outputs = {"more": num_classes + 3, "fewer": num_classes - 1, "one": 1}
+        self.norm = torch.nn.BatchNorm2d(3)
+        self.hidden = torch.nn.Linear(3, 3)
+        self.fc, self.output = torch.nn.Linear(3, outputs.get(output, num_classes)), output
+
+    def forward(self, x: torch.Tensor) -> object:
+        y = self.fc(self.hidden(self.norm(x).mean((2, 3))))
+        given = {
+            "tuple": (y, x),
+            "dict": {"logits": y},
+            "none": None,
+            "map": y[:, :, None, None],
+            "aux": (y, y) if self.training else y,
+        }
+        if self.output == "raises" and self.training:
+            raise KeyError("labels")
+        return given.get(self.output, y)
+
+
 def no_module(num_classes: int) -> dict[str, int]:
     return {"classes": num_classes}
 
@@ -146,7 +173,26 @@ CUSTOM = {
     "Raises": "config: model=own cannot take images of 3x8x8: TypeError: two lines.",
     "Raises +model.kind=ValueError": "of 3x8x8: ValueError: two lines.",
     "Raises +model.kind=KeyError": "of 3x8x8: KeyError: ",
+    "Gives +model.output=tuple": "an output of type tuple in evaluation mode, not logits of shape",
+    "Gives +model.output=dict": "an output of type dict in evaluation mode, not logits of shape",
+    "Gives +model.output=none": "an output of type NoneType in evaluation mode, not logits of sha",
+    "Gives +model.output=more": "an output of shape [2, 7] in evaluation mode, not logits of shape",
+    "Gives +model.output=fewer": "an output of shape [2, 3] in evaluation mode, not logits of shap",
+    "Gives +model.output=one": "an output of shape [2, 1] in evaluation mode, not logits of shape",
+    "Gives +model.output=map": "an output of shape [2, 4, 1, 1] in evaluation mode, not logits of",
+    "Gives +model.output=raises": "cannot be trained on 2 images of 3x8x8: KeyError: 'labels'.",
+    "Gives +model.output=aux": (
+        "config: model=own gives an output of type tuple in training mode, not logits of shape "
+        "[2, 4]. Return the logits alone, without auxiliary heads"
+    ),
 }
+
+
+def own(base: Sequence[str], name: str, *more: str) -> list[str]:
+    """`base` with a network of this file, from random weights."""
+    words = [word for word in base if not word.startswith("model")]
+    target = f"model._target_=test_precheck.{name}"
+    return [*words, "model=custom", target, "+model.name=own", "model.checkpoint=none", *more]
 
 
 @pytest.mark.parametrize("words", CUSTOM)
@@ -154,10 +200,24 @@ def test_what_is_wrong_with_a_network_of_ones_own_is_one_line(
     qexp: Qexp, tmp_path: Path, words: str
 ) -> None:
     name, *more = words.split()
-    own = ("model=custom", f"model._target_=test_precheck.{name}", "+model.name=own", *more)
-    words_ = [w for w in TINY if not w.startswith("model")]
-    said = qexp("train", *words_, *own, "model.checkpoint=none")
+    said = qexp("train", *own(TINY, name, *more))
     assert CUSTOM[words] in said.err
     assert len(said.err.splitlines()) == 1, said.err
     assert said.code == 2
     assert not list(tmp_path.iterdir())
+
+
+def test_auxiliary_heads_are_refused_only_where_the_network_is_trained(tmp_path: Path) -> None:
+    words = own(TINY_PTQ, "Gives", "+model.output=aux", "quantizer=nearest")
+    precheck(tiny(tmp_path, base=words))
+    with pytest.raises(ConfigError, match="type tuple in training mode"):
+        precheck(tiny(tmp_path, "model.checkpoint=auto", base=words))
+
+
+def test_a_pass_in_training_mode_leaves_the_network_as_it_was(tmp_path: Path) -> None:
+    cfg, model = tiny(tmp_path), ResNet(8, 4, width=0.25).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with giving_logits(cfg, model, 4):
+        run_in_training_mode(cfg, model, (3, 8, 8))
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert not model.training

@@ -25,6 +25,7 @@ from qexp.quant.convert import Bits
 from qexp.quant.trace import Layer, trace
 from qexp.recipes import build
 from qexp.recipes.handover import checkpoint_file, load_folded, read_ptq
+from qexp.recipes.logits import giving_logits, run_in_training_mode, trained
 from qexp.recipes.start import check_from_ptq, check_teacher
 from qexp.runner.distributed import launched
 from qexp.runner.resuming import CHECKPOINT
@@ -62,7 +63,10 @@ def precheck(cfg: DictConfig, data: Sizes | None = None) -> None:
         sizes: Sizes = build.make_dataset(cfg, cpu) if data is None else data
         model = build.make_model(cfg, sizes, cpu)
         try:
-            layers = trace(model, sizes.input_shape)
+            with giving_logits(cfg, model, sizes.num_classes):
+                layers = trace(model, sizes.input_shape)
+                if trained(cfg):
+                    run_in_training_mode(cfg, model, sizes.input_shape)
         except QexpError:
             raise
         except Exception as error:  # a network may be anyone's
