@@ -47,6 +47,33 @@ MARKERS = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 
 
 @dataclasses.dataclass
+class Outer:
+    """`configs/quantizer/outer`: what the first and the last layer get."""
+
+    weight: Mapping[str, Any] | None
+    act: Mapping[str, Any] | None
+
+
+@dataclasses.dataclass
+class Quantizer:
+    """`configs/quantizer`; each part is checked against its own target."""
+
+    name: str
+    weight: Mapping[str, Any] | None
+    act: Mapping[str, Any] | None
+    outer: Outer | None = None
+    reconstruct: Mapping[str, Any] | None = None
+
+
+@dataclasses.dataclass
+class Sweep:
+    """What `launch=gpus` reads."""
+
+    gpus: int | None = None
+    jobs_per_gpu: int = 1
+
+
+@dataclasses.dataclass
 class Train:
     """`configs/train.yaml`: the top-level knobs, typed; the groups are checked on their own."""
 
@@ -64,11 +91,11 @@ class Train:
     model: Mapping[str, Any]
     recipe: Mapping[str, Any]
     float: Mapping[str, Any]
-    quantizer: Mapping[str, Any]
+    quantizer: Quantizer
     bitwidth: Mapping[str, Any]
     saved: Literal["all", "inputs", "blocks"] = "all"
     sync_bn: bool = False
-    sweep: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    sweep: Sweep = dataclasses.field(default_factory=Sweep)
 
 
 @dataclasses.dataclass
@@ -94,17 +121,19 @@ def configs_dir() -> Path:
 def run_name(*, _root_: DictConfig) -> str:
     """`asq-w4a4`, `lsq+asq-w2a4`, `fp32`: the resolver `${run_name:}` of a run's folder.
 
-    A quantizer whose parts were chosen on the command line is named by them, not by the method
-    they replace. A policy that mixes widths has its name and budget instead of the widths.
+    What is missing is `None` here: `check` tells of it. A quantizer whose parts were chosen on the
+    command line is named by them, not by the method they replace. A policy that mixes widths has
+    its name and budget instead of the widths.
     """
-    quantizer, policy = _root_.quantizer, _root_.bitwidth
+    quantizer, policy = _root_.get("quantizer") or {}, _root_.get("bitwidth") or {}
     if quantizer.get("weight") is None and quantizer.get("act") is None:
-        return str(quantizer.name)
-    name = mixed_name() or str(quantizer.name)
+        return str(quantizer.get("name"))
+    name = mixed_name() or str(quantizer.get("name"))
     if policy.get("name") not in (None, "uniform"):
         budget = policy.get("budget")
         return f"{name}-{policy.name}" + (f"{budget:g}" if budget is not None else "")
-    w, a = (32 if "Identity" in str(quantizer[k]) else policy[k] for k in ("weight", "act"))
+    sides = ("weight", "act")
+    w, a = (32 if "Identity" in str(quantizer.get(k)) else policy.get(k) for k in sides)
     return f"{name}-w{w}a{a}"
 
 

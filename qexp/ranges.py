@@ -17,7 +17,7 @@ Plain = Mapping[str, Any]
 
 def unusable(plain: Plain) -> Iterator[str]:
     """A line for each such value of a resolved config; types are checked elsewhere."""
-    for check in (_numbers, _threads, _compile, _bitwidth, _places, _quantizer, _adapters, _model):
+    for check in CHECKS:
         yield from check(plain)
 
 
@@ -96,6 +96,14 @@ def _quantizer(plain: Plain) -> Iterator[str]:
             yield f"config: quantizer.{none[0]} is null. Use quantizer/{none[0]}=none."
 
 
+def _sweep(plain: Plain) -> Iterator[str]:
+    sweep = plain.get("sweep")
+    for key in ("gpus", "jobs_per_gpu"):
+        count = sweep.get(key) if isinstance(sweep, Mapping) else None
+        if _is_int(count) and count < 1:
+            yield f"config: sweep.{key} must be at least 1; got {count}."
+
+
 def _adapters(plain: Plain) -> Iterator[str]:
     if plain.get("adapters") == "float16" and plain.get("format") in ("onnx", "onnx_int8"):
         yield (
@@ -122,3 +130,16 @@ def _is_width(bits: int) -> bool:
 
 def _is_int(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)  # true is no number
+
+
+CHECKS = (
+    _numbers,
+    _threads,
+    _compile,
+    _bitwidth,
+    _places,
+    _quantizer,
+    _sweep,
+    _adapters,
+    _model,
+)

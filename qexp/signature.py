@@ -58,9 +58,9 @@ def against(
     for key, value in node.items():
         if key in signature.hints:
             hint = signature.hints[key]
-            if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-                nested = Signature.of_dataclass(hint)  # type: ignore[arg-type]
-                yield from against(value, nested, f"{dot}{key}")
+            nested = next((h for h in (hint, *_members(hint)) if _is_node(h)), None)
+            if nested is not None and isinstance(value, Mapping) and "_target_" not in value:
+                yield from against(value, Signature.of_dataclass(nested), f"{dot}{key}")
                 continue
             wanted = says(value, hint)
             if wanted:
@@ -105,14 +105,14 @@ def parameters_of(target: Callable[..., Any]) -> tuple[list[inspect.Parameter], 
 def says(value: Any, hint: Any) -> str | None:
     """What `hint` asks for, in words, when `value` is something else; None when it fits.
 
-    Knows int, float, bool, str, Path, None, Literal, unions, sequences and mappings. Anything
-    else, and every nested `_target_`, is left to the code that receives it.
+    Knows int, float, bool, str, Path, None, Literal, unions, sequences, mappings and
+    dataclasses. Anything else, and every nested `_target_`, is left to the code that receives it.
     """
     if isinstance(value, Mapping) and "_target_" in value:
         return None
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (Union, types.UnionType):
-        problems = [says(value, argument) for argument in arguments]
+    if members := _members(hint):
+        problems = [says(value, member) for member in members]
         return None if None in problems else " or ".join(dict.fromkeys(p for p in problems if p))
     if origin is Literal:
         fits = any(value == a and type(value) is type(a) for a in arguments)
@@ -126,9 +126,19 @@ def says(value: Any, hint: Any) -> str | None:
     kind = origin or hint
     if isinstance(kind, type) and kind in (Sequence, list, tuple):
         return _sequence(value, arguments)
-    if kind in (Mapping, dict):
+    if kind in (Mapping, dict) or _is_node(kind):
         return None if isinstance(value, Mapping) else "a mapping"
     return None
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    """The types of a union; none of anything else."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else ()
+
+
+def _is_node(hint: Any) -> bool:
+    """Whether `hint` is a dataclass, written in YAML as a mapping of its fields."""
+    return isinstance(hint, type) and dataclasses.is_dataclass(hint)
 
 
 def _is(value: Any, kind: type) -> bool:

@@ -14,7 +14,7 @@ import standin
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from qexp.config import Train, check, configs_dir, run_name
+from qexp.config import Outer, Train, check, configs_dir, run_name
 from qexp.errors import ConfigError
 from qexp.signature import says
 
@@ -254,6 +254,9 @@ def test_ranges_of_a_recipe_are_told_under_its_own_path() -> None:
         ({"a": 1}, dict[str, int], None),
         ("a", dict[str, int], "a mapping"),
         ("data", Path, None),
+        ({"weight": 1}, Outer, None),
+        (0.5, Outer, "a mapping"),
+        (0.5, Outer | None, "a mapping or null"),
         ({"_target_": "x"}, int, None),
         ("anything", Any, None),
         ("anything", standin.Model, None),

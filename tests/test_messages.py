@@ -71,6 +71,16 @@ COMMANDS = {
     "train +dataset.flipp=true": "config: no key 'dataset.flipp' (*). Did you mean 'flip'?",
     "train +model.num_classes=5": "config: no key 'model.num_classes' (resnet8 has: *",
     "train ~seed": "config: seed is missing. Set seed=...",
+    "train quantizer=lsq +quantizer.bits=2": (
+        "config: no key 'quantizer.bits' (quantizer has: act, name, outer, reconstruct, weight)."
+    ),
+    "train quantizer=lsq +quantizer.outer.bits=2": (
+        "config: no key 'quantizer.outer.bits' (outer has: act, weight)."
+    ),
+    "train +sweep.gpu=2": "config: no key 'sweep.gpu' (sweep has: *). Did you mean 'gpus'?",
+    "train ~quantizer": "config: quantizer is missing. Set quantizer=...",
+    "train ~quantizer.act": "config: quantizer.act is missing. Set quantizer.act=...",
+    "train ~bitwidth": "config: bitwidth is missing. Set bitwidth=...",
     # values
     "train bits=0": "config: bits must be an integer from 1 to 16, or 32 for float; got 0.",
     "train bits=33": "config: bits must be an integer from 1 to 16, or 32 for float; got 33.",
@@ -86,6 +96,11 @@ COMMANDS = {
     "train max_steps=0": "config: max_steps must be at least 1, or null for no limit; got 0.",
     "train threads=0": "config: threads must be at least 1, or null for all cores; got 0.",
     "train threads=100000": "config: threads must be at most *, got 100000: this machine has *",
+    "train sweep.gpus=abc": "config: sweep.gpus must be an integer or null, got 'abc' (str).",
+    "train sweep.jobs_per_gpu=-1": "config: sweep.jobs_per_gpu must be at least 1; got -1.",
+    "train recipe.distill=0.5": "config: recipe.distill must be a mapping, got 0.5 (float).",
+    "train recipe.distill=null": "config: recipe.distill must be a mapping, got None (NoneType).",
+    "train quantizer.outer=5": "config: quantizer.outer must be a mapping or null, got 5 (int).",
     "train out=": "config: out is empty. Set out=outputs",
     "train out= folder=": "config: out is empty. Set out=outputs",
     "train folder=": "config: folder is empty. Leave it out, or set folder=outputs/NAME",
