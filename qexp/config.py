@@ -28,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qexp.errors import ConfigError, did_you_mean
 from qexp.gpu_slots import gpu_of_job, jobs_at_once
-from qexp.ranges import unusable
+from qexp.ranges import unrepresentable, unusable
 from qexp.signature import Signature, against, missing_keys
 
 PACKAGE = Path(__file__).parent
@@ -174,6 +174,12 @@ def check(cfg: DictConfig, schema: type | None = None) -> None:
                 for line in _check_node(path, node, cfg)
                 if _source(cfg, line.split()[1]) not in wrong  # said once, where it was set
             ]
+        told = tuple(line.split()[1].partition("=")[0] + "." for line in problems)
+        problems += [
+            line
+            for line in unrepresentable(plain)
+            if not f"{_source(cfg, line.split()[1])}.".startswith(told)
+        ]
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
 

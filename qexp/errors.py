@@ -50,10 +50,15 @@ def origin(error: BaseException) -> BaseException:
     return error
 
 
+def reason(error: BaseException) -> str:
+    """The text of `error` in one line, without the C++ frames that torch may add."""
+    return " ".join(str(error).partition("\nException raised from ")[0].split())
+
+
 def one_line(error: BaseException) -> str:
     """An exception in one line: a user's error says it all, another one needs its type."""
     error = origin(error)
-    text = " ".join(str(error).split())
+    text = reason(error)
     if isinstance(error, QexpError):
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,6 +13,8 @@ from qexp.errors import ConfigError
 # Threads that a config may ask for on any machine: it may come from a larger one.
 THREADS = 64
 
+LARGEST = 1e30  # of a number: a float32 with room for what it multiplies
+
 Plain = Mapping[str, Any]
 
 
@@ -19,6 +22,22 @@ def unusable(plain: Plain) -> Iterator[str]:
     """A line for each such value of a resolved config; types are checked elsewhere."""
     for check in CHECKS:
         yield from check(plain)
+
+
+def unrepresentable(node: Any, path: str = "") -> Iterator[str]:
+    """A line for each number, at any depth, that float32 or an integer of 64 bits cannot hold."""
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield from unrepresentable(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(node, list):
+        for value in node:
+            yield from unrepresentable(value, path)
+    elif isinstance(node, float) and not math.isfinite(node):
+        yield f"config: {path} must be finite, got {node}."
+    elif isinstance(node, float) and abs(node) > LARGEST:
+        yield f"config: {path} must be at most {LARGEST:g} in size, got {node:g}."
+    elif _is_int(node) and not -(2**63) <= node < 2**63:
+        yield f"config: {path} must be an integer of at most 64 bits, got {node}."
 
 
 def _numbers(plain: Plain) -> Iterator[str]:

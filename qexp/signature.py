@@ -58,9 +58,9 @@ def against(
     for key, value in node.items():
         if key in signature.hints:
             hint = signature.hints[key]
-            nested = next((h for h in (hint, *_members(hint)) if _is_node(h)), None)
-            if nested is not None and isinstance(value, Mapping) and "_target_" not in value:
-                yield from against(value, Signature.of_dataclass(nested), f"{dot}{key}")
+            nested = _of_mapping(value, hint)
+            if nested is not None:
+                yield from against(value, nested, f"{dot}{key}")
                 continue
             wanted = says(value, hint)
             if wanted:
@@ -70,6 +70,18 @@ def against(
             yield unknown_key(f"{dot}{key}", list(signature.hints), owner)
     for key in sorted(signature.required - set(node)):
         yield f"config: {dot}{key} is missing. Set {dot}{key}=..."
+
+
+def _of_mapping(value: Any, hint: Any) -> Signature | None:
+    """What `hint` says of the keys of `value`, if that is a mapping and no node of its own."""
+    if not isinstance(value, Mapping) or "_target_" in value:
+        return None
+    for member in _members(hint) or (hint,):
+        if _is_node(member):
+            return Signature.of_dataclass(member)
+        if typing.get_origin(member) is Mapping:
+            return Signature(dict.fromkeys(value, typing.get_args(member)[1]), set())
+    return None
 
 
 def unknown_key(path: str, known: list[str], owner: str = "") -> str:

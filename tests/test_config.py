@@ -198,6 +198,11 @@ def test_all_problems_are_told_at_once() -> None:
     ]
 
 
+def test_the_values_of_a_mapping_are_checked_one_by_one() -> None:
+    (line,) = problems(composed("recipe=ptq", "recipe.lr.scale=abc"), Train)
+    assert line == "config: recipe.lr.scale must be a number, got 'abc' (str)."
+
+
 def test_a_target_that_takes_any_keyword_is_checked_for_what_it_needs() -> None:
     cfg = OmegaConf.create({"x": {"_target_": "standin.open_ended", "other": 1}})
     assert problems(cfg) == ["config: x.first is missing. Set x.first=..."]

@@ -101,6 +101,39 @@ COMMANDS = {
     "train recipe.distill=0.5": "config: recipe.distill must be a mapping, got 0.5 (float).",
     "train recipe.distill=null": "config: recipe.distill must be a mapping, got None (NoneType).",
     "train quantizer.outer=5": "config: quantizer.outer must be a mapping or null, got 5 (int).",
+    # numbers, wherever they stand
+    "train quantizer=qdrop quantizer.act.p=nan": "config: quantizer.act.p must be finite, got nan.",
+    "train quantizer=post quantizer.weight.base=1e300": (
+        "config: quantizer.weight.base must be at most 1e+30 in size, got 1e+300."
+    ),
+    "train recipe.distill.temperature=inf": (
+        "config: recipe.distill.temperature must be finite, got inf."
+    ),
+    "train recipe.weight_decay=1e300": "config: recipe.weight_decay must be at most 1e+30 in *",
+    "train quantizer=qdrop recipe.beta=[nan,2]": (
+        "config: recipe.beta=[nan, 2] is out of range: it must be two positive numbers, *"
+    ),
+    "train quantizer=qdrop recipe.lr.rounding=inf": "config: recipe.lr={*} is out of range: *",
+    "train quantizer=qdrop recipe.lr.rounding=null": (
+        "config: recipe.lr.rounding must be a number, got None (NoneType)."
+    ),
+    "train quantizer=qdrop recipe.step_lr=-1": (
+        "config: recipe.step_lr=-1 is out of range: it must be >= 0."
+    ),
+    "train quantizer=qdrop recipe.step_p=0": (
+        "config: recipe.step_p=0 is out of range: it must be positive."
+    ),
+    "train bitwidth=sensitivity bitwidth.budget=inf": (
+        "config: bitwidth.budget must be finite, got inf."
+    ),
+    "train dataset.pad=100000000000000000000": (
+        "config: dataset.pad must be an integer of at most 64 bits, got 100000000000000000000."
+    ),
+    "train bits=100000000000000000000": "config: bits must be an integer from 1 to 16, or 32 *",
+    "train model.width=1e300": "config: model.width must be at most 1e+30 in size, got 1e+300.",
+    "train bitwidth=pattern bitwidth.patterns=[3]": (
+        "config: bitwidth.patterns must be a list, each mapping or *, got [3] (list)."
+    ),
     "train out=": "config: out is empty. Set out=outputs",
     "train out= folder=": "config: out is empty. Set out=outputs",
     "train folder=": "config: folder is empty. Leave it out, or set folder=outputs/NAME",

@@ -21,9 +21,11 @@ REFUSED = {
     "model.width=0": "config: model.width=0 is not positive.",
     "model.depth=3": "config: model.depth=3 is not 6n + 2.",
     "model=mobilenet_v2_cifar model.width=0": "config: model.width=0 is not positive.",
+    "model.width=1e18": "config: model 'resnet8' cannot be built: ",
     # the data
     "dataset.val_fraction=1": "config: dataset.val_fraction=1 is not in [0, 1).",
     "dataset.mean=[0.5]": "config: dataset.mean must have 3 values",
+    "dataset.image_size=1000000000": "config: dataset=synthetic cannot be built: RuntimeError: ",
     "dataset.subset=3": "config: recipe.calibration_images=16, there are 3 to train on.",
     "recipe.calibration_images=49": "config: recipe.calibration_images=49, there are 48 to train",
     "bitwidth=sensitivity bitwidth.images=49": "config: bitwidth.images=49, there are 48 to train",
@@ -41,6 +43,11 @@ REFUSED = {
         f"{POLICY}progressive: the stages end at epochs"
     ),
     "quantizer=adq bits=1": "config: quantizer=adq: a codebook with zero needs at least 2 bits",
+    "bitwidth=pattern bitwidth.patterns=[{match:3,weight:2}]": f"{POLICY}pattern: '3' matches no",
+    # the quantizer
+    "quantizer=asq quantizer.act.reduction=0": "config: quantizer=asq: reduction must be at least",
+    "quantizer=adq quantizer.weight.adapt_until=7": "config: quantizer=adq: adapt_until must be in",
+    "quantizer=adq quantizer.weight.dead_after=0": "config: quantizer=adq: dead_after must be at",
     # the teacher
     "recipe.distill.weight=0.5 model.checkpoint=none": "config: recipe.distill.teacher=float is a",
     "recipe.distill.weight=0.5 recipe.from_scratch=true": "config: recipe.distill.teacher=float is",
@@ -59,6 +66,29 @@ def test_what_cannot_run_is_refused_before_anything_is_written(
     for part in REFUSED[words].split("*"):
         assert part in said.err
     assert said.err.startswith("config: ")
+    assert len(said.err.splitlines()) == 1, said.err
+    assert said.code == 2
+    assert not list(tmp_path.iterdir())
+
+
+REFUSED_PTQ = {
+    "quantizer.reconstruct.drop=2": "config: quantizer.reconstruct: drop must be in [0, 1], got 2.",
+    "quantizer.reconstruct.mix=-1": "config: quantizer.reconstruct: mix must be in [0, 1], got -1.",
+    "quantizer.reconstruct.bias_lr=-1": "config: quantizer.reconstruct: bias_lr must be finite and",
+    "quantizer.weight.p=0": "config: quantizer=qdrop: p must be positive and finite, got 0.",
+    "quantizer.act.p=-1": "config: quantizer=qdrop: p must be positive and finite, got -1.",
+    "quantizer.act.percent=500": "config: quantizer=qdrop: percent must be above 0 and at",
+    "+recipe.lr.roundng=0.1": "config: no key 'recipe.lr.roundng' (*). Did you mean 'rounding'?",
+}
+
+
+@pytest.mark.parametrize("words", REFUSED_PTQ)
+def test_a_reconstruction_without_sense_is_refused_before_anything_is_written(
+    qexp: Qexp, tmp_path: Path, words: str
+) -> None:
+    said = qexp("train", *TINY_PTQ, "quantizer=qdrop", words)
+    for part in REFUSED_PTQ[words].split("*"):
+        assert part in said.err
     assert len(said.err.splitlines()) == 1, said.err
     assert said.code == 2
     assert not list(tmp_path.iterdir())

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from qexp.errors import ConfigError, QexpError, did_you_mean, one_line
+from qexp.errors import ConfigError, QexpError, did_you_mean, one_line, reason
 
 FOREIGN_WEIGHTS = {"weights", "weights_backbone", "pretrained", "pretrained_backbone"}
 RESERVED = {"_target_", "name", "checkpoint"}
@@ -91,7 +91,7 @@ def build_model(model: Mapping[str, Any], num_classes: int, in_channels: int) ->
     except QexpError:
         raise
     except Exception as error:  # a target may be anyone's
-        text = str(error) if isinstance(error, (TypeError, ValueError)) else one_line(error)
+        text = reason(error) if isinstance(error, (TypeError, ValueError)) else one_line(error)
         raise ConfigError(f"config: model '{name}' cannot be built: {text}.") from error
     if not isinstance(network, nn.Module):
         raise ConfigError(

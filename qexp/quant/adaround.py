@@ -42,7 +42,7 @@ import torch
 from torch import Tensor, nn
 
 from qexp.quant.functional import MIN_SCALE
-from qexp.quant.nearest import Estimator, estimate_grid
+from qexp.quant.nearest import Estimator, check_estimator, estimate_grid
 from qexp.quant.quantizer import Quantizer
 
 ZETA, GAMMA = 1.1, -0.1  # the stretch of the sigmoid (section 4)
@@ -115,6 +115,7 @@ class AdaRound(Quantizer):
         percent: float = 99.9,
     ) -> None:
         super().__init__(bits, signed=signed, shape=shape)
+        check_estimator(p, percent)
         self.per_channel = per_channel
         self.symmetric = symmetric
         self.estimator: Estimator = estimator

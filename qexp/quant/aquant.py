@@ -66,7 +66,7 @@ from torch import Tensor, nn
 from qexp.quant.border import border_round, polynomial_border
 from qexp.quant.drop import Drop, last_byte, random_bytes
 from qexp.quant.functional import MIN_SCALE, as_rows, from_rows
-from qexp.quant.nearest import Estimator, activation_sample, estimate_grid
+from qexp.quant.nearest import Estimator, activation_sample, check_estimator, estimate_grid
 from qexp.quant.quantizer import Quantizer
 from qexp.quant.window_border import window_border
 
@@ -102,6 +102,7 @@ class AQuant(Quantizer):
         percent: float = 99.9,
     ) -> None:
         super().__init__(bits, signed=signed, shape=shape)
+        check_estimator(p, percent)
         _check("border", border, tuple(DEGREE))
         _check("per", per, ("row", "channel", "tensor"))
         _check("fusion", fusion, ("none", "window", "residual"))

@@ -161,6 +161,8 @@ class ASQ(Quantizer):
             raise ValueError(f"dequantize must be scaled or plain, got {dequantize!r}")
         if not 0 <= leak < 1:
             raise ValueError(f"leak must be in [0, 1), got {leak!r}")
+        if reduction < 1:
+            raise ValueError(f"reduction must be at least 1, got {reduction!r}")
         if not shape:
             raise ValueError("ASQ needs the shape [C, kh, kw] or [C] of the layer's input")
         self.factor: Factor = factor

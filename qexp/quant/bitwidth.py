@@ -139,7 +139,7 @@ class Pattern:
         self,
         weight: int,
         act: int,
-        patterns: Sequence[Mapping[str, Any]] | Mapping[str, Any] | None = None,
+        patterns: Sequence[Mapping[str, Any]] | Mapping[str, Mapping[str, Any]] | None = None,
         file: str | None = None,
         first_last: FirstLast = 8,
         name: str = "pattern",
@@ -155,11 +155,12 @@ class Pattern:
 
     def _entry(self, entry: Mapping[str, Any]) -> tuple[str, Bits]:
         unknown = set(entry) - {"match", "weight", "act"}
-        if unknown or not entry.get("match"):
+        if unknown or entry.get("match") in (None, ""):
             raise ValueError(f"a pattern has match, weight and act; got {dict(entry)}")
-        return entry["match"], Bits(
-            check_bits(entry.get("weight", self.default.weight), f"weight of '{entry['match']}'"),
-            check_bits(entry.get("act", self.default.act), f"act of '{entry['match']}'"),
+        glob = str(entry["match"])  # a layer of nn.Sequential is named `3`
+        return glob, Bits(
+            check_bits(entry.get("weight", self.default.weight), f"weight of '{glob}'"),
+            check_bits(entry.get("act", self.default.act), f"act of '{glob}'"),
         )
 
     def assign(self, layers: Sequence[Layer], **context: Any) -> dict[str, Bits]:

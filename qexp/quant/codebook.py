@@ -135,6 +135,10 @@ class Codebook(Quantizer):
             raise ValueError("a codebook with zero needs at least 2 bits, got 1")
         if not 0 <= gamma < 1:
             raise ValueError(f"gamma must be in [0, 1), got {gamma}")
+        if not 0 <= adapt_until <= 1:
+            raise ValueError(f"adapt_until must be in [0, 1], got {adapt_until}")
+        if dead_after is not None and dead_after < 1:
+            raise ValueError(f"dead_after must be at least 1, or None for never, got {dead_after}")
         self.init, self.adaptation, self.form = init, adaptation, form
         self.gamma, self.adapt_until, self.dead_after = gamma, adapt_until, dead_after
         self.adapting = adaptation == "ema"

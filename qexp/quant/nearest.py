@@ -94,6 +94,14 @@ def search_grid(
     return best, best_zero
 
 
+def check_estimator(p: float, percent: float) -> None:
+    """Raise a ValueError for an exponent or a share that no grid can be estimated with."""
+    if not 0 < p < math.inf:
+        raise ValueError(f"p must be positive and finite, got {p}")
+    if not 0 < percent <= 100:
+        raise ValueError(f"percent must be above 0 and at most 100, got {percent}")
+
+
 def percentile_range(rows: Tensor, percent: float) -> tuple[Tensor, Tensor]:
     """`(low, high)` [R] that leave (100 - percent) / 2 of the elements out at either end."""
     m = rows.shape[1]
@@ -227,6 +235,7 @@ class Nearest(Quantizer):
         percent: float = 99.9,
     ) -> None:
         super().__init__(bits, signed=signed, shape=shape)
+        check_estimator(p, percent)
         self.per_channel = per_channel
         self.symmetric = symmetric
         self.estimator: Estimator = estimator

@@ -10,6 +10,7 @@ AQuant    block        true              joint   0.5   0.5    and its borders, j
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -32,6 +33,9 @@ class Method:
         bias_lr: rate of the layers' biases, learned with the rounding; 0: they stay.
         fisher: weight the error by the gradient of the network's output (BRECQ eq. 10).
         bias_correction: at the end, set each layer's bias so that its mean output is the float one.
+
+    Raises:
+        ValueError: a probability outside [0, 1], or a negative rate.
     """
 
     granularity: Literal["none", "layer", "block"] = "block"
@@ -43,6 +47,13 @@ class Method:
     bias_lr: float = 0.0
     fisher: bool = False
     bias_correction: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("drop", "mix"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if not 0 <= self.bias_lr < math.inf:
+            raise ValueError(f"bias_lr must be finite and >= 0, got {self.bias_lr}")
 
 
 @dataclass(frozen=True)

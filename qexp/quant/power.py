@@ -141,8 +141,8 @@ def _post_base(base: float | Literal["auto"], bits: int) -> float:
     """2 up to 3 bits, sqrt 2 above, unless given: least error in `grids.py`."""
     if base == "auto":
         return 2.0 if bits <= 3 else grids.SQRT2
-    if isinstance(base, str) or not base > 1:
-        raise ValueError(f"base must be 'auto' or a number above 1, got {base!r}")
+    if isinstance(base, str) or not 1 < base < float("inf"):
+        raise ValueError(f"base must be 'auto' or a finite number above 1, got {base!r}")
     # The paper's base typed with few digits is the paper's base.
     return grids.SQRT2 if abs(base - grids.SQRT2) < 1e-3 else float(base)
 

@@ -18,7 +18,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from qexp.errors import CheckpointError, ConfigError, origin
+from qexp.errors import CheckpointError, ConfigError, QexpError, one_line, origin
 from qexp.models.build import build_model
 from qexp.models.load import averaged
 from qexp.quant.convert import Bits, Swap, quantize_
@@ -43,7 +43,11 @@ class Network:
 
 
 def make_dataset(cfg: DictConfig, device: torch.device) -> Any:
-    """The data set of `cfg.dataset`, on `device`, in batches of `cfg.recipe.batch_size`."""
+    """The data set of `cfg.dataset`, on `device`, in batches of `cfg.recipe.batch_size`.
+
+    Raises:
+        QexpError: what it refuses itself; a ConfigError for whatever else its class raises.
+    """
     try:
         return instantiate(
             cfg.dataset,
@@ -55,9 +59,12 @@ def make_dataset(cfg: DictConfig, device: torch.device) -> Any:
             world_size=world().size,
         )
     except InstantiationException as error:
-        if (cause := origin(error)) is error:
-            raise
-        raise cause from None
+        cause = origin(error)
+        if isinstance(cause, QexpError):
+            raise cause from None
+        name = cfg.dataset.get("name", cfg.dataset._target_)
+        why = one_line(error.__cause__ or error)
+        raise ConfigError(f"config: dataset={name} cannot be built: {why}.") from error
 
 
 def make_model(cfg: DictConfig, dataset: Any, device: torch.device) -> nn.Module:
@@ -100,9 +107,17 @@ def make_policy(cfg: DictConfig) -> Any:
 
 
 def make_method(cfg: DictConfig) -> Method:
-    """`quantizer.reconstruct`, or plain calibration for a method that has none."""
+    """`quantizer.reconstruct`, or plain calibration for a method that has none.
+
+    Raises:
+        ConfigError: a value that it refuses.
+    """
     node = cfg.quantizer.get("reconstruct")
-    return instantiate(node) if node is not None else Method(granularity="none")
+    try:
+        return instantiate(node) if node is not None else Method(granularity="none")
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        raise ConfigError(f"config: quantizer.reconstruct: {cause}.") from error
 
 
 @contextmanager

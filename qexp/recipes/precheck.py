@@ -21,7 +21,8 @@ from qexp.data.sampling import steps_in_epoch
 from qexp.errors import CheckpointError, ConfigError, QexpError, one_line
 from qexp.models.load import check_weights
 from qexp.quant.bitwidth import Uniform
-from qexp.quant.convert import Bits
+from qexp.quant.convert import Bits, quant_layers
+from qexp.quant.plan import Schedule
 from qexp.quant.trace import Layer, trace
 from qexp.recipes import build
 from qexp.recipes.handover import checkpoint_file, load_folded, read_ptq
@@ -29,6 +30,7 @@ from qexp.recipes.logits import giving_logits, run_in_training_mode, trained
 from qexp.recipes.start import check_from_ptq, check_teacher
 from qexp.runner.distributed import launched
 from qexp.runner.resuming import CHECKPOINT
+from qexp.signature import unknown_key
 
 
 class Sizes(Protocol):
@@ -54,6 +56,7 @@ def precheck(cfg: DictConfig, data: Sizes | None = None) -> None:
     """
     if not build.is_float(cfg):
         build.make_policy(cfg)
+        build.make_method(cfg)
     teacher = (cfg.recipe.get("distill") or {}).get("teacher", "float")
     if teacher != "float" and not Path(teacher).is_file():
         raise ConfigError(f"config: recipe.distill.teacher={teacher} is no file, nor 'float'.")
@@ -84,6 +87,7 @@ def precheck(cfg: DictConfig, data: Sizes | None = None) -> None:
             build.make_network(unsaved(cfg), model, sizes.input_shape, context=context, bits=bits)
         except ValueError as error:  # a quantizer that has no such width
             raise ConfigError(f"config: quantizer={cfg.quantizer.name}: {error}.") from error
+        _rates(cfg, model)
     if build.trains(cfg.recipe):
         steps_in_epoch(sizes.train_size, cfg.recipe.batch_size, launched().size)
     _enough_images(cfg, sizes.train_size)
@@ -149,6 +153,19 @@ def unsaved(cfg: DictConfig) -> DictConfig:
     merged = OmegaConf.merge(cfg, {"bitwidth": {"save": None}})
     assert isinstance(merged, DictConfig)
     return merged
+
+
+def _rates(cfg: DictConfig, model: nn.Module) -> None:
+    """Refuse a rate of reconstruction for what no quantizer of `model` has."""
+    if build.is_float(cfg) or build.trains(cfg.recipe):
+        return
+    inputs = (layer.act_quantizer for layer in quant_layers(model).values())
+    known = set(Schedule().lr) | {name for q in inputs for name, _ in q.named_parameters()}
+    unknown = [key for key in cfg.recipe.get("lr", {}) if key not in known]
+    if unknown:
+        raise ConfigError(
+            "\n".join(unknown_key(f"recipe.lr.{key}", sorted(known)) for key in unknown)
+        )
 
 
 def _enough_images(cfg: DictConfig, size: int) -> None:

@@ -10,7 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from qexp.errors import ConfigError, did_you_mean
 from qexp.quant.plan import Schedule
-from qexp.recipes.settings import LARGEST_LR, refuse_out_of_range
+from qexp.ranges import LARGEST
+from qexp.recipes.settings import refuse_out_of_range
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,16 @@ class Settings(Schedule):
             (self.iterations >= 1, "iterations", "at least 1"),
             (self.step_iterations >= 1, "step_iterations", "at least 1"),
             (self.minibatch >= 1, "minibatch", "at least 1"),
-            (all(0 <= rate <= LARGEST_LR for rate in self.lr.values()), "lr", "rates >= 0, finite"),
+            (all(0 <= rate <= LARGEST for rate in self.lr.values()), "lr", "rates >= 0, finite"),
             ({"rounding", "scale"} <= set(self.lr), "lr", "a mapping with rounding and scale"),
+            (self.step_lr >= 0, "step_lr", ">= 0"),
+            (self.step_p > 0, "step_p", "positive"),
             (self.penalty >= 0, "penalty", ">= 0"),
-            (len(self.beta) == 2, "beta", "two numbers, first and last"),
+            (
+                len(self.beta) == 2 and all(beta > 0 for beta in self.beta),
+                "beta",
+                "two positive numbers, first and last",
+            ),
             (0 <= self.warmup < 1, "warmup", "in [0, 1)"),
             (self.cache_gb >= 0, "cache_gb", ">= 0"),
             (self.calibrate_on in ("float", "prefix"), "calibrate_on", "float or prefix"),

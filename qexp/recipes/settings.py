@@ -11,8 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from qexp.errors import ConfigError, did_you_mean
-
-LARGEST_LR = 1e30  # a rate must be a float32 with room for what it multiplies
+from qexp.ranges import LARGEST
 
 
 @dataclass(frozen=True)
@@ -76,11 +75,11 @@ class Settings:
             (self.batch_size >= 1, "batch_size", "at least 1"),
             (1 <= self.accumulate <= self.batch_size, "accumulate", "1 to batch_size"),
             (self.optimizer in ("sgd", "adamw"), "optimizer", "sgd or adamw"),
-            (0 < self.lr <= LARGEST_LR, "lr", f"positive, and at most {LARGEST_LR:g}"),
+            (0 < self.lr <= LARGEST, "lr", f"positive, and at most {LARGEST:g}"),
             (
-                self.quantizer_lr is None or 0 <= self.quantizer_lr <= LARGEST_LR,
+                self.quantizer_lr is None or 0 <= self.quantizer_lr <= LARGEST,
                 "quantizer_lr",
-                f"null, or from 0 to {LARGEST_LR:g}",
+                f"null, or from 0 to {LARGEST:g}",
             ),
             (0 <= self.momentum < 1, "momentum", "in [0, 1)"),
             (self.weight_decay >= 0, "weight_decay", ">= 0"),
