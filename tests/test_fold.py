@@ -226,3 +226,14 @@ def test_a_norm_without_parameters_folds_with_its_epsilon() -> None:
     before = model(x)
     assert [fold.conv for fold in fold_bn_(model)] == ["0"]
     torch.testing.assert_close(model(x), before)
+
+
+def test_a_norm_after_a_computed_weight_is_left_alone() -> None:
+    conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3))
+    model = nn.Sequential(conv, nn.BatchNorm2d(4)).eval()
+    model[1].running_var.fill_(4.0)  # type: ignore[union-attr,operator]
+    x = torch.randn(2, 3, 8, 8)
+    before = model(x)
+    (fold,) = fold_bn_(model)
+    assert (fold.conv, fold.note) == (None, "0 computes its weight in each pass")
+    assert torch.equal(model(x), before)

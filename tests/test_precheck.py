@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -251,3 +252,37 @@ def test_a_pass_in_training_mode_leaves_the_network_as_it_was(tmp_path: Path) ->
         run_in_training_mode(cfg, model, (3, 8, 8))
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     assert not model.training
+
+
+class Normalised(torch.nn.Module):
+    """A network whose inner convolution computes its weight in each pass."""
+
+    def __init__(self, num_classes: int, how: str = "weight_norm") -> None:
+        super().__init__()
+        own = torch.nn.utils if how.startswith("old_") else torch.nn.utils.parametrizations
+        inner = torch.nn.Conv2d(4, 4, 3, padding=1)
+        with warnings.catch_warnings():  # the older functions are deprecated, and still used
+            warnings.simplefilter("ignore", FutureWarning)
+            inner = getattr(own, how.removeprefix("old_"))(inner)
+        self.stem, self.inner = torch.nn.Conv2d(3, 4, 3), inner
+        self.norm, self.fc = torch.nn.BatchNorm2d(4), torch.nn.Linear(4, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.norm(self.inner(self.stem(x))).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "how", ["weight_norm", "spectral_norm", "old_weight_norm", "old_spectral_norm"]
+)
+@pytest.mark.parametrize("base", [TINY, TINY_PTQ])
+def test_a_weight_that_is_computed_in_each_pass_is_refused(
+    qexp: Qexp, tmp_path: Path, how: str, base: tuple[str, ...]
+) -> None:
+    own = ("model=custom", "model._target_=test_precheck.Normalised", "+model.name=own")
+    words = [w for w in base if not w.startswith("model")]
+    method = "quantizer=lsq" if base is TINY else "quantizer=nearest"
+    said = qexp("train", *words, *own, f"+model.how={how}", method)
+    assert said.err.startswith("model: layer 'inner' computes its weight in each pass (weight_norm")
+    assert len(said.err.splitlines()) == 1, said.err
+    assert said.code == 2
+    assert not list(tmp_path.iterdir())

@@ -74,6 +74,7 @@ def quantize_(
         wq, aq = make_quantizers(layer, widths, weight, act, outer_weight, outer_act)
         if isinstance(module, QUANT_LAYERS):
             raise ValueError(f"layer '{layer.name}' is already quantized; call unquantize_ first")
+        _refuse_computed_weight(layer.name, module)
         _refuse_own_forward(layer.name, module)
         if isinstance(module, nn.Conv2d):
             twin: QuantLayer = QuantConv2d.from_float(module, wq, aq)
@@ -85,6 +86,15 @@ def quantize_(
         _replace(model, layer.name, twin)
         report.append(Swap(layer, widths, type(wq).__name__ + " / " + type(aq).__name__))
     return report
+
+
+def _refuse_computed_weight(name: str, module: nn.Module) -> None:
+    """A weight computed from other parameters is none that can be quantized, packed or restored."""
+    if "weight" not in module._parameters:
+        raise ConfigError(
+            f"model: layer '{name}' computes its weight in each pass (weight_norm, spectral_norm "
+            "or the like), which its quantized form would not. Build the model without that."
+        )
 
 
 def _refuse_own_forward(name: str, module: nn.Module) -> None:

@@ -74,6 +74,8 @@ def fold_bn_(model: nn.Module) -> list[Fold]:
             report.append(Fold(name, None, "called more than once"))
         elif sum(m._parameters.get("weight") is conv.weight for m in modules.values()) > 1:
             report.append(Fold(name, None, f"{source.target} shares its weight"))
+        elif "weight" not in conv._parameters:  # weight_norm and the like: what is scaled is lost
+            report.append(Fold(name, None, f"{source.target} computes its weight in each pass"))
         elif modules[name].running_var is None:
             report.append(Fold(name, None, "no running statistics"))
         else:
