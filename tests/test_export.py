@@ -17,6 +17,7 @@ import torch
 from conftest import Qexp
 from torch import Tensor, nn
 
+from qexp.engine.network import integer_network
 from qexp.errors import CheckpointError, ConfigError
 from qexp.export import bits
 from qexp.export.coding import CODERS, decode, encode
@@ -486,3 +487,41 @@ def test_a_file_that_is_none_is_one_line(qexp: Qexp, tmp_path: Path) -> None:
         "export: 'x.safetensors' is not a packed model that can be read: it is truncated or not a "
         "safetensors file. Export it again.\n"
     )
+
+
+class Encoder(nn.Module):
+    """Pixels as tokens, through torch's own encoder layer."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, 16, 4, 4)
+        self.encoder = nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True)
+        self.fc = nn.Linear(16, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.encoder(self.patch(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+def test_torchs_encoder_layer_calls_its_quantized_layers_without_gradients_too() -> None:
+    torch.manual_seed(0)
+    model = Encoder(10).eval()
+    layers = trace(model, SHAPE)
+    assert [layer.name for layer in layers][1:3] == ["encoder.linear1", "encoder.linear2"]
+    with torch.no_grad():
+        exact = model(images())
+        quantize_(model, layers, {layer.name: Bits(2, 2) for layer in layers[1:3]}, LSQ, LSQ)
+        calibrate_(model, images())
+        scored = model(images())
+    expected = model(images().requires_grad_())
+    assert not torch.allclose(exact, expected, atol=0.01)
+    torch.testing.assert_close(scored, expected, atol=1e-6, rtol=1e-6)
+    own = {"target": "test_export.Encoder", "keywords": {}, "num_classes": 10}
+    packed = pack_network(
+        model,
+        input_shape=SHAPE,
+        data={"name": "synthetic", "mean": [0.5] * 3, "std": [0.25] * 3},
+        **own,  # type: ignore[arg-type]
+    )
+    for again in (restore(packed, trust=True), integer_network(packed, trust=True)):
+        with torch.no_grad():
+            torch.testing.assert_close(again(images()), expected, atol=1e-5, rtol=1e-5)

@@ -22,7 +22,7 @@ from qexp.export import inputs
 from qexp.export.header import FormatError, Header, LayerEntry
 from qexp.export.packed import Packed
 from qexp.models.build import build_model
-from qexp.quant.modules import QuantConv2d, QuantLinear
+from qexp.quant.modules import QuantConv2d, QuantLinear, leave_fast_path_
 from qexp.quant.quantizer import Identity, Quantizer
 
 OURS = {
@@ -110,6 +110,7 @@ def restore(packed: Packed, *, trust: bool = False) -> nn.Module:
     floats = {name: t for name, t in packed.tensors.items() if name not in used}
     _add_biases(model, floats)
     _load(model, state | floats)
+    leave_fast_path_(model)
     return model.eval().requires_grad_(False)
 
 

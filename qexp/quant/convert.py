@@ -16,7 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from qexp.errors import ConfigError
-from qexp.quant.modules import QUANT_LAYERS, QuantConv2d, QuantLayer, QuantLinear
+from qexp.quant.modules import (
+    QUANT_LAYERS,
+    QuantConv2d,
+    QuantLayer,
+    QuantLinear,
+    leave_fast_path_,
+)
 from qexp.quant.quantizer import Identity, Quantizer
 from qexp.quant.trace import Layer
 
@@ -85,6 +91,7 @@ def quantize_(
         twin.to(module.weight.device)
         _replace(model, layer.name, twin)
         report.append(Swap(layer, widths, type(wq).__name__ + " / " + type(aq).__name__))
+    leave_fast_path_(model)
     return report
 
 

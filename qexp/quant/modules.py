@@ -124,3 +124,15 @@ class QuantLinear(QuantizedOperands, nn.Linear):
 
 QuantLayer = QuantConv2d | QuantLinear
 QUANT_LAYERS = (QuantConv2d, QuantLinear)
+
+
+def leave_fast_path_(model: nn.Module) -> None:
+    """Make torch's encoder layers call the quantized layers in them.
+
+    In eval mode without gradients `nn.TransformerEncoderLayer` reads `linear1.weight` and
+    `linear2.weight` itself, in one fused kernel, and calls neither layer.
+    """
+    for module in model.modules():
+        quantized = any(isinstance(child, QUANT_LAYERS) for child in module.children())
+        if quantized and isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # torch: an activation that the kernel lacks
