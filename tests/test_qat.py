@@ -127,6 +127,35 @@ def test_resume_equals_uninterrupted_run_bit_for_bit(
         }
 
 
+@pytest.mark.parametrize("writes", range(4))
+def test_a_kill_between_two_writes_leaves_the_best_network_that_the_result_names(
+    tmp_path: Path, float_run: Path, writes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = tiny(tmp_path, f"model.checkpoint={float_run}", "recipe.epochs=2")
+    logged, real = outcome.log_epoch, checkpoint.save
+
+    def always_best(*given: Any, **more: Any) -> bool:
+        given[2]["best"]["selected"] = -1.0
+        return logged(*given, **more)
+
+    def write_or_die(path: Path, state: dict[str, Any]) -> None:
+        nonlocal writes
+        if writes == 0:
+            raise KeyboardInterrupt
+        writes -= 1
+        real(path, state)
+
+    monkeypatch.setattr(outcome, "log_epoch", always_best)
+    monkeypatch.setattr(checkpoint, "save", write_or_die)
+    with pytest.raises(KeyboardInterrupt):
+        train(cfg)
+    monkeypatch.setattr(checkpoint, "save", real)
+    result, folder = train(cfg, resume=True)
+    last, best = checkpoint.load(folder / "last.pt"), checkpoint.load(folder / "best.pt")
+    assert best["epoch"] == result["best_epoch"] == 2
+    assert same(best["model"], last["model"])
+
+
 def test_two_runs_in_one_process_do_not_affect_each_other(tmp_path: Path, float_run: Path) -> None:
     options = [f"model.checkpoint={float_run}", "recipe.epochs=1"]
     alone, _ = train(tiny(tmp_path / "a", *options))

@@ -24,7 +24,6 @@ from qexp.recipes.build import Network, is_float
 from qexp.recipes.evaluate import Score
 from qexp.recipes.watch import Movement, health
 from qexp.report_runs import UNIFORM
-from qexp.runner import checkpoint
 from qexp.runner.atomic import write_bytes
 from qexp.runner.distributed import world
 from qexp.runner.run import Run
@@ -118,10 +117,10 @@ def _staged(network: Network) -> bool:
     return network.policy is not None and hasattr(network.policy, "bits_at")
 
 
-def weights_only(path: Path) -> dict[str, Any]:
+def weights_only(content: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a checkpoint that evaluation needs: no optimizer, no counters."""
-    saved = checkpoint.load(path)
-    return {k: saved[k] for k in ("model", "bits", "signed", "average", "epoch", "start", "folded")}
+    names = ("model", "bits", "signed", "average", "epoch", "start", "folded")
+    return {k: content[k] for k in names}
 
 
 def protocol(

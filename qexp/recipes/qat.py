@@ -117,24 +117,24 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
     count, saved_as = steps * s.batch_size, cfg.get("saved", "all")
     forward = compile_for(cfg.compile, model, network.layers, count, device, run, saved_as)
 
-    def save() -> None:
+    def save(best: bool = False) -> None:
         if not leads:
             return
-        checkpoint.save(
-            last,
-            {
-                **state,
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "average": average.state_dict() if average else None,
-                "bits": {k: list(v) for k, v in network.bits.items()},
-                "signed": signs(network.layers),
-                "sensitivity": network.sensitivity,
-                "start": start.record(),
-                "folded": start.folded,
-                "rng": checkpoint.rng_state(),
-            },
-        )
+        content = {
+            **state,
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "average": average.state_dict() if average else None,
+            "bits": {k: list(v) for k, v in network.bits.items()},
+            "signed": signs(network.layers),
+            "sensitivity": network.sensitivity,
+            "start": start.record(),
+            "folded": start.folded,
+            "rng": checkpoint.rng_state(),
+        }
+        if best:  # before last.pt, which names it: a kill in between trains the epoch again
+            checkpoint.save(run.dir / "best.pt", outcome.weights_only(content))
+        checkpoint.save(last, content)
         run.status("running")  # with the time so far: a kill leaves nothing else
 
     # The loop.
@@ -157,9 +157,7 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
         if leads:
             log_quantizers(run, model, images[:OBSERVED_IMAGES], epoch + 1)
         state["step"] = 0
-        save()
-        if best and leads:
-            checkpoint.save(run.dir / "best.pt", outcome.weights_only(last))
+        save(best)
 
     # The outcome.
     if not leads:
