@@ -91,3 +91,13 @@ def test_an_interrupted_baseline_serves_runs_of_other_methods_and_widths(
     assert "resumed after epoch 1" in (folder / "train.log").read_text()
     status = json.loads((folder / "status.json").read_text())
     assert (status["state"], status.get("segments")) == ("done", None)
+
+
+def test_runs_from_baselines_trained_apart_or_resumed_have_one_protocol(tmp_path: Path) -> None:
+    options = ["recipe.epochs=1", "float.epochs=2"]
+    with stopped_in_epoch(2):
+        train(tiny(tmp_path / "resumed", *options))
+    results = [train(tiny(tmp_path / name, *options)) for name in ("resumed", "whole")]
+    files = [path.read_bytes() for path in tmp_path.glob("*/*/fp32/*/last.pt")]
+    assert len(set(files)) == 2
+    assert results[0]["protocol"] == results[1]["protocol"]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qexp.errors import CheckpointError
+from qexp.models.digest import network_sha256
 from qexp.models.load import load_state, load_weights
 from qexp.models.resnet import ResNet
 
@@ -41,6 +42,36 @@ def test_state_dict_loads_bare_or_wrapped(tmp_path: Path, wrapper: str | None, p
     assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
     for name, value in source.state_dict().items():
         assert torch.equal(value, target.state_dict()[name])
+
+
+def test_a_runs_checkpoint_is_known_by_its_network_and_any_other_file_by_its_bytes(
+    tmp_path: Path,
+) -> None:
+    state = ResNet(8, 10).state_dict()
+    run = {"model": state, "bits": {}, "start": {"source": None}}
+    path, other = tmp_path / "last.pt", tmp_path / "best.pt"
+    torch.save({**run, "train_s": 1.0, "average": None}, path)
+    torch.save({**run, "train_s": 2.0, "model": dict(reversed(state.items()))}, other)
+    digest = load_state(ResNet(8, 10), path)
+    assert digest == network_sha256(state) == load_state(ResNet(8, 10), other)
+    name = next(iter(state))
+    moved = {**state, name: state[name] + 1}
+    torch.save({**run, "model": moved}, path)
+    assert load_state(ResNet(8, 10), path) != digest
+    torch.save({**run, "average": {"state": moved}}, other)  # what is loaded of it
+    assert load_state(ResNet(8, 10), other) == network_sha256(moved)
+    torch.save({"state_dict": state}, path)
+    assert load_state(ResNet(8, 10), path) == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_names_types_and_shapes_are_part_of_a_networks_hash() -> None:
+    zeros = torch.zeros(2, 2)
+    states = [{"a": zeros}, {"b": zeros}, {"a": zeros.view(4)}, {"a": zeros.bfloat16()},
+              {"a": zeros, "b": torch.tensor(1)}]  # fmt: skip
+    assert len({network_sha256(state) for state in states}) == len(states)
+    x = torch.randn(2, 3, 4, 4)
+    last = x.to(memory_format=torch.channels_last)
+    assert network_sha256({"a": x}) == network_sha256({"a": last})
 
 
 def test_batch_norm_counters_may_be_absent(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ cannot run code. Nothing is copied into the model unless every key and shape fit
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from qexp.errors import CheckpointError, did_you_mean
 from qexp.models.build import resolve
+from qexp.models.digest import averaged, weights_sha256
 
 # `IMAGENET1K_V1`, `DEFAULT`, or `ResNet18_Weights.IMAGENET1K_V1`; a file name has a dot or a slash.
 WEIGHTS_NAME = re.compile(r"(\w+_Weights\.)?[A-Z][A-Z0-9_]*")
@@ -33,7 +33,7 @@ def load_weights(model: nn.Module, target: str, checkpoint: str) -> str:
         checkpoint: a path, or a name such as `IMAGENET1K_V1`.
 
     Returns:
-        sha256 of the file, hexadecimal.
+        what identifies its weights: see `weights_sha256`.
 
     Raises:
         CheckpointError: missing, unreadable, of another model, or not to be fetched.
@@ -47,14 +47,14 @@ def load_state(model: nn.Module, path: str | Path) -> str:
     """Load a checkpoint file into a model, all of it or nothing.
 
     Returns:
-        sha256 of the file, hexadecimal.
+        what identifies its weights: see `weights_sha256`.
 
     Raises:
         CheckpointError: missing, truncated, not a checkpoint, or of another model.
     """
     path = Path(path)
     model.load_state_dict(fitting_state(model, path))
-    return sha256(path)
+    return weights_sha256(path)
 
 
 def check_weights(model: nn.Module, target: str, checkpoint: str) -> None:
@@ -91,11 +91,6 @@ def fitting_state(model: nn.Module, path: Path) -> dict[str, Tensor]:
     return state
 
 
-def sha256(path: Path) -> str:
-    """Hash of a file, hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def read_state(path: Path) -> dict[str, Tensor]:
     """The state dict in a file, on the CPU, without wrapper and `module.` prefix."""
     if not path.is_file():
@@ -120,13 +115,6 @@ def read_state(path: Path) -> dict[str, Tensor]:
         content = {name.removeprefix("module."): value for name, value in content.items()}
     # A plain dict: without torch's version mark, batch norms of old files may lack their counter.
     return dict(content)
-
-
-def averaged(content: Any) -> Mapping[str, Tensor] | None:
-    """The weight average in a checkpoint of the runner (`recipe.ema`), if it has one."""
-    average = content.get("average") if isinstance(content, Mapping) else None
-    state = average.get("state") if isinstance(average, Mapping) else None
-    return state if isinstance(state, Mapping) and state else None
 
 
 def all_tensors(content: Mapping[Any, Any]) -> bool:

@@ -20,7 +20,7 @@ from torch import nn
 
 from qexp.errors import CheckpointError, ConfigError, QexpError, one_line, origin
 from qexp.models.build import build_model
-from qexp.models.load import averaged
+from qexp.models.digest import averaged
 from qexp.quant.convert import Bits, Swap, quantize_
 from qexp.quant.plan import Method
 from qexp.quant.trace import Layer, trace

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from qexp.errors import CheckpointError
-from qexp.models.load import describe_difference, sha256
+from qexp.models.digest import weights_sha256
+from qexp.models.load import describe_difference
 from qexp.quant.adaround import AdaRound
 from qexp.quant.convert import Bits, quant_layers
 from qexp.quant.fold import fold_bn_
@@ -60,12 +61,12 @@ def read_ptq(source: str) -> dict[str, Any] | None:
 
 
 def load_folded(model: nn.Module, state: Mapping[str, Any], source: str) -> str:
-    """Fold the batch norms of `model` and load `state["float"]`; returns the file's sha256."""
+    """Fold the batch norms of `model` and load `state["float"]`; returns its `weights_sha256`."""
     fold_bn_(model)
     if difference := describe_difference(model, state["float"]):
         raise CheckpointError(f"checkpoint: {source} does not fit the model: {difference}")
     model.load_state_dict(state["float"])
-    return sha256(Path(source))
+    return weights_sha256(Path(source))
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from qexp import plot
-from qexp.models.load import sha256
+from qexp.models.digest import weights_sha256
 from qexp.quant.accounting import account
 from qexp.quant.convert import quant_layers, quantizers
 from qexp.quant.quantizer import Identity
@@ -137,8 +137,8 @@ def protocol(
     """
     known = {k: v for k, v in recipe.items() if k not in NOT_PROTOCOL}
     teacher = (known.get("distill") or {}).get("teacher", "float")
-    if teacher != "float" and Path(teacher).is_file():  # the file, not the place it lies at
-        known["distill"] = {**known["distill"], "teacher": sha256(Path(teacher))}
+    if teacher != "float" and Path(teacher).is_file():  # what it is, not where it lies
+        known["distill"] = {**known["distill"], "teacher": weights_sha256(Path(teacher))}
     if (size := world().size) > 1:
         known["processes"] = size
     if cfg.get("sync_bn"):

@@ -36,7 +36,7 @@ class FloatStart:
 
     Attributes:
         top1: its top-1 on the test split in percent, measured in this run; None if untrained.
-        sha256: of the checkpoint file; None from random weights.
+        sha256: of its weights (`weights_sha256`); None from random weights.
         source: path or weights name.
         teacher: a frozen copy for distillation, or None.
         ptq: the checkpoint of the post-training run that it comes from, or None.
