@@ -29,7 +29,7 @@ class Layer:
         weight_shape: [C_out, C_in/groups, kh, kw] or [C_out, C_in].
         field: receptive field [C_in, kh, kw] or [C_in]: the `shape` of its activation quantizer.
         macs: multiply-accumulates for one sample.
-        act_shape: its input for one sample, [C_in, H, W] or [C_in].
+        act_shape: its input for one sample, [C_in, H, W] or [..., C_in].
         signed: whether its input has negative values.
         position: `first`, `inner` or `last`, in execution order.
     """
@@ -96,9 +96,11 @@ def trace(model: nn.Module, input_shape: Sequence[int], batch: int = 2) -> list[
             depthwise = module.groups > 1 and module.groups == module.in_channels
             kind = "depthwise" if depthwise else "conv"
             field = (module.in_channels, *module.kernel_size)
-            positions = y[0, 0].numel()
         else:
-            kind, field, positions = "linear", (weight.shape[1],), y[0].numel() // y.shape[-1]
+            kind, field = "linear", (weight.shape[1],)
+        # Windows of an image may lie in the batch dimension; a table of positions has no batch.
+        samples = batch if len(x) % batch == 0 else 1
+        windows = len(x) // samples
         position = "first" if i == 0 else "last" if i == len(seen) - 1 else "inner"
         layers.append(
             Layer(
@@ -106,8 +108,8 @@ def trace(model: nn.Module, input_shape: Sequence[int], batch: int = 2) -> list[
                 kind=kind,
                 weight_shape=tuple(weight.shape),
                 field=tuple(field),
-                macs=weight.numel() * positions,
-                act_shape=tuple(x.shape[1:]),
+                macs=weight[0].numel() * y.numel() // samples,
+                act_shape=tuple(x.shape[1:] if windows == 1 else (windows, *x.shape[1:])),
                 signed=bool(x.min() < 0),
                 position=position,
             )
