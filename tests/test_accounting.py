@@ -239,3 +239,60 @@ def test_looking_at_a_network_leaves_its_mode() -> None:
         model.train(training)
         account(model, layers)
         assert all(m.training is training for m in model.modules())
+
+
+class Tied(nn.Module):
+    """Two layers with one weight and one bias between two others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
+        self.b.weight, self.b.bias = self.a.weight, self.a.bias
+        self.fc = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.b(self.a(self.stem(x)).relu()).relu().mean((2, 3)))
+
+
+def test_a_shared_weight_is_stored_once() -> None:
+    model = Tied()
+    layers = trace(model, (3, 8, 8))
+    got = account(model, layers)
+    assert got.size_bytes == got.fp32_bytes == 4 * (12 + 4 + 144 + 4 + 20 + 5)
+    assert sum(row.size_bytes for row in got.layers) == got.size_bytes
+    quantize_(model, layers, {"a": Bits(2, 2)}, LSQ, LSQ)
+    calibrate_(model, torch.randn(2, 3, 8, 8))
+    # The codes and two steps of `a`, beside the float weight that `b` has.
+    assert account(model, layers).size_bytes == got.size_bytes + 144 * 2 // 8 + 2 * 4
+
+
+def test_layers_that_share_a_weight_are_not_quantized_each_for_itself() -> None:
+    model = Tied()
+    layers = trace(model, (3, 8, 8))
+    with pytest.raises(ConfigError, match="layers 'a' and 'b' share one weight"):
+        quantize_(model, layers, Uniform(4, 4).assign(layers), LSQ, LSQ)
+
+
+class Windows(nn.Module):
+    """Four windows of an image side by side in the batch, and a table that is not of any image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.table = nn.Conv2d(3, 6, 2, 2), nn.Linear(2, 6)
+        self.mix, self.fc = nn.Linear(6, 6), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x)  # [N, 6, 4, 4]
+        n = len(x)
+        x = x.view(n, 6, 2, 2, 2, 2).permute(0, 2, 4, 3, 5, 1).reshape(4 * n, 4, 6)
+        x = self.mix(x) + self.table(torch.ones(1, 4, 2))
+        return self.fc(x.reshape(n, 16, 6).mean(1))
+
+
+def test_windows_in_the_batch_are_counted_with_their_image() -> None:
+    patch, mix, table, fc = trace(Windows(), (3, 8, 8))
+    assert (patch.macs, fc.macs) == (16 * 12 * 6, 6 * 5)
+    assert mix.macs == 16 * 6 * 6
+    assert mix.act_shape == (4, 4, 6)
+    assert table.macs == 4 * 2 * 6
+    assert table.act_shape == (4, 2)

@@ -21,7 +21,7 @@ One rule for every method, so that rows of a table can be compared:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -131,13 +131,15 @@ def account(
         layers: `trace(model, ...)` of its float form.
         sensitivity: by layer name, for the column of that name.
     """
+    counted: set[int] = set()
     rows = tuple(
-        _account_layer(model, layer, (sensitivity or {}).get(layer.name)) for layer in layers
+        _account_layer(model, layer, (sensitivity or {}).get(layer.name), counted)
+        for layer in layers
     )
     inner = [r for r in rows if r.position == "inner"] or list(rows)
     quantized = [r for r in inner if r.quantized]
     everything = _state_bytes(model)
-    in_layers = sum(FLOAT_BYTES * (r.weights + _bias_count(model, r.name)) for r in rows)
+    in_layers = _float_bytes((t for r in rows for t in _tensors(model, r.name)), set())
     return Account(
         layers=rows,
         weight_by_param=_mean(quantized, by_param=True),
@@ -160,19 +162,26 @@ def _mean(rows: Sequence[LayerAccount], *, by_param: bool) -> float:
     return sum(r.w_bits * (r.weights if by_param else 1) for r in rows) / total
 
 
-def _account_layer(model: nn.Module, layer: Layer, sensitivity: float | None) -> LayerAccount:
+def _account_layer(
+    model: nn.Module, layer: Layer, sensitivity: float | None, counted: set[int]
+) -> LayerAccount:
+    """A layer's line; float tensors in `counted` are stored elsewhere, and this one's join it."""
     module = model.get_submodule(layer.name)
-    weight: Tensor = module.weight  # type: ignore[assignment]
+    weight, *bias = _tensors(model, layer.name)
     w_bits = a_bits = float(FLOAT_BITS)
-    size = FLOAT_BYTES * weight.numel()
+    size = _float_bytes(bias, counted)
     levels_used = sqnr = None
+    in_float = True
     if isinstance(module, QUANT_LAYERS):
         wq, aq = module.weight_quantizer, module.act_quantizer
         w_bits, a_bits = wq.effective_bits, aq.effective_bits
-        if not isinstance(wq, Identity):
-            size = packed_bytes(weight.numel(), wq.num_levels)
+        in_float = isinstance(wq, Identity)
+        if not in_float:
+            size += packed_bytes(weight.numel(), wq.num_levels)
             levels_used, sqnr = _weight_quality(wq, weight)
         size += wq.extra_bytes() + aq.extra_bytes()
+    if in_float:
+        size += _float_bytes([weight], counted)
     return LayerAccount(
         name=layer.name,
         kind=layer.kind,
@@ -183,7 +192,7 @@ def _account_layer(model: nn.Module, layer: Layer, sensitivity: float | None) ->
         levels_used=levels_used,
         weights=weight.numel(),
         macs=layer.macs,
-        size_bytes=size + FLOAT_BYTES * _bias_count(model, layer.name),
+        size_bytes=size,
         sqnr_db=sqnr,
         sensitivity=sensitivity,
         position=layer.position,
@@ -212,9 +221,21 @@ def _weight_quality(quantizer: Quantizer, weight: Tensor) -> tuple[int | None, f
     return used, (10 * torch.log10(signal / noise)).item()
 
 
-def _bias_count(model: nn.Module, name: str) -> int:
-    bias = getattr(model.get_submodule(name), "bias", None)
-    return 0 if bias is None else bias.numel()
+def _tensors(model: nn.Module, name: str) -> list[Tensor]:
+    """A layer's weight, and its bias if it has one."""
+    module = model.get_submodule(name)
+    found: tuple[Tensor | None, ...] = (module.weight, getattr(module, "bias", None))  # type: ignore[assignment]
+    return [tensor for tensor in found if tensor is not None]
+
+
+def _float_bytes(tensors: Iterable[Tensor], counted: set[int]) -> int:
+    """Bytes in float of those that are not `counted` yet: layers that share one store it once."""
+    size = 0
+    for tensor in tensors:
+        if id(tensor) not in counted:
+            counted.add(id(tensor))
+            size += FLOAT_BYTES * tensor.numel()
+    return size
 
 
 def _state_bytes(model: nn.Module) -> int:

@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from qexp.errors import ConfigError
+from qexp.quant.check import check_layers
 from qexp.quant.modules import (
     QUANT_LAYERS,
     QuantConv2d,
@@ -69,7 +69,11 @@ def quantize_(
 
     Returns:
         One `Swap` a layer, in execution order: what was done, what was skipped.
+
+    Raises:
+        ConfigError: of a layer that has no quantized form (`check_layers`).
     """
+    check_layers(model, [x.name for x in layers if bits.get(x.name, (32, 32)) != (32, 32)])
     report = []
     for layer in layers:
         widths = bits.get(layer.name)
@@ -78,10 +82,6 @@ def quantize_(
             continue
         module = model.get_submodule(layer.name)
         wq, aq = make_quantizers(layer, widths, weight, act, outer_weight, outer_act)
-        if isinstance(module, QUANT_LAYERS):
-            raise ValueError(f"layer '{layer.name}' is already quantized; call unquantize_ first")
-        _refuse_computed_weight(layer.name, module)
-        _refuse_own_forward(layer.name, module)
         if isinstance(module, nn.Conv2d):
             twin: QuantLayer = QuantConv2d.from_float(module, wq, aq)
         elif isinstance(module, nn.Linear):
@@ -93,28 +93,6 @@ def quantize_(
         report.append(Swap(layer, widths, type(wq).__name__ + " / " + type(aq).__name__))
     leave_fast_path_(model)
     return report
-
-
-def _refuse_computed_weight(name: str, module: nn.Module) -> None:
-    """A weight computed from other parameters is none that can be quantized, packed or restored."""
-    if "weight" not in module._parameters:
-        raise ConfigError(
-            f"model: layer '{name}' computes its weight in each pass (weight_norm, spectral_norm "
-            "or the like), which its quantized form would not. Build the model without that."
-        )
-
-
-def _refuse_own_forward(name: str, module: nn.Module) -> None:
-    """A quantized layer computes what torch's own does; another forward would be lost unsaid."""
-    for kind, methods in ((nn.Conv2d, ("forward", "_conv_forward")), (nn.Linear, ("forward",))):
-        if isinstance(module, kind):
-            for method in methods:
-                if getattr(type(module), method) is not getattr(kind, method):
-                    raise ConfigError(
-                        f"model: layer '{name}' is a {type(module).__name__} with a {method} of "
-                        "its own, which its quantized form would not have. Write it as a module "
-                        f"around a torch.nn.{kind.__name__} (padding: nn.ZeroPad2d before it)."
-                    )
 
 
 def make_quantizers(
