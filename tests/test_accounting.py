@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -296,3 +297,42 @@ def test_windows_in_the_batch_are_counted_with_their_image() -> None:
     assert mix.act_shape == (4, 4, 6)
     assert table.macs == 4 * 2 * 6
     assert table.act_shape == (4, 2)
+
+
+class Attention(nn.Module):
+    """Weights in a one-dimensional convolution, in attention and in no module, and a gain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.mid = nn.Conv2d(3, 4, 2, 2), nn.Linear(4, 4)
+        self.mix = nn.Conv1d(4, 4, 1, bias=False)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.own = nn.Parameter(torch.randn(4, 4))
+        self.gain = nn.Parameter(torch.ones(1, 1, 4))
+        self.fc = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mid(self.mix(self.stem(x).flatten(2)).transpose(1, 2)) * self.gain
+        return self.fc(nn.functional.linear(self.attention(x, x, x)[0], self.own).mean(1))
+
+
+def test_weights_outside_the_layers_are_named_and_count_as_float() -> None:
+    model = Attention()
+    layers = trace(model, (3, 8, 8))
+    assert [layer.name for layer in layers] == ["stem", "mid", "fc"]
+    others = {
+        "own": 16,
+        "mix.weight": 16,
+        "attention.in_proj_weight": 48,
+        "attention.out_proj.weight": 16,
+    }
+    assert account(model, layers).other_weights == others
+    per_channel = partial(LSQ, per_channel=True)  # its steps are no weights
+    quantize_(model, layers, Uniform(2, 2).assign(layers), per_channel, LSQ)
+    calibrate_(model, torch.randn(2, 3, 8, 8))
+    got = account(model, layers)
+    assert got.other_weights == got.summary()["other_weights"] == others
+    quantized = 8 * 48 + 2 * 16 + 8 * 20
+    assert got.weight_with_outer == pytest.approx((quantized + 32 * 96) / (48 + 16 + 20 + 96))
+    assert got.weight_by_param == 2
+    assert "other_weights" not in account(small(), trace(small(), (3, 8, 8))).summary()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -286,3 +287,44 @@ def test_a_weight_that_is_computed_in_each_pass_is_refused(
     assert len(said.err.splitlines()) == 1, said.err
     assert said.code == 2
     assert not list(tmp_path.iterdir())
+
+
+class Ends(torch.nn.Module):
+    """A first and a last layer, and between them a convolution that is not quantized."""
+
+    def __init__(self, num_classes: int, inner: bool = False) -> None:
+        super().__init__()
+        self.stem, self.mix = torch.nn.Conv2d(3, 4, 2, 2), torch.nn.Conv1d(4, 4, 1)
+        self.inner = torch.nn.Linear(4, 4) if inner else torch.nn.Identity()
+        self.fc = torch.nn.Linear(4, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.inner(self.mix(self.stem(x).flatten(2)).mean(2)))
+
+
+def test_bits_that_reach_no_layer_are_refused(qexp: Qexp, tmp_path: Path) -> None:
+    own = ("model=custom", "model._target_=test_precheck.Ends", "+model.name=own")
+    words = [*(w for w in TINY if not w.startswith("model")), *own, "quantizer=lsq"]
+    said = qexp("train", *words)
+    assert said.err.startswith("config: bitwidth=uniform would decide nothing: the model has no ")
+    assert len(said.err.splitlines()) == 1, said.err
+    assert said.code == 2
+    assert not list(tmp_path.iterdir())
+    assert qexp("train", *words, "dry_run=true", "bitwidth.first_last=same").code == 0
+
+
+def test_weights_that_stay_in_float_are_said(qexp: Qexp, tmp_path: Path) -> None:
+    own = (
+        "model=custom",
+        "model._target_=test_precheck.Ends",
+        "+model.name=own",
+        "+model.inner=true",
+    )
+    words = [*(w for w in TINY if not w.startswith("model")), *own, "quantizer=lsq"]
+    line = "16 weights are in no convolution (2-D) or linear layer: they stay in float"
+    assert line in qexp("train", *words, "dry_run=true").out
+    said = qexp("train", *words, "recipe.epochs=1", "model.checkpoint=none", "folder=run")
+    assert said.code == 0, said.err
+    assert line in (tmp_path / "run" / "train.log").read_text()
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["other_weights"] == {"mix.weight": 16}

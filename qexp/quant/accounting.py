@@ -8,6 +8,8 @@ One rule for every method, so that rows of a table can be compared:
             by layer over the quantized inner layers (an operand such a layer keeps in float counts
             32), and by parameter over all layers with first, last and float ones. Activations: by
             layer, over the quantized inner layers.
+  Others    Weights in no layer that `trace` lists (attention, recurrent and one-dimensional layers)
+            stay in float: 32 bits in the average over all layers; their work is in no count.
   Size      What a file holds. Codes take whole bits, ceil(log2(levels)) each, packed layer by
             layer into whole bytes; then every quantizer's `extra_bytes` (steps, codebooks,
             adapters, borders, of weights and of inputs), and at 4 bytes an element every other
@@ -23,6 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +78,11 @@ COLUMNS = tuple(f.name for f in fields(LayerAccount) if f.name != "position")
 
 @dataclass(frozen=True)
 class Account:
-    """Totals of a network, and its layers in execution order (module docstring for the rules)."""
+    """Totals of a network, and its layers in execution order (module docstring for the rules).
+
+    Attributes:
+        other_weights: number of weights by name, of those that no layer here has.
+    """
 
     layers: tuple[LayerAccount, ...]
     weight_by_param: float
@@ -87,6 +94,7 @@ class Account:
     fp32_bytes: int
     macs: int
     bops: int
+    other_weights: Mapping[str, int]
 
     @property
     def bits(self) -> dict[str, float]:
@@ -98,10 +106,11 @@ class Account:
             "act_by_layer": self.act_by_layer,
         }
 
-    def summary(self) -> dict[str, int | dict[str, float]]:
+    def summary(self) -> dict[str, Any]:
         """The totals, as result.json names them."""
         totals = ("size_bytes", "ideal_bytes", "fp32_bytes", "macs", "bops")
-        return {"bits": self.bits, **{name: getattr(self, name) for name in totals}}
+        found = {"bits": self.bits, **{name: getattr(self, name) for name in totals}}
+        return found | ({"other_weights": dict(self.other_weights)} if self.other_weights else {})
 
     def csv_lines(self) -> list[str]:
         """layers.csv: a header and one line a layer, empty where a column does not apply."""
@@ -140,26 +149,46 @@ def account(
     quantized = [r for r in inner if r.quantized]
     everything = _state_bytes(model)
     in_layers = _float_bytes((t for r in rows for t in _tensors(model, r.name)), set())
+    others = other_weights(model, [row.name for row in rows])
     return Account(
         layers=rows,
         weight_by_param=_mean(quantized, by_param=True),
         weight_by_layer=_mean(quantized, by_param=False),
-        weight_with_outer=_mean(rows, by_param=True),
+        weight_with_outer=_mean(rows, by_param=True, in_float=sum(others.values())),
         act_by_layer=sum(r.a_bits for r in quantized) / len(quantized) if quantized else FLOAT_BITS,
         size_bytes=sum(r.size_bytes for r in rows) + everything - in_layers,
         ideal_bytes=math.ceil(sum(r.w_bits * r.weights for r in rows) / 8),
         fp32_bytes=everything,
         macs=sum(r.macs for r in rows),
         bops=round(sum(r.macs * r.w_bits * r.a_bits for r in rows)),
+        other_weights=others,
     )
 
 
-def _mean(rows: Sequence[LayerAccount], *, by_param: bool) -> float:
-    """Average weight bits; 32 of no layers."""
-    total = sum(r.weights if by_param else 1 for r in rows)
-    if not total:
+def other_weights(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
+    """Number of weights by name, of those that multiply in no layer of `names`: they stay in float.
+
+    Weights of attention, of recurrent, transposed and one-dimensional layers, of functional calls;
+    tables of positions too. A parameter that is a vector (a gain a channel) is none.
+    """
+    known = {id(tensor) for name in names for tensor in _tensors(model, name)}
+    owned = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, Quantizer))
+    return {
+        name: parameter.numel()
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in known
+        and not name.startswith(owned)
+        and sum(size > 1 for size in parameter.shape) > 1
+    }
+
+
+def _mean(rows: Sequence[LayerAccount], *, by_param: bool, in_float: int = 0) -> float:
+    """Average weight bits, with `in_float` more weights of 32 bits; 32 of no layers."""
+    counts = [r.weights if by_param else 1 for r in rows]
+    if not sum(counts):
         return float(FLOAT_BITS)
-    return sum(r.w_bits * (r.weights if by_param else 1) for r in rows) / total
+    quantized = sum(r.w_bits * count for r, count in zip(rows, counts, strict=True))
+    return (quantized + FLOAT_BITS * in_float) / (sum(counts) + in_float)
 
 
 def _account_layer(

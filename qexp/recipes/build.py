@@ -148,6 +148,13 @@ def make_network(
     layers = with_signs(trace(model, input_shape), signed or {})
     if is_float(cfg):
         return Network(model, layers, None, {}, [])
+    rule = str(cfg.bitwidth.get("first_last", "same"))
+    if rule != "same" and all(layer.position != "inner" for layer in layers):
+        raise ConfigError(
+            f"config: bitwidth={cfg.bitwidth.get('name')} would decide nothing: the model has no "
+            "convolution (2-D) or linear layer between its first and its last, for which "
+            f"bitwidth.first_last={rule} holds. Set bitwidth.first_last=same."
+        )
     policy = make_policy(cfg)
     staged = hasattr(policy, "bits_at")
     if staged and not trains(cfg.recipe):

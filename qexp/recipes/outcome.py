@@ -16,7 +16,7 @@ from torch import nn
 
 from qexp import plot
 from qexp.models.digest import weights_sha256
-from qexp.quant.accounting import account
+from qexp.quant.accounting import account, other_weights
 from qexp.quant.convert import quant_layers, quantizers
 from qexp.quant.quantizer import Identity
 from qexp.recipes import picture
@@ -42,6 +42,18 @@ def log_plan(run: Run, network: Network) -> None:
         width = "float" if swap.bits is None else f"W{swap.bits.weight}A{swap.bits.act}"
         signed = "signed" if swap.layer.signed else "unsigned"
         run.log(f"  {swap.layer.name:32s} {width:8s} {signed:8s} {swap.note}")
+    others = other_weights(network.model, [layer.name for layer in network.layers])
+    if others:
+        run.warn(stay_in_float(others))
+
+
+def stay_in_float(others: Mapping[str, int]) -> str:
+    """One line about the weights (number by name) that quantization does not reach."""
+    names = ", ".join([*others][:4]) + (", ..." if len(others) > 4 else "")
+    return (
+        f"{sum(others.values()):,} weights are in no convolution (2-D) or linear layer: they stay "
+        f"in float, and MACs and BOPs leave them out: {names}"
+    )
 
 
 def log_epoch(

@@ -21,6 +21,7 @@ from qexp.quant.accounting import Account, account
 from qexp.quant.fold import fold_bn_
 from qexp.recipes import build
 from qexp.recipes.cost import reconstruction, training
+from qexp.recipes.outcome import stay_in_float
 from qexp.recipes.precheck import nominal_bits, precheck, unsaved
 
 
@@ -43,6 +44,8 @@ def plan(cfg: DictConfig) -> str:
     lines = [f"plan: {cfg.quantizer.name}, {cfg.model.name} on {cfg.dataset.name}", ""]
     lines += _table(cost, network)
     lines += ["", *_totals(cost)]
+    if cost.other_weights and not build.is_float(cfg):
+        lines.append(f"float:    {stay_in_float(cost.other_weights)}")
     if data_policy:
         lines.append(
             f"bits:     nominal; the {cfg.bitwidth.name} policy decides with "
