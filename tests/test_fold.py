@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ import torchvision
 from torch import Tensor, nn
 
 from qexp.models.resnet import ResNet
-from qexp.quant.blocks import find_units
-from qexp.quant.fold import fold_bn_
+from qexp.quant.blocks import find_units, unfit
+from qexp.quant.fold import Fold, fold_bn_
 from qexp.quant.trace import trace
 
 MODELS = {
@@ -113,6 +114,53 @@ def test_convolutions_that_share_a_weight_are_not_folded() -> None:
     assert torch.equal(model(x), before)
 
 
+class Pointwise(nn.Conv2d):
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 1)
+
+
+class LooseNorm(nn.BatchNorm2d):
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, eps=1e-3)
+
+
+class NormAct(nn.BatchNorm2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).relu()
+
+
+@torch.no_grad()
+def test_subclasses_fold_where_they_compute_what_torchs_own_do() -> None:
+    parts = (Pointwise(3), nn.BatchNorm2d(3), Pointwise(3), LooseNorm(3), Pointwise(3), NormAct(3))
+    model = with_statistics(lambda: nn.Sequential(*parts))
+    x = torch.randn(2, 3, 5, 5)
+    before = model(x)
+    assert fold_bn_(model) == [
+        Fold("1", "0", "folded"),
+        Fold("3", "2", "folded"),
+        Fold("5", None, "it has a forward of its own"),
+    ]
+    torch.testing.assert_close(model(x), before)
+
+
+class TwoHeads(nn.Module):
+    """In training mode it gives two outputs and looks at values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.norm(self.conv(x))
+        return (y, y) if self.training and y.sum() > 0 else y
+
+
+def test_the_graph_is_that_of_eval_mode() -> None:
+    model = TwoHeads()
+    assert [fold.note for fold in fold_bn_(model)] == ["folded"]
+    assert model.training
+
+
 class Add(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return x + y
@@ -162,6 +210,23 @@ def test_a_parameter_that_is_added_makes_no_block(sliced: bool) -> None:
     layers = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     units = find_units(model, layers, "block")
     assert [u.name for u in units] == ["0.patch", "0.blocks.0", "0.blocks.1", "1"]
+
+
+class Halves(nn.Module):
+    """A block that is called, and the parts of one that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = Tokens(), Tokens()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b.down(self.b.up(self.a(x)))
+
+
+def test_a_block_that_is_never_called_is_no_unit() -> None:
+    model, images = Halves(), torch.zeros(2, 4, 3)
+    assert unfit(model, ["a", "b.up", "b.down"], images) == {}
+    assert unfit(model, ["a", "b"], images) == {"b": "is not called, only what is inside it"}
 
 
 class Branching(nn.Module):

@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -328,3 +329,85 @@ def test_weights_that_stay_in_float_are_said(qexp: Qexp, tmp_path: Path) -> None
     assert line in (tmp_path / "run" / "train.log").read_text()
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["other_weights"] == {"mix.weight": 16}
+
+
+class Looks(torch.nn.Module):
+    """Its forward depends on values."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.conv, self.fc = torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(4, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        return self.fc((y if y.sum() > 0 else -y).mean((2, 3)))
+
+
+class Part(torch.nn.Module):
+    """A residual block that can be called in unusual ways."""
+
+    def __init__(self, *, pair: bool) -> None:
+        super().__init__()
+        self.conv, self.pair = torch.nn.Conv2d(4, 4, 3, padding=1), pair
+
+    def forward(self, x: torch.Tensor, skip: torch.Tensor | None = None) -> Any:
+        y = self.conv(x) + (x if skip is None else skip)
+        return (y, x) if self.pair else y
+
+
+class Calls(torch.nn.Module):
+    """A block that gets or gives more than one tensor, by keyword, or not an image a row."""
+
+    def __init__(self, num_classes: int, how: str) -> None:
+        super().__init__()
+        self.stem, self.block = torch.nn.Conv2d(3, 4, 3), Part(pair=how == "tuple")
+        self.fc, self.how = torch.nn.Linear(4, num_classes), how
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        if self.how == "two":
+            x = self.block(x, x)
+        elif self.how == "keyword":
+            x = self.block(x=x)
+        elif self.how == "tuple":
+            x, _ = self.block(x)
+        else:
+            n, c, h, w = x.shape
+            halves = x.view(n, c, 2, h // 2, w).transpose(1, 2).reshape(2 * n, c, h // 2, w)
+            x = self.block(halves).view(n, 2, c, h // 2, w).transpose(1, 2).reshape(n, c, h, w)
+        return self.fc(x.mean((2, 3)))
+
+
+BY_LAYER = "on its own, from one tensor [N, ...] to one. Use *.reconstruct.granularity=layer."
+NOT_AT_ALL = "Use quantizer=nearest, which learns none, or recipe=qat with quantizer=lsq or another"
+UNFIT = {
+    "Looks": "model: Looks cannot be traced by torch.fx: *recipe=ptq folds batch norms by its*=qat",
+    "Calls +model.how=two": f"model: block 'block' takes 2 inputs, and*=qdrop learns it {BY_LAYER}",
+    "Calls +model.how=keyword": f"model: block 'block' is called with x=..., and*{BY_LAYER}",
+    "Calls +model.how=tuple": f"model: block 'block' gives a tuple, and*{BY_LAYER}",
+    "Calls +model.how=halves": f"model: block 'block' sees patches of an image*{NOT_AT_ALL}",
+}
+
+
+@pytest.mark.parametrize("words", UNFIT)
+def test_what_a_post_training_method_cannot_take_apart_is_refused_in_one_line(
+    qexp: Qexp, tmp_path: Path, words: str
+) -> None:
+    name, *more = words.split()
+    own = ("model=custom", f"model._target_=test_precheck.{name}", "+model.name=own", *more)
+    words_ = [w for w in TINY_PTQ if not w.startswith("model")]
+    for last in ("dry_run=false", "dry_run=true"):
+        said = qexp("train", *words_, "quantizer=qdrop", *own, last)
+        for part in UNFIT[words].split("*"):
+            assert part in said.err
+        assert len(said.err.splitlines()) == 1, said.err
+        assert said.code == 2
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_block_that_is_called_in_an_unusual_way_is_learned_by_layers(qexp: Qexp) -> None:
+    own = ("model=custom", "model._target_=test_precheck.Calls", "+model.name=own")
+    words = [w for w in TINY_PTQ if not w.startswith("model")]
+    by_layer = ("quantizer=qdrop", "quantizer.reconstruct.granularity=layer", "+model.how=two")
+    said = qexp("train", *words, *own, *by_layer, "model.checkpoint=none")
+    assert said.code == 0, said.err

@@ -1,16 +1,17 @@
 """The parts of a network that reconstruction works on one after another.
 
-A block is a module whose own forward adds two branches (a residual or inverted-residual block;
-a parameter that is added is no branch), or another instance of such a class: MobileNetV2's blocks of stride 2 have no shortcut and are blocks
-all the same. Blocks are read off the traced graph, so any network that torch.fx can trace has them.
-A layer outside all blocks, or every layer with `granularity: layer`, is a unit of its own. Its
-output is compared after the activation that reads it, when it is the only reader.
+A block is a module whose own forward adds two branches (a residual or inverted-residual block; a
+parameter that is added is no branch), or another instance of such a class: MobileNetV2's blocks of
+stride 2 have no shortcut and are blocks all the same. Blocks are read off the traced graph, so any
+network that torch.fx can trace has them. A layer outside all blocks, or every layer with
+`granularity: layer`, is a unit of its own. Its output is compared after the activation that reads
+it, when it is the only reader. A unit takes one tensor, a row an image, and gives one (`unfit`).
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -70,6 +71,45 @@ def find_units(model: nn.Module, layers: Sequence[str], granularity: Granularity
         grouped.setdefault(owner, []).append(layer)
     after = activations_after(model, graph)
     return [Unit(name, tuple(inside), after.get(name)) for name, inside in grouped.items()]
+
+
+@torch.no_grad()
+def unfit(model: nn.Module, names: Collection[str], images: Tensor) -> dict[str, str]:
+    """Modules that reconstruction cannot run on their own -> what they do, `takes 2 inputs`.
+
+    Args:
+        names: paths of modules, of units and their layers.
+        images: [N, C, H, W], a few of any content.
+    """
+    found = dict.fromkeys(names, "is not called, only what is inside it")
+    handles = []
+    for name in names:
+
+        def hook(module: nn.Module, args: Any, kwargs: Any, y: Any, name: str = name) -> None:
+            found[name] = _misfit(args, kwargs, y, len(images))
+
+        handles.append(model.get_submodule(name).register_forward_hook(hook, with_kwargs=True))
+    was_training = model.training
+    try:
+        model.eval()(images)
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    return {name: what for name, what in found.items() if what}
+
+
+def _misfit(args: Sequence[Any], kwargs: Mapping[str, Any], y: Any, images: int) -> str:
+    if kwargs:
+        return f"is called with {', '.join(kwargs)}=..."
+    if len(args) != 1:
+        return f"takes {len(args)} inputs"
+    for verb, value in (("takes", args[0]), ("gives", y)):
+        if not isinstance(value, Tensor):
+            return f"{verb} a {type(value).__name__}"
+    if not len(args[0]) == len(y) == images:
+        return "sees patches of an image, or tokens, in place of the batch"
+    return ""
 
 
 def find_blocks(model: nn.Module, graph: fx.Graph) -> list[str]:

@@ -7,8 +7,8 @@ In eval mode a batch norm is an affine map per channel, so conv followed by norm
 
 The pairs are read off the traced graph (torch.fx), not guessed from names or from the order of
 children: a norm is folded only where its input is the output of a convolution that nothing else
-reads, and where both modules run exactly once. The module tree and every name stay; a folded norm
-becomes `nn.Identity`.
+reads, where both modules run exactly once, and where the norm computes what torch's own does. The
+module tree and every name stay; a folded norm becomes `nn.Identity`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
+
+LEAVES = (nn.Conv2d, nn.Linear, nn.modules.batchnorm._BatchNorm)
 
 
 class Fold(NamedTuple):
@@ -27,15 +29,29 @@ class Fold(NamedTuple):
     note: str
 
 
+class _Tracer(fx.Tracer):
+    """Sees through everything but torch's own modules and subclasses of `LEAVES`."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, LEAVES) or super().is_leaf_module(m, module_qualified_name)
+
+
 def trace_graph(model: nn.Module) -> fx.Graph:
-    """The graph of `model` in torch.fx, or ValueError if its forward cannot be traced."""
+    """The graph of `model` in eval mode in torch.fx.
+
+    Raises:
+        ValueError: its forward cannot be traced.
+    """
+    was_training = model.training
     try:
-        return fx.Tracer().trace(model)
+        return _Tracer().trace(model.eval())
     except Exception as error:  # fx raises whatever the forward does with a proxy
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"{type(model).__name__} cannot be traced by torch.fx: {reason}"
         ) from error
+    finally:
+        model.train(was_training)
 
 
 def calls(graph: fx.Graph) -> dict[str, int]:
@@ -76,6 +92,8 @@ def fold_bn_(model: nn.Module) -> list[Fold]:
             report.append(Fold(name, None, f"{source.target} shares its weight"))
         elif "weight" not in conv._parameters:  # weight_norm and the like: what is scaled is lost
             report.append(Fold(name, None, f"{source.target} computes its weight in each pass"))
+        elif type(modules[name]).forward is not nn.BatchNorm2d.forward:
+            report.append(Fold(name, None, "it has a forward of its own"))
         elif modules[name].running_var is None:
             report.append(Fold(name, None, "no running statistics"))
         else:

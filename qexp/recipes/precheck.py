@@ -28,6 +28,7 @@ from qexp.recipes import build
 from qexp.recipes.handover import checkpoint_file, load_folded, read_ptq
 from qexp.recipes.logits import giving_logits, run_in_training_mode, trained
 from qexp.recipes.start import check_from_ptq, check_teacher
+from qexp.recipes.units import check_units
 from qexp.runner.distributed import launched
 from qexp.runner.resuming import CHECKPOINT
 from qexp.signature import unknown_key
@@ -81,6 +82,8 @@ def precheck(cfg: DictConfig, data: Sizes | None = None) -> None:
                 f"{shape}: {reason}."
             ) from error
         check_files(cfg, model)
+        if not build.trains(cfg.recipe):
+            check_units(cfg, model, layers, sizes.input_shape)
         bits = None if build.is_float(cfg) else nominal_bits(cfg, layers)
         context = {"epoch": 0, "epochs": cfg.recipe.get("epochs", 1)}
         try:

@@ -23,13 +23,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from qexp.errors import ConfigError, one_line
+from qexp.errors import ConfigError
 from qexp.quant.blocks import find_blocks
 from qexp.quant.convert import quant_layers
-from qexp.quant.modules import QUANT_LAYERS
+from qexp.quant.fold import trace_graph
 
 MODES = ("all", "inputs", "blocks")
 
@@ -45,11 +45,10 @@ def save_less_(model: nn.Module, saved: str) -> None:
     if saved != "blocks":
         return
     try:
-        blocks = find_blocks(model, _Tracer().trace(model))
-    except Exception as error:  # fx raises whatever the forward does with a proxy
+        blocks = find_blocks(model, trace_graph(model))
+    except ValueError as error:
         raise ConfigError(
-            f"config: saved=blocks needs residual blocks, and torch.fx cannot trace the network "
-            f"({one_line(error)}). Use saved=inputs."
+            f"config: saved=blocks needs residual blocks: {error}. Use saved=inputs."
         ) from error
     if not blocks:
         raise ConfigError("config: saved=blocks, but the network has none. Use saved=inputs.")
@@ -75,13 +74,6 @@ def kept_bytes(model: nn.Module, step: Callable[[], None]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         step()
     return sum(kept.values())
-
-
-class _Tracer(fx.Tracer):
-    """Sees through everything but torch's own modules and quantized layers."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, QUANT_LAYERS) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _checkpointed(block: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -18,11 +18,14 @@ from omegaconf import DictConfig
 from torch import nn
 from tqdm import tqdm
 
-from qexp.quant.blocks import Unit, find_units
+from qexp.errors import ConfigError
+from qexp.quant.blocks import Unit, find_units, unfit
 from qexp.quant.cache import Store
 from qexp.quant.convert import calibrate_, quant_layers
+from qexp.quant.fold import trace_graph
 from qexp.quant.plan import Method, Pass
 from qexp.quant.reconstruct import Data, reconstruct_unit
+from qexp.quant.trace import Layer
 from qexp.recipes import build
 from qexp.recipes.outcome import minutes
 from qexp.recipes.ptq_settings import Settings
@@ -37,6 +40,44 @@ def units_of(method: Method, reference: nn.Module, network: build.Network) -> li
     """The parts that `method` learns one by one, in execution order."""
     assert method.granularity != "none"
     return find_units(reference, [layer.name for layer in network.layers], method.granularity)
+
+
+def check_units(
+    cfg: DictConfig, model: nn.Module, layers: Sequence[Layer], input_shape: Sequence[int]
+) -> None:
+    """Refuse a network that post-training quantization cannot take apart.
+
+    Args:
+        model: the float network that `layers` was traced from.
+        input_shape: [C, H, W] of one image.
+
+    Raises:
+        ConfigError: torch.fx cannot trace it, or a unit cannot be learned on its own.
+    """
+    training = "recipe=qat with quantizer=lsq or another that trains"
+    try:
+        trace_graph(model)
+    except ValueError as error:
+        raise ConfigError(
+            f"model: {error}. recipe={cfg.recipe.get('name')} folds batch norms by its graph. "
+            f"Use {training}, which needs none."
+        ) from error
+    method = build.make_method(cfg)
+    if method.granularity == "none":
+        return
+    names = [layer.name for layer in layers]
+    units = [unit.name for unit in find_units(model, names, method.granularity)]
+    images = torch.zeros(2, *input_shape).to(next(model.parameters()))
+    wrong = unfit(model, {*units, *names}, images)
+    if name := next((unit for unit in units if unit in wrong), None):
+        kind = "layer" if name in names else "block"
+        instead = f"quantizer=nearest, which learns none, or {training}"
+        if not any(layer in wrong for layer in names):
+            instead = "quantizer.reconstruct.granularity=layer"
+        raise ConfigError(
+            f"model: {kind} '{name}' {wrong[name]}, and quantizer={cfg.quantizer.name} learns it "
+            f"on its own, from one tensor [N, ...] to one. Use {instead}."
+        )
 
 
 def cache_bytes(s: Settings, device: torch.device) -> float:
