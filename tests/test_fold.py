@@ -161,6 +161,29 @@ def test_the_graph_is_that_of_eval_mode() -> None:
     assert model.training
 
 
+class TwoNames(nn.Module):
+    """Layers that are attributes and parts of a Sequential; a norm that is called by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.features = nn.Sequential(self.conv, self.norm)
+        self.last, self.last_norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last_norm(input=self.last(self.features(x)))
+
+
+@torch.no_grad()
+def test_a_norm_of_two_names_or_called_by_keyword_is_folded() -> None:
+    model = with_statistics(TwoNames)
+    x = torch.randn(2, 3, 5, 5)
+    before = model(x)
+    assert [fold.note for fold in fold_bn_(model)] == ["folded", "folded"]
+    assert model.norm is model.features[1]
+    torch.testing.assert_close(model(x), before)
+
+
 class Add(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return x + y

@@ -199,7 +199,32 @@ def not_built(num_classes: int) -> None:
     raise KeyError("width")
 
 
+class Kept(torch.nn.Module):
+    """Layers of two names, that its forward takes from a Sequential or a list."""
+
+    def __init__(self, num_classes: int, place: str, padding: str | int = 0) -> None:
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 4, 3)
+        self.conv, self.norm = torch.nn.Conv2d(4, 4, 3, padding=padding), torch.nn.BatchNorm2d(4)
+        self.fc, self.place = torch.nn.Linear(4, num_classes), place
+        self.order = [self.conv, self.norm]
+        self.features = torch.nn.Sequential(*self.order)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.stem(x)
+        if self.place == "keyword":
+            y = self.conv(input=y)
+        elif self.place == "list":
+            for part in self.order:
+                y = part(y)
+        else:
+            y = self.features(y)
+        return self.fc(y.relu().mean((2, 3)))
+
+
 CUSTOM = {
+    "Kept +model.place=list": "model: layer 'conv' is not called as the attribute that it is: the",
+    "Kept +model.place=keyword": "model: layer 'conv' is called with its input by keyword. Call it",
     "no_module": "config: model._target_=test_precheck.no_module returns a dict, no nn.Module.",
     "not_built": "config: model 'own' cannot be built: KeyError: 'width'.",
     "NoParameters": "config: model 'own' has no parameters: there is nothing to train or quantize.",
@@ -381,6 +406,9 @@ class Calls(torch.nn.Module):
 BY_LAYER = "on its own, from one tensor [N, ...] to one. Use *.reconstruct.granularity=layer."
 NOT_AT_ALL = "Use quantizer=nearest, which learns none, or recipe=qat with quantizer=lsq or another"
 UNFIT = {
+    "Kept +model.place=features +model.padding=same quantizer=aquant": (
+        "model: layer 'conv' has padding 'same', and AQuant of*Use quantizer.act.per=channel, or"
+    ),
     "Looks": "model: Looks cannot be traced by torch.fx: *recipe=ptq folds batch norms by its*=qat",
     "Calls +model.how=two": f"model: block 'block' takes 2 inputs, and*=qdrop learns it {BY_LAYER}",
     "Calls +model.how=keyword": f"model: block 'block' is called with x=..., and*{BY_LAYER}",
@@ -397,7 +425,8 @@ def test_what_a_post_training_method_cannot_take_apart_is_refused_in_one_line(
     own = ("model=custom", f"model._target_=test_precheck.{name}", "+model.name=own", *more)
     words_ = [w for w in TINY_PTQ if not w.startswith("model")]
     for last in ("dry_run=false", "dry_run=true"):
-        said = qexp("train", *words_, "quantizer=qdrop", *own, last)
+        method = () if "quantizer=aquant" in more else ("quantizer=qdrop",)
+        said = qexp("train", *words_, *method, *own, last)
         for part in UNFIT[words].split("*"):
             assert part in said.err
         assert len(said.err.splitlines()) == 1, said.err
@@ -411,3 +440,19 @@ def test_a_block_that_is_called_in_an_unusual_way_is_learned_by_layers(qexp: Qex
     by_layer = ("quantizer=qdrop", "quantizer.reconstruct.granularity=layer", "+model.how=two")
     said = qexp("train", *words, *own, *by_layer, "model.checkpoint=none")
     assert said.code == 0, said.err
+
+
+@pytest.mark.parametrize("base", [TINY, TINY_PTQ], ids=["qat", "ptq"])
+def test_a_layer_of_two_names_is_quantized_under_both(
+    qexp: Qexp, tmp_path: Path, base: tuple[str, ...]
+) -> None:
+    own = ("model=custom", "model._target_=test_precheck.Kept", "+model.name=own")
+    words = [w for w in base if not w.startswith("model")]
+    method = ("quantizer=lsq", "recipe.epochs=1") if base is TINY else ("quantizer=qdrop",)
+    more = ("+model.place=features", "model.checkpoint=none", "folder=own")
+    said = qexp("train", *words, *own, *method, *more)
+    assert said.code == 0, said.err
+    top1 = json.loads((tmp_path / "own" / "result.json").read_text())["top1"]
+    said = qexp("eval", "run=own")
+    assert said.code == 0, said.err
+    assert f"{top1:.2f}" in said.out

@@ -13,6 +13,7 @@ from torch import nn
 
 from qexp.errors import ConfigError
 from qexp.quant.modules import QUANT_LAYERS
+from qexp.quant.quantizer import Quantizer
 
 
 def check_layers(model: nn.Module, names: Sequence[str]) -> None:
@@ -38,6 +39,23 @@ def check_layers(model: nn.Module, names: Sequence[str]) -> None:
                 f"model: layers '{owner}' and '{name}' share one weight, which each would quantize "
                 "for itself. Give each its own weight, or leave one in float (bitwidth=pattern)."
             )
+
+
+def check_padding(name: str, module: nn.Module, act: Quantizer) -> None:
+    """Refuse paddings that quantizers of columns do not know: they see it, and take it for zeros.
+
+    Raises:
+        ConfigError: another padding than a number of zeros.
+    """
+    if not (act.on_columns and isinstance(module, nn.Conv2d)):
+        return
+    if module.padding_mode != "zeros" or isinstance(module.padding, str):
+        given = module.padding if module.padding_mode == "zeros" else module.padding_mode
+        raise ConfigError(
+            f"model: layer '{name}' has padding '{given}', and {type(act).__name__} of each row "
+            "needs zeros, given as integers. Use quantizer.act.per=channel, or pad in a module "
+            "before the layer (nn.ReflectionPad2d)."
+        )
 
 
 def _refuse_computed_weight(name: str, module: nn.Module) -> None:

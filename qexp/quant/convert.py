@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from qexp.quant.check import check_layers
+from qexp.quant.check import check_layers, check_padding
 from qexp.quant.modules import (
     QUANT_LAYERS,
     QuantConv2d,
@@ -82,6 +82,7 @@ def quantize_(
             continue
         module = model.get_submodule(layer.name)
         wq, aq = make_quantizers(layer, widths, weight, act, outer_weight, outer_act)
+        check_padding(layer.name, module, aq)
         if isinstance(module, nn.Conv2d):
             twin: QuantLayer = QuantConv2d.from_float(module, wq, aq)
         elif isinstance(module, nn.Linear):
@@ -89,7 +90,7 @@ def quantize_(
         else:
             raise ValueError(f"layer '{layer.name}' is a {type(module).__name__}")
         twin.to(module.weight.device)
-        _replace(model, layer.name, twin)
+        replace_(model, layer.name, twin)
         report.append(Swap(layer, widths, type(wq).__name__ + " / " + type(aq).__name__))
     leave_fast_path_(model)
     return report
@@ -129,7 +130,7 @@ def unquantize_(model: nn.Module) -> nn.Module:
         twin.__dict__ = {k: v for k, v in module.__dict__.items() if k not in _OWN}
         twin._modules = {k: v for k, v in module._modules.items() if k not in _OWN}
         twin._parameters = {**module._parameters}
-        _replace(model, name, twin)
+        replace_(model, name, twin)
     return model
 
 
@@ -138,9 +139,13 @@ _OWN = {
 }  # fmt: skip
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+def replace_(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` in the place of the one called `name`, under every name that it has."""
+    old = model.get_submodule(name)
+    for parent in list(model.modules()):
+        for child, found in list(parent._modules.items()):
+            if found is old:
+                setattr(parent, child, module)
 
 
 def quant_layers(model: nn.Module) -> dict[str, QuantLayer]:

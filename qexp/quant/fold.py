@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
+from qexp.quant.convert import replace_
+
 LEAVES = (nn.Conv2d, nn.Linear, nn.modules.batchnorm._BatchNorm)
 
 
@@ -80,7 +82,7 @@ def fold_bn_(model: nn.Module) -> list[Fold]:
         if node.op != "call_module" or not isinstance(modules[str(node.target)], nn.BatchNorm2d):
             continue
         name = str(node.target)
-        source = node.args[0]
+        (source,) = node.all_input_nodes
         conv = modules.get(str(source.target)) if source.op == "call_module" else None
         if not isinstance(conv, nn.Conv2d):
             report.append(Fold(name, None, "its input is not a convolution"))
@@ -98,8 +100,7 @@ def fold_bn_(model: nn.Module) -> list[Fold]:
             report.append(Fold(name, None, "no running statistics"))
         else:
             _fold(conv, modules[name])
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, nn.Identity())
+            replace_(model, name, nn.Identity())
             report.append(Fold(name, str(source.target), "folded"))
     return report
 

@@ -65,6 +65,11 @@ def trace(model: nn.Module, input_shape: Sequence[int], batch: int = 2) -> list[
 
     def hook(name: str) -> object:
         def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if not inputs:
+                raise ConfigError(
+                    f"model: layer '{name}' is called with its input by keyword. Call it by "
+                    f"position: self.{name}(x)."
+                )
             if name in seen:
                 raise ConfigError(
                     f"model: layer '{name}' runs more than once in a forward pass. One step for "

@@ -21,7 +21,7 @@ from qexp.data.sampling import steps_in_epoch
 from qexp.errors import CheckpointError, ConfigError, QexpError, one_line
 from qexp.models.load import check_weights
 from qexp.quant.bitwidth import Uniform
-from qexp.quant.convert import Bits, quant_layers
+from qexp.quant.convert import Bits, float_operands, quant_layers
 from qexp.quant.plan import Schedule
 from qexp.quant.trace import Layer, trace
 from qexp.recipes import build
@@ -91,9 +91,27 @@ def precheck(cfg: DictConfig, data: Sizes | None = None) -> None:
         except ValueError as error:  # a quantizer that has no such width
             raise ConfigError(f"config: quantizer={cfg.quantizer.name}: {error}.") from error
         _rates(cfg, model)
+        _check_quantized_layers_run(model, sizes.input_shape)
     if build.trains(cfg.recipe):
         steps_in_epoch(sizes.train_size, cfg.recipe.batch_size, launched().size)
     _enough_images(cfg, sizes.train_size)
+
+
+@torch.no_grad()
+def _check_quantized_layers_run(model: nn.Module, input_shape: Sequence[int]) -> None:
+    """Refuse a network whose forward still calls a float layer that was swapped."""
+    called: set[nn.Module] = set()  # a swapped layer's float twin has the same hooks
+    layers = quant_layers(model)
+    for layer in layers.values():
+        layer.register_forward_pre_hook(lambda module, inputs: called.add(module))
+    with float_operands(model):
+        model.eval()(torch.zeros(2, *input_shape).to(next(model.parameters())))
+    if missing := [name for name, layer in layers.items() if layer not in called]:
+        raise ConfigError(
+            f"model: layer '{missing[0]}' is not called as the attribute that it is: the network "
+            "keeps it in a list or a variable of its own too, which quantization does not change. "
+            f"Call self.{missing[0]}, or keep it in an nn.ModuleList."
+        )
 
 
 def check_files(cfg: DictConfig, model: nn.Module) -> None:

@@ -31,10 +31,10 @@ from qexp.quant.convert import (
     calibrate_,
     check_calibrated,
     float_operands,
-    quant_layers,
     quantizers,
 )
 from qexp.quant.fold import fold_bn_
+from qexp.quant.modules import QUANT_LAYERS
 from qexp.quant.plan import passes
 from qexp.quant.reconstruct import Data
 from qexp.recipes import build, outcome, settings
@@ -172,13 +172,12 @@ def float_state(model: nn.Module) -> dict[str, Tensor]:
     Each weight with learned rounding is the one nearest to the original that round-to-nearest
     maps to the learned code; everything else is as it is.
     """
-    layers = quant_layers(model)
     state = {
         name: value
         for name, value in model.state_dict().items()
         if ".weight_quantizer." not in name and ".act_quantizer." not in name
     }
-    for name, layer in layers.items():
-        if isinstance(layer.weight_quantizer, AdaRound):
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if isinstance(layer, QUANT_LAYERS) and isinstance(layer.weight_quantizer, AdaRound):
             state[f"{name}.weight"] = layer.weight_quantizer.latent(layer.weight)
     return state
