@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from compose import TINY, TINY_PTQ, tiny
 from conftest import Qexp
 
@@ -174,7 +175,7 @@ class Gives(torch.nn.Module):
         super().__init__()
         outputs = {"more": num_classes + 3, "fewer": num_classes - 1, "one": 1}
         self.norm = torch.nn.BatchNorm2d(3)
-        self.hidden = torch.nn.Linear(3, 3)
+        self.hidden = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
         self.fc, self.output = torch.nn.Linear(3, outputs.get(output, num_classes)), output
 
     def forward(self, x: torch.Tensor) -> object:
@@ -184,6 +185,7 @@ class Gives(torch.nn.Module):
             "dict": {"logits": y},
             "none": None,
             "map": y[:, :, None, None],
+            "hard": F.hardsigmoid(y),
             "aux": (y, y) if self.training else y,
         }
         if self.output == "raises" and self.training:
@@ -239,6 +241,9 @@ CUSTOM = {
     "Gives +model.output=one": "an output of shape [2, 1] in evaluation mode, not logits of shape",
     "Gives +model.output=map": "an output of shape [2, 4, 1, 1] in evaluation mode, not logits of",
     "Gives +model.output=raises": "cannot be trained on 2 images of 3x8x8: KeyError: 'labels'.",
+    "Gives +model.output=hard bitwidth=sensitivity bitwidth.images=8": (
+        "config: bitwidth=sensitivity: metric=hutchinson takes second derivatives"
+    ),
     "Gives +model.output=aux": (
         "config: model=own gives an output of type tuple in training mode, not logits of shape "
         "[2, 4]. Return the logits alone, without auxiliary heads"

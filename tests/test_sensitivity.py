@@ -126,6 +126,50 @@ def test_hutchinson_repeats_for_a_seed_and_leaves_the_network_as_it_was() -> Non
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+class Attention(nn.Module):
+    """Tokens of an image, one head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.qkv = nn.Conv2d(3, 4, 4, stride=4), nn.Linear(4, 12)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.patch(x).flatten(2).transpose(1, 2)).chunk(3, 2)
+        return self.head(F.scaled_dot_product_attention(q, k, v).mean(1))
+
+
+def test_hutchinson_measures_attention_and_leaves_it_its_kernels() -> None:
+    torch.manual_seed(0)
+    model = Attention()
+    policy, _, layers = assign(model, metric="hutchinson")
+    assert policy.omega["qkv"][2] > 0
+    policy.check_metric(layers, model, torch.randn(1, 3, 8, 8))
+    q = torch.randn(1, 1, 4, 4, requires_grad=True)
+    name = F.scaled_dot_product_attention(q, q, q).grad_fn.name()  # type: ignore[union-attr]
+    assert "Flash" in name
+
+
+def test_an_operation_without_second_derivative_is_named_before_any_data() -> None:
+    model = nn.Sequential(*network(), nn.Hardsigmoid())
+    layers = trace(model, (3, 8, 8))
+    image = torch.randn(1, 3, 8, 8)
+    message = r"second derivatives .*hardsigmoid.*; use bitwidth\.metric=fisher"
+    with pytest.raises(ValueError, match=message):
+        Sensitivity(budget=3).check_metric(layers, model, image)
+    with pytest.raises(ValueError, match=message):
+        assign(model)
+    for fine in ({"metric": "fisher"}, {"allocation": "uniform"}):
+        Sensitivity(budget=3, **fine).check_metric(layers, model, image)  # type: ignore[arg-type]
+
+
+def test_a_network_without_inner_layers_has_no_bits_to_choose() -> None:
+    layers = trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)), (4,))
+    with pytest.raises(ValueError, match="no layer lies between the first and the last"):
+        Sensitivity(budget=3, metric="size").check(layers)
+    Sensitivity(budget=3, metric="size", first_last="same").check(layers)
+
+
 def test_hutchinson_traces_each_layers_own_block_of_the_hessian() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))

@@ -21,7 +21,14 @@ from qexp.errors import RunError
 from qexp.quant.allocate import BudgetKind, Method, allocate, operand_cost, tied
 from qexp.quant.bitwidth import FirstLast, check_bits, check_first_last, format_bits, layer_bits
 from qexp.quant.convert import Bits, QuantizerFactory
-from qexp.quant.sensitivity import Omega, fisher, hutchinson, loss_increase, size_only
+from qexp.quant.sensitivity import (
+    Omega,
+    check_second_derivatives,
+    fisher,
+    hutchinson,
+    loss_increase,
+    size_only,
+)
 from qexp.quant.trace import Layer
 
 UNITS = {
@@ -131,14 +138,30 @@ class Sensitivity:
         """What can be found wrong without data; writes nothing.
 
         Raises:
-            ValueError: a budget below the fewest bits, or no folder to save in.
+            ValueError: no layer to choose bits for, a budget below the fewest bits, or no folder
+                to save in.
         """
         self._allocate(layers, "uniform")
         if self.save and not Path(self.save).parent.is_dir():
             raise ValueError(f"save={self.save}: there is no folder {Path(self.save).parent}")
 
+    def check_metric(self, layers: Sequence[Layer], model: nn.Module, images: Tensor) -> None:
+        """What the metric cannot measure of a network, found on any images, [N, C, H, W].
+
+        Raises:
+            ValueError: second derivatives that it needs and torch does not have.
+        """
+        if self.needs_data and self.metric == "hutchinson":
+            check_second_derivatives(model, self._free(layers), images)
+
     def _free(self, layers: Sequence[Layer]) -> list[Layer]:
-        return [x for x in layers if x.position == "inner" or self.first_last == "same"]
+        free = [x for x in layers if x.position == "inner" or self.first_last == "same"]
+        if not free:
+            raise ValueError(
+                "no layer lies between the first and the last, so there are no bits to choose; use "
+                "bitwidth.first_last=same or bitwidth=uniform"
+            )
+        return free
 
     def _fixed(self, layers: Sequence[Layer]) -> dict[str, Bits]:
         """The bits of the layers that are not chosen."""

@@ -40,6 +40,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qexp.quant.convert import QuantizerFactory
 from qexp.quant.trace import Layer
@@ -67,6 +68,40 @@ def _differentiable(model: nn.Module, layers: Sequence[Layer]) -> Iterator[list[
             w.requires_grad_(before)
 
 
+@contextmanager
+def _twice_differentiable() -> Iterator[None]:
+    """Attention in matrix products, its one form with a second derivative, inside the block.
+
+    Raises:
+        ValueError: another operation has none.
+    """
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        if "derivative for" not in text and "differentiate twice" not in text:
+            raise
+        raise ValueError(
+            f"metric=hutchinson takes second derivatives of the network ({text}); use "
+            "bitwidth.metric=fisher"
+        ) from error
+
+
+def check_second_derivatives(model: nn.Module, layers: Sequence[Layer], images: Tensor) -> None:
+    """Take second derivatives once, for all layers together.
+
+    Shape: images [N, C, H, W].
+
+    Raises:
+        ValueError: an operation of the network has none.
+    """
+    with _differentiable(model, layers) as weights, _twice_differentiable():
+        loss = F.cross_entropy(model(images), torch.zeros(len(images), dtype=torch.int64))
+        grads = torch.autograd.grad(loss, weights, create_graph=True)
+        torch.autograd.grad([g.sum() for g in grads], weights, allow_unused=True)
+
+
 def hutchinson_trace(
     model: nn.Module,
     layers: Sequence[Layer],
@@ -84,11 +119,14 @@ def hutchinson_trace(
         chunk: images a pass. Memory grows with it.
 
     Shape: images [N, C, H, W], labels [N]. Source: HAWQ-V2, Hutchinson's algorithm.
+
+    Raises:
+        ValueError: an operation of the network has no second derivative.
     """
     # Drawn on the CPU, so that a seed means the same on every device.
     generator = torch.Generator().manual_seed(seed)
     each = math.ceil(probes / math.ceil(len(images) / chunk))
-    with _differentiable(model, layers) as weights:
+    with _differentiable(model, layers) as weights, _twice_differentiable():
         total = torch.zeros(len(weights), dtype=torch.float64, device=images.device)
         for x, y in zip(images.split(chunk), labels.split(chunk), strict=True):
             loss = F.cross_entropy(model(x), y, reduction="sum") / len(images)

@@ -85,6 +85,7 @@ def precheck(cfg: DictConfig, data: Sizes | None = None) -> None:
         if not build.trains(cfg.recipe):
             check_units(cfg, model, layers, sizes.input_shape)
         bits = None if build.is_float(cfg) else nominal_bits(cfg, layers)
+        check_metric(cfg, model, layers, sizes.input_shape)
         context = {"epoch": 0, "epochs": cfg.recipe.get("epochs", 1)}
         try:
             build.make_network(unsaved(cfg), model, sizes.input_shape, context=context, bits=bits)
@@ -165,6 +166,22 @@ def nominal_bits(cfg: DictConfig, layers: Sequence[Layer]) -> dict[str, Bits] | 
     if not policy.needs_data:
         return None
     return Uniform(cfg.bits, cfg.bits, cfg.bitwidth.first_last).assign(layers)
+
+
+def check_metric(
+    cfg: DictConfig, model: nn.Module, layers: Sequence[Layer], input_shape: tuple[int, ...]
+) -> None:
+    """Refuse a policy whose metric cannot be had of `model`.
+
+    Raises:
+        ConfigError: so.
+    """
+    if build.is_float(cfg):
+        return
+    policy = build.make_policy(cfg)
+    if hasattr(policy, "check_metric"):
+        with build.policy_errors(cfg):
+            policy.check_metric(layers, model, torch.randn(1, *input_shape))
 
 
 def unsaved(cfg: DictConfig) -> DictConfig:
