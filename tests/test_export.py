@@ -380,6 +380,31 @@ def test_a_users_model_may_have_lists_and_larger_numbers() -> None:
             parse(changed(packed, target="mine.Net", keywords=wrong))
 
 
+class Constants(nn.Module):
+    """A network that multiplies by what its constructor made and no state holds."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, num_classes)
+        self.register_buffer("shrink", 0.5 * torch.ones(1, 4, 1, 1), persistent=False)
+        self.thrice = torch.full((4,), 3.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc((self.conv(x) * self.shrink).mean((2, 3)) * self.thrice)
+
+
+def test_a_trusted_model_keeps_the_constants_of_its_constructor() -> None:
+    torch.manual_seed(0)
+    model = Constants(10).eval()
+    layers = trace(model, SHAPE)
+    quantize_(model, layers, {layer.name: Bits(4, 4) for layer in layers}, LSQ, LSQ)
+    calibrate_(model, images())
+    text = changed(packed_of(model), target=f"{__name__}.Constants", keywords={})
+    restored = restore(Packed(parse(text), packed_of(model).tensors), trust=True)
+    with torch.no_grad():
+        assert torch.equal(restored(images()), model(images()))
+
+
 def test_a_code_beyond_the_levels_is_refused() -> None:
     packed = packed_of(network("adq"))  # 15 levels in 4 bits
     name = next(e.name for e in packed.header.layers[1:])

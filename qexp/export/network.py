@@ -1,15 +1,16 @@
 """From a packed file to a network that runs, without trusting the file.
 
 What a header may name: the models of this package and torchvision's classifiers, unless the caller
-opts in to any importable one. The network is built without storage first (`meta`), so that its
-size is compared with the tensors at hand before a byte of it is allocated; keywords are scalars of
-bounded size (`header.py`).
+opts in to any importable one. A network that a file may name is built without storage first
+(`meta`), so that its size is compared with the tensors at hand before a byte of it is allocated;
+keywords are scalars of bounded size (`header.py`). A trusted one is built as in training: it may
+hold tensors of its constructor that are in no state.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -115,11 +116,11 @@ def restore(packed: Packed, *, trust: bool = False) -> nn.Module:
 
 
 def _bare(header: Header) -> nn.Module:
-    """The float network without storage."""
+    """The float network; without storage unless the caller's trust is needed for it."""
     node = {**header.keywords, "_target_": header.target}
     with _refusing("the model"):
         try:
-            with _WithoutStorage():
+            with _WithoutStorage() if allowed(header.target) else nullcontext():
                 return build_model(node, header.num_classes, header.input_shape[0])
         except ConfigError as error:
             raise FormatError(f"the model cannot be built ({_short(error)})") from error
