@@ -74,6 +74,7 @@ class InPlace(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(3, 8, 3)
         self.linear = nn.Linear(8, num_classes)
+        self.flatten = nn.Flatten(1, 2 if way == "flatten rows" else -1)
         self.way = way
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,6 +83,8 @@ class InPlace(nn.Module):
             y = nn.functional.relu(y, inplace=True) + y
         elif self.way == "alpha":
             y = torch.add(y, y, alpha=2)
+        elif self.way.startswith("flatten"):
+            return self.linear(self.flatten(y.mean((2, 3), keepdim=True)).flatten(1))
         elif self.way == "alone":
             y = nn.functional.relu(y, inplace=True)
         return self.linear(y.mean((2, 3)))
@@ -92,6 +95,8 @@ class InPlace(nn.Module):
     [
         ("relu read again", "'relu' changes in place what 'conv' gave"),
         ("alpha", "format=onnx does not know .*alpha"),
+        ("flatten rows", "format=onnx does not know Flatten"),
+        ("flatten all", ""),
         ("alone", ""),
     ],
 )

@@ -102,7 +102,7 @@ class Writer:
             return graph.op("MaxPool", x, kernel_shape=kernel, strides=stride, pads=pad * 2)
         if isinstance(module, nn.AdaptiveAvgPool2d) and _pair(module.output_size) == [1, 1]:
             return graph.op("GlobalAveragePool", x)
-        if isinstance(module, nn.Flatten) and module.start_dim == 1:
+        if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1):
             return graph.op("Flatten", x)
         raise _unknown(type(module).__name__)
 
