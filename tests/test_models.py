@@ -117,6 +117,10 @@ def test_resnet_compiles_into_one_graph_equal_to_eager() -> None:
     torch.testing.assert_close(compiled(x), model(x))
 
 
+def outputs(classes: int, hidden: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(3, hidden), nn.Linear(hidden, classes))
+
+
 BAD = [
     ({"_target_": "qexp.models.resnet.ResNet", "depth": 21}, 3, r"depth=21 is not 6n \+ 2"),
     ({"_target_": "qexp.models.resnet.ResNet", "depth": 2}, 3, r"depth=2 is not 6n \+ 2"),
@@ -127,7 +131,16 @@ BAD = [
     ({"_target_": "qexp.models.resnet.ResNett"}, 3, "no model 'ResNett'. Did you mean 'ResNet'"),
     ({"_target_": "nowhere.net"}, 3, "cannot be imported"),
     ({"_target_": "net"}, 3, "is not package.module.name"),
-    ({"_target_": "torchvision.models.resnet18"}, 1, "takes images of 3 channels, .* has 1"),
+    (
+        {"_target_": "torchvision.models.resnet18"},
+        1,
+        "takes images of 3 channels, .* has 1. Give torchvision.models.resnet18 a keyword in_chan",
+    ),
+    (
+        {"_target_": "test_models.outputs", "hidden": 3},
+        3,
+        "test_models.outputs does not take num_classes, .* Give it that keyword",
+    ),
     (
         {"_target_": "torchvision.models.resnet18", "weights": "IMAGENET1K_V1"},
         3,

@@ -79,9 +79,14 @@ def build_model(model: Mapping[str, Any], num_classes: int, in_channels: int) ->
     elif in_channels != 3:
         raise ConfigError(
             f"config: model '{name}' takes images of 3 channels, the data set has {in_channels}. "
-            "Use model=resnet8, or another data set."
+            f"Give {model['_target_']} a keyword in_channels, or use model=resnet8."
         )
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if "num_classes" not in parameters and not open_ended:
+        raise ConfigError(
+            f"config: {model['_target_']} does not take num_classes, the number of outputs. "
+            "Give it that keyword, or name a function that passes it on."
+        )
     for key in keywords:
         if key not in parameters and not open_ended:
             hint = did_you_mean(key, parameters)
