@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from qexp import config
 from qexp.errors import ConfigError, RunError
+from qexp.models.resnet import ResNet
 from qexp.quant.convert import Bits, quant_layers, quantize_
 from qexp.quant.fold import fold_bn_
 from qexp.quant.nearest import Nearest
@@ -133,6 +134,30 @@ def test_a_run_stopped_before_its_result_does_not_correct_twice(
         assert resumed[key] == whole[key]
     for key in ("bias_shifts", "fold_error", "worse_than_start"):
         assert resumed["reconstruction"][key] == whole["reconstruction"][key]
+
+
+def test_a_resume_does_not_go_on_from_another_float_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "w.pt"
+    torch.save(ResNet(8, 4, width=0.25).state_dict(), path)
+    mine = path.read_bytes()
+    cfg = tiny(tmp_path, "quantizer=brecq", f"model.checkpoint={path}")
+    real = checkpoint.save
+
+    def save_then_stop(place: Path, state: dict[str, Any]) -> None:
+        real(place, state)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", save_then_stop)
+        with pytest.raises(KeyboardInterrupt):
+            quantized(cfg)
+    torch.save(ResNet(8, 4, width=0.25).state_dict(), path)
+    with pytest.raises(ConfigError, match=r"w\.pt is no longer the file this run began with"):
+        quantized(cfg, resume=True)
+    path.write_bytes(mine)
+    assert quantized(cfg, resume=True)[0]["top1"] is not None
 
 
 def test_saved_float_network_rounds_to_the_learned_codes(tmp_path: Path) -> None:

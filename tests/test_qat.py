@@ -17,6 +17,7 @@ from waiting import Watch
 
 from qexp import plot
 from qexp.errors import ConfigError, RunError
+from qexp.models.digest import weights_sha256
 from qexp.quant.codebook import Codebook
 from qexp.recipes import outcome
 from qexp.recipes import qat as qat_module
@@ -305,9 +306,9 @@ def test_several_processes_and_synced_norms_are_another_protocol(
     result, folder = train(cfg)
     dataset = SimpleNamespace(protocol=dict)
     recipe = {"epochs": 1, "distill": {"weight": 0.5, "teacher": str(folder / "last.pt")}}
-    start = {"sha256": "x"}
+    start = {"sha256": "x", "teacher_sha256": weights_sha256(folder / "last.pt")}
     alone = outcome.protocol(cfg, recipe, dataset, start)
-    assert len(alone["distill"]["teacher"]) == 64  # the file's hash
+    assert len(alone["distill"]["teacher"]) == 64  # a hash, not the place
     assert "processes" not in alone
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(outcome, "world", lambda: SimpleNamespace(size=8))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -9,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from compose import TINY, TINY_PTQ, stopped_in_epoch, tiny
 from conftest import Qexp
 from omegaconf import DictConfig, OmegaConf
 
 from qexp.errors import ConfigError
+from qexp.models.resnet import ResNet
 from qexp.recipes import outcome
 from qexp.recipes import qat as qat_module
 from qexp.recipes.qat import qat
+from qexp.runner import checkpoint
 from qexp.runner.folder import find_done, identity, read_json
 from qexp.runner.resuming import next_segments
 from qexp.runner.run import Run, open_run
@@ -267,6 +271,73 @@ def test_a_damaged_checkpoint_says_that_the_run_can_start_over(qexp: Qexp, tmp_p
     last.unlink()
     assert qexp("resume", "run").code == 0
     assert read_json(tmp_path / "run" / "result.json")["epochs"] == 2
+
+
+TAUGHT = (
+    "recipe.epochs=2", "recipe.distill.weight=0.9", "float.epochs=1", "float.warmup_epochs=0"
+)  # fmt: skip
+
+
+def weights_of(tmp_path: Path, seed: int) -> bytes:
+    """A file of float weights for the tiny network."""
+    torch.manual_seed(seed)
+    path = tmp_path / f"seed{seed}.pt"
+    torch.save(ResNet(8, 4, width=0.25).state_dict(), path)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("teacher", ["float", "file"])
+def test_a_resumed_distillation_is_refused_another_teacher(tmp_path: Path, teacher: str) -> None:
+    mine, other, path = weights_of(tmp_path, 0), weights_of(tmp_path, 1), tmp_path / "w.pt"
+    path.write_bytes(mine)
+    words = ["recipe.epochs=2", "recipe.distill.weight=0.9"]
+    words += (
+        [f"model.checkpoint={path}"]
+        if teacher == "float"
+        else [*START[:1], f"recipe.distill.teacher={path}"]
+    )
+    with stopped_in_epoch(2):
+        train(tiny(tmp_path, *words))
+    before = files(tmp_path / "run")
+    for content in (other, None):
+        path.write_bytes(content) if content else path.unlink()
+        if content or teacher == "float":  # a file that is gone is refused earlier, by precheck
+            with pytest.raises(ConfigError, match=r"w\.pt is no longer the file this run began"):
+                train(tiny(tmp_path, *words), resume=True)
+        assert files(tmp_path / "run") == before
+    path.write_bytes(mine)
+    protocol = train(tiny(tmp_path, *words), resume=True)["protocol"]
+    known = protocol["float_sha256"] if teacher == "float" else protocol["distill"]["teacher"]
+    assert known == hashlib.sha256(mine).hexdigest()
+
+
+def test_a_resume_elsewhere_finds_the_float_network_that_teaches_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "away").mkdir()
+    monkeypatch.chdir(tmp_path / "home")
+    cfg = tiny(Path("out"), *TAUGHT)
+    with stopped_in_epoch(2):
+        train(cfg)
+    monkeypatch.chdir(tmp_path / "away")
+    cfg.folder = str(tmp_path / "home" / "out" / "run")
+    train(cfg, resume=True)
+    assert not list((tmp_path / "away").iterdir())
+
+
+def test_a_checkpoint_of_an_earlier_version_knows_its_teacher_by_the_hash_of_the_file(
+    tmp_path: Path,
+) -> None:
+    with stopped_in_epoch(2):
+        train(tiny(tmp_path, *TAUGHT))
+    last = tmp_path / "run" / "last.pt"
+    saved = checkpoint.load(last)
+    digest = hashlib.sha256(Path(saved["start"]["source"]).read_bytes()).hexdigest()
+    assert saved["start"]["sha256"] != digest
+    kept = {k: saved["start"][k] for k in ("top1", "source")}
+    checkpoint.save(last, {**saved, "start": {**kept, "sha256": digest}})
+    assert train(tiny(tmp_path, *TAUGHT), resume=True)["protocol"]["float_sha256"] == digest
 
 
 def write_hydra(tmp_path: Path) -> None:

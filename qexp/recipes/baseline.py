@@ -112,7 +112,7 @@ def float_checkpoint(cfg: DictConfig, run: Run, contents: str | None = None) -> 
 
     sub = float_config(cfg)
     wanted = fingerprint(sub, contents)
-    folder = Path(cfg.out) / f"{cfg.dataset.name}-{cfg.model.name}" / "fp32"
+    folder = _folder(cfg)
     folder.mkdir(parents=True, exist_ok=True)
     with _lock(folder / f".{wanted}.lock"):
         found = find(folder, wanted)
@@ -130,6 +130,20 @@ def float_checkpoint(cfg: DictConfig, run: Run, contents: str | None = None) -> 
         with open_run(place, sub, resume=begun is not None) as child:
             child.finish(qat(sub, child))
         return child.dir / "last.pt"
+
+
+def trained_checkpoint(cfg: DictConfig, contents: str | None = None) -> str | None:
+    """The `last.pt` of the float run that `auto` stands for; None if none is there and finished.
+
+    Args:
+        contents: see `fingerprint`.
+    """
+    run = find(_folder(cfg), fingerprint(float_config(cfg), contents))
+    return None if run is None else str(run / "last.pt")
+
+
+def _folder(cfg: DictConfig) -> Path:
+    return Path(cfg.out) / f"{cfg.dataset.name}-{cfg.model.name}" / "fp32"
 
 
 @contextmanager

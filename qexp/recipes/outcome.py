@@ -7,7 +7,6 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from omegaconf import DictConfig
 from torch import nn
 
 from qexp import plot
-from qexp.models.digest import weights_sha256
 from qexp.quant.accounting import account, other_weights
 from qexp.quant.convert import quant_layers, quantizers
 from qexp.quant.quantizer import Identity
@@ -149,8 +147,8 @@ def protocol(
     """
     known = {k: v for k, v in recipe.items() if k not in NOT_PROTOCOL}
     teacher = (known.get("distill") or {}).get("teacher", "float")
-    if teacher != "float" and Path(teacher).is_file():  # what it is, not where it lies
-        known["distill"] = {**known["distill"], "teacher": weights_sha256(Path(teacher))}
+    if teacher != "float" and start["teacher_sha256"]:  # what it is, not where it lies
+        known["distill"] = {**known["distill"], "teacher": start["teacher_sha256"]}
     if (size := world().size) > 1:
         known["processes"] = size
     if cfg.get("sync_bn"):

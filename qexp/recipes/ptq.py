@@ -67,7 +67,8 @@ def ptq(cfg: DictConfig, run: Run) -> dict[str, Any]:
 
     # The start: data, a float network, its batch norms folded.
     dataset = build.make_dataset(cfg, device)
-    start = float_start(cfg, settings.Settings(), dataset, run, device, None)
+    begun = None if saved is None else saved["start"]
+    start = float_start(cfg, settings.Settings(), dataset, run, device, None, begun=begun)
     model = start.model.eval()
     every = dataset.calibration_images(s.images + s.held_out, cfg.seed)
     data = Data(every[: s.images], every[s.images :])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from qexp.errors import ConfigError
-from qexp.models.load import load_weights
+from qexp.models.digest import file_sha256, weights_sha256
+from qexp.models.load import WEIGHTS_NAME, load_weights
 from qexp.quant.fold import fold_bn_
-from qexp.recipes.baseline import float_checkpoint
+from qexp.recipes.baseline import float_checkpoint, trained_checkpoint
 from qexp.recipes.build import is_float, make_model, trains
 from qexp.recipes.evaluate import evaluate
 from qexp.recipes.handover import checkpoint_file, load_folded, read_ptq
@@ -37,8 +39,10 @@ class FloatStart:
     Attributes:
         top1: its top-1 on the test split in percent, measured in this run; None if untrained.
         sha256: of its weights (`weights_sha256`); None from random weights.
-        source: path or weights name.
+        source: path, absolute once it is loaded, or weights name.
         teacher: a frozen copy for distillation, or None.
+        teacher_sha256: of the weights in the file that is the teacher, or None.
+        file_sha256: of the bytes of `source`, or None.
         ptq: the checkpoint of the post-training run that it comes from, or None.
         folded: its batch norms are folded.
     """
@@ -50,10 +54,13 @@ class FloatStart:
     teacher: nn.Module | None
     ptq: Mapping[str, Any] | None = None
     folded: bool = False
+    teacher_sha256: str | None = None
+    file_sha256: str | None = None
 
     def record(self) -> dict[str, Any]:
         """What the checkpoint keeps."""
-        return {"top1": self.top1, "sha256": self.sha256, "source": self.source}
+        keys = ("top1", "sha256", "source", "teacher_sha256", "file_sha256")
+        return {key: getattr(self, key) for key in keys}
 
 
 def check_teacher(cfg: DictConfig) -> None:
@@ -98,8 +105,18 @@ def float_start(
     run: Run,
     device: torch.device,
     saved: Mapping[str, Any] | None,
+    *,
+    begun: Mapping[str, Any] | None = None,
 ) -> FloatStart:
-    """Build the float network and load its weights; when resuming, only what is still needed."""
+    """Build the float network and load its weights; when resuming, only what is still needed.
+
+    Args:
+        saved: the checkpoint of a training run that is resumed.
+        begun: the record in the checkpoint of a run that is resumed and needs all of its start.
+
+    Raises:
+        ConfigError: a file that a resumed run began with and still needs is not that file any more.
+    """
     check_teacher(cfg)
     model = make_model(cfg, dataset, device)
     if s.channels_last:
@@ -107,26 +124,31 @@ def float_start(
     spec = cfg.model.get("checkpoint")
     spec = None if s.from_scratch or spec == "none" else spec
     start = FloatStart(model, None, None, spec, None)
-    if spec == "auto" and saved is not None and s.distill.weight == 0:
-        start.source = saved["start"]["source"]  # for the record: nothing is loaded from it
+    begun = begun if saved is None else saved["start"]
+    taught = s.distill.weight > 0 and s.distill.teacher == "float"
+    contents = dataset.protocol().get("contents")
+    if begun is not None:
+        needed = saved is None or taught
+        start.source = _as_begun(cfg, begun, contents) if needed else begun["source"]
     elif spec == "auto":
         before = rng_state()
-        contents = dataset.protocol().get("contents")
         start.source = led(lambda: str(float_checkpoint(cfg, run, contents)))
         set_rng_state(before)  # whether the baseline had to be trained changes nothing that follows
-    if saved is None or s.distill.weight > 0:
-        start.source = checkpoint_file(start.source) if start.source else None
+    elif spec is not None:
+        start.source = checkpoint_file(spec)
+    if saved is None and start.source is not None:
+        _load(cfg, start, dataset, run)
+    if begun is not None:
+        start.sha256, start.file_sha256 = begun["sha256"], begun.get("file_sha256")
     if saved is not None:
-        start.top1, start.sha256 = saved["start"]["top1"], saved["start"]["sha256"]
-        start.folded = bool(saved.get("folded"))
+        start.top1, start.folded = saved["start"]["top1"], bool(saved.get("folded"))
         if start.folded:
             fold_bn_(model)
-    elif start.source is not None:
-        _load(cfg, start, dataset, run)
     if start.folded:
         check_from_ptq(cfg, start.source)
-    if saved is not None and s.distill.weight > 0 and start.source and not start.folded:
+    elif saved is not None and taught and start.source is not None:
         load_weights(model, cfg.model._target_, start.source)
+    start.teacher_sha256 = _teacher_sha256(s, begun)
     if s.distill.weight > 0:
         start.teacher = _teacher(cfg, s, model, dataset, device)
     if is_float(cfg) and start.source is None:
@@ -137,9 +159,54 @@ def float_start(
     return start
 
 
+def _as_begun(cfg: DictConfig, begun: Mapping[str, Any], contents: str | None) -> str | None:
+    """The file that a resumed run began with, where it is now: folders may have moved together.
+
+    Raises:
+        ConfigError: it is nowhere, or holds other weights.
+    """
+    source, spec = begun["source"], cfg.model.get("checkpoint")
+    if source is None or (WEIGHTS_NAME.fullmatch(source) and not Path(source).exists()):
+        return source
+    if not Path(source).is_file():
+        here = trained_checkpoint(cfg, contents) if spec == "auto" else checkpoint_file(spec)
+        source = here or source
+    _check_unchanged(source, begun["sha256"])
+    return source
+
+
+def _check_unchanged(source: str, sha256: str) -> None:
+    path = Path(source)
+    # Of a run's checkpoint, too, earlier versions noted the hash of the file.
+    if not path.is_file() or sha256 not in (weights_sha256(path), file_sha256(path)):
+        raise ConfigError(
+            f"resume: {source} is no longer the file this run began with. Put it back, or start "
+            "a new run."
+        )
+
+
+def _teacher_sha256(s: Settings, begun: Mapping[str, Any] | None) -> str | None:
+    """What identifies the teacher's weights where they are of a file.
+
+    Raises:
+        ConfigError: a resumed run had another teacher.
+    """
+    teacher = s.distill.teacher
+    if teacher == "float" or not Path(teacher).is_file():
+        return None
+    known = begun.get("teacher_sha256") if begun is not None else None
+    if known is None:
+        return weights_sha256(Path(teacher))
+    if s.distill.weight > 0:
+        _check_unchanged(teacher, known)
+    return known
+
+
 def _load(cfg: DictConfig, start: FloatStart, dataset: Any, run: Run) -> None:
     """Load `start.source`, a float network or a post-training run, and know its float top-1."""
     assert start.source is not None
+    if (path := Path(start.source)).is_file():
+        start.source, start.file_sha256 = str(path.absolute()), file_sha256(path)
     start.ptq = read_ptq(start.source)
     if start.ptq is None:
         start.sha256 = load_weights(start.model, cfg.model._target_, start.source)
