@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -302,6 +303,17 @@ def test_a_file_in_the_way_is_one_line(tmp_path: Path, cfg: DictConfig) -> None:
         open_run(tmp_path / "file" / "run", cfg),
     ):
         pass
+
+
+@pytest.mark.parametrize("kind", [bytes, int])
+def test_a_file_known_by_bytes_or_by_a_number_is_one_line_too(
+    tmp_path: Path, cfg: DictConfig, kind: type
+) -> None:
+    folder = tmp_path / "run"
+    name = os.fsencode(folder / "events") if kind is bytes else 3
+    line = re.escape(f"run: {folder}{'/events' if kind is bytes else ''}: nothing can be written")
+    with pytest.raises(RunError, match=line), open_run(folder, cfg):
+        raise FileNotFoundError(errno.ENOENT, "gone", name)
 
 
 def test_an_unreadable_file_elsewhere_is_not_blamed_on_the_run(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -50,7 +51,8 @@ def os_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        where = Path(error.filename or folder)
+        name = error.filename  # bytes from TensorBoard's writer, a number from os.fdopen
+        where = Path(os.fsdecode(name)) if name and isinstance(name, (str, bytes)) else folder
         ours = where == folder or where in folder.parents or folder in where.parents
         if error.errno not in ADVICE or not ours:
             raise
