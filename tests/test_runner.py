@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -106,6 +107,21 @@ def test_a_run_without_a_result_is_no_success(tmp_path: Path, cfg: DictConfig) -
     with pytest.raises(RunError, match="without a result"), open_run(tmp_path / "run", cfg):
         pass
     assert status_of(tmp_path / "run")["state"] == "failed"
+
+
+@pytest.mark.parametrize(("name", "resumable"), [("_write_hydra", False), ("write_json", True)])
+def test_an_interrupted_run_is_named_only_where_a_resume_finds_its_config(
+    tmp_path: Path, cfg: DictConfig, monkeypatch: pytest.MonkeyPatch, name: str, resumable: bool
+) -> None:
+    def stop(*given: Any) -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"qexp.runner.run.{name}", stop)
+    with pytest.raises(KeyboardInterrupt) as error, open_run(tmp_path / "run", cfg):
+        pass
+    assert hasattr(error.value, "run_folder") == resumable
+    assert (tmp_path / "run" / ".hydra" / "config.yaml").is_file() == resumable
 
 
 def test_sigterm_interrupts_a_run_and_is_given_back(tmp_path: Path, cfg: DictConfig) -> None:

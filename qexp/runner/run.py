@@ -149,12 +149,12 @@ class Run:
         write_json(self.dir / STATUS, status)
 
     def describe_(self, cfg: DictConfig) -> None:
-        """Write what this run is: config.yaml, env.json, and .hydra/ the first time."""
+        """Write what this run is: .hydra/ the first time, config.yaml, env.json."""
+        if not self.resumed:
+            _write_hydra(self.dir / ".hydra", cfg)
         config = OmegaConf.to_yaml(cfg, resolve=True)
         write_bytes(self.dir / "config.yaml", config.encode())
         write_json(self.dir / "env.json", self._environment)
-        if not self.resumed:
-            _write_hydra(self.dir / ".hydra", cfg)
 
     def close(self) -> None:
         """Close the files; every line is on the disk already."""
@@ -242,7 +242,8 @@ def _first_status(cfg: DictConfig, label: str | None) -> dict[str, Any]:
 
 def _record(run: Run, error: BaseException) -> None:
     """Traceback to train.log, end state to status.json."""
-    error.run_folder = run.dir  # type: ignore[attr-defined]  # read by cli.py
+    if (run.dir / ".hydra" / "config.yaml").is_file():  # else there is nothing to resume from
+        error.run_folder = run.dir  # type: ignore[attr-defined]  # read by cli.py
     interrupted = isinstance(error, KeyboardInterrupt)
     lines = traceback.format_exception(type(error), error, error.__traceback__)
     # On a full disk these may fail too; the run then reads `dead`, and the first error is told.
