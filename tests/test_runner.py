@@ -187,6 +187,33 @@ def test_the_first_event_after_a_kill_is_a_line_of_its_own(tmp_path: Path, cfg: 
     assert events[1]["epoch"] == 2
 
 
+def test_a_resume_by_another_commit_or_with_other_threads_is_told_and_kept(
+    tmp_path: Path,
+    cfg: DictConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    cfg.threads = 1
+    parts = [("a", True, 1), ("b", False, 1), ("b", False, 2)]
+    for commit, dirty, threads in parts:
+        monkeypatch.setattr(environment, "source_version", lambda c=commit, d=dirty: (c, d))
+        cfg.threads = threads
+        with (
+            pytest.raises(KeyboardInterrupt),
+            open_run(tmp_path / "run", cfg, resume=commit == "b"),
+        ):
+            raise KeyboardInterrupt
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "warning: this run was begun by commit a (dirty), it goes on with b"
+    assert said[1].startswith("warning: threads=2, before 1: sums in another order")
+    assert len(said) == 2
+    with open_run(tmp_path / "run", cfg, resume=True) as run:
+        result = run.finish({})
+    assert (result["commit"], result["dirty"]) == ("b", True)
+    assert result["commits"] == read_json(tmp_path / "run" / "env.json")["commits"]
+    assert result["commits"] == ["a (dirty)", "b"]
+
+
 def test_a_running_run_cannot_be_resumed(tmp_path: Path, cfg: DictConfig) -> None:
     with open_run(tmp_path / "run", cfg) as run:
         with (

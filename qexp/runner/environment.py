@@ -7,6 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -86,3 +87,33 @@ def describe(seed: int | None, threads: int | None = None) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "seed": seed,
     }
+
+
+def note_earlier_(now: dict[str, Any], before: Mapping[str, Any]) -> list[str]:
+    """Add the commits of a resumed run's earlier parts to what its new part runs on.
+
+    Args:
+        now: of `describe`; gets `commits`, oldest first, where they are not all one.
+        before: the env.json of the part before; empty where it is not known.
+
+    Returns:
+        A line for each difference that numbers may depend on.
+    """
+    if not before:
+        return []
+    lines, known = [], [*before.get("commits", [_commit(before)])]
+    if _commit(now) != known[-1]:
+        lines.append(f"this run was begun by commit {known[-1]}, it goes on with {_commit(now)}")
+        known.append(_commit(now))
+    if len(known) > 1:
+        now["commits"] = known
+    if before.get("threads") != now["threads"]:
+        lines.append(
+            f"threads={now['threads']}, before {before.get('threads')}: sums in another order, "
+            "the numbers may differ from those of an uninterrupted run"
+        )
+    return lines
+
+
+def _commit(about: Mapping[str, Any]) -> str:
+    return f"{about.get('commit')}{' (dirty)' if about.get('dirty') else ''}"

@@ -30,7 +30,8 @@ RESUMED = (
     ".hydra/resumed.yaml"  # overrides that `qexp resume` commands gave; a later one keeps them
 )
 
-# Keys that say where and how a run is computed, not what: the same numbers come out.
+# Keys that say where and how a run is computed, not what. Numbers agree up to the order of sums,
+# which `threads` and `device` change: training may carry that far.
 NOT_IDENTITY = (
     "out", "folder", "dry_run", "force", "device", "compile", "threads", "saved", "sync_bn",
     "sweep",

@@ -30,7 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from qexp.errors import RunError, one_line
 from qexp.runner import distributed
 from qexp.runner.atomic import finite, torn, write_bytes, write_json
-from qexp.runner.environment import describe
+from qexp.runner.environment import describe, note_earlier_
 from qexp.runner.folder import EARLIER, RESULT, STATUS, claim, identity, owner, read_json
 from qexp.runner.guards import global_state, os_errors, sigterm
 from qexp.runner.resuming import Before, take, task_overrides
@@ -66,6 +66,8 @@ class Run:
         self._log: IO[str] = open(folder / "train.log", "a")  # noqa: SIM115
         self._writer: SummaryWriter | None = None
         self._environment: dict[str, Any] = describe(cfg.get("seed"), cfg.get("threads"))
+        before = read_json(folder / "env.json") if resumed else {}
+        self._differences = note_earlier_(self._environment, before)
         self._overrides = task_overrides()
 
     # What happened
@@ -121,14 +123,17 @@ class Run:
         """Write result.json and mark the run done; returns what was written.
 
         `wall_s` (all parts of a resumed run together), `finished` (UTC), `commit`, `dirty` and
-        `overrides` are added where `result` lacks them.
+        `overrides` are added where `result` lacks them, and `commits` of a run that was resumed
+        with another.
         """
+        commits = self._environment.get("commits", [])
         known = {
             "wall_s": round(self.wall_s(), 3),
             "finished": _now(),
             "seed": self._environment["seed"],
             "commit": self._environment["commit"],
-            "dirty": self._environment["dirty"],
+            "dirty": self._environment["dirty"] or any(c.endswith("(dirty)") for c in commits),
+            **({"commits": commits} if commits else {}),
             "overrides": self._overrides,
         }
         written = {**known, **result}
@@ -222,6 +227,8 @@ def open_run(
         try:
             run.describe_(cfg)
             run.event("resume" if resume else "start", commit=run._environment["commit"])
+            for line in run._differences:
+                run.warn(line)
             yield run
             if not run.finished:
                 raise RunError(f"run: {folder} ended without a result. Call run.finish(result).")
