@@ -76,6 +76,9 @@ class Settings:
             for value in values
             if value not in options
         ]
+        for key in ("quantizers", "models", "compile", "dtype"):
+            if not getattr(self, key):
+                problems.append(f"config: {key} is empty. Name at least one.")
         for key in ("batch", "repeats", "warmup", "image_size", "threads"):
             value = getattr(self, key)
             if value is not None and (not isinstance(value, int) or value < 1):

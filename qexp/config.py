@@ -143,14 +143,30 @@ def mixed_name() -> str | None:
 
     if not HydraConfig.initialized():
         return None
-    keys = {override.partition("=")[0] for override in HydraConfig.get().overrides.task}
+    keys = {override.partition("=")[0] for override in task_overrides()}
     if not keys & {"quantizer/weight", "quantizer/act"}:
         return None
     choices = HydraConfig.get().runtime.choices
     return f"{choices['quantizer/weight']}+{choices['quantizer/act']}"
 
 
+def task_overrides() -> list[str]:
+    """What the command line set, as it was typed; Hydra's own keys left out."""
+    from hydra.core.hydra_config import HydraConfig
+
+    if not HydraConfig.initialized():
+        return []
+    typed: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+    return list(typed)
+
+
+def sweeps_dir(out: Any) -> str:
+    """Where sweeps lie, the resolver `${sweeps_dir:${out}}`; each job refuses an `out` of none."""
+    return f"{out or 'outputs'}/sweeps"
+
+
 OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+OmegaConf.register_new_resolver("sweeps_dir", sweeps_dir, replace=True)
 OmegaConf.register_new_resolver("gpu_of_job", gpu_of_job, replace=True)
 OmegaConf.register_new_resolver("jobs_at_once", jobs_at_once, replace=True)
 

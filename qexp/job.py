@@ -53,8 +53,10 @@ class Job:
 
 
 def train(cfg: DictConfig) -> dict[str, Any]:
-    """`qexp train`: check, then print the plan (`dry_run`) or do the run."""
+    """`qexp train`: check, then print the plan (`dry_run`), or do the run if it is not done."""
     config.check(cfg, config.Train)
+    if done := sweep.done(cfg):
+        return done
     if cfg.dry_run:
         print(_function("qexp.recipes.plan", "plan")(cfg))
         return {"status": "planned"}

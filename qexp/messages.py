@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -65,13 +67,43 @@ def _refused(error: Exception) -> str | None:
 
 def _keys(key: str, source: Source) -> str:
     """A line about each unknown key, with the keys of the deepest node that does exist."""
-    cfg, unknown = _composed(key, source)
+    cfg, unknown = _composed(key, source._replace(overrides=_job(key, source)))
     return "\n".join(_key(cfg, unknown_, source.name) for unknown_ in unknown)
 
 
+def _job(key: str, source: Source) -> Sequence[str]:
+    """The overrides of the first job of a sweep that has no `key`; those of a single run."""
+    parsed = OverridesParser.create().parse_overrides(list(source.overrides))
+    swept = [o for o in parsed if o.is_sweep_override()]
+    values = [[f"{o.get_key_element()}={v}" for v in o.sweep_string_iterator()] for o in swept]
+    fixed = [str(o.input_line) for o in parsed if o not in swept]
+    for chosen in itertools.product(*values) if swept else ():
+        try:
+            _compose([*fixed, *chosen], source)
+        except COMPOSITION as error:
+            if _refused(error) == key:
+                return [*fixed, *chosen]
+    return source.overrides
+
+
+def _compose(overrides: Sequence[str], source: Source) -> DictConfig:
+    from hydra import compose, initialize_config_dir
+
+    GlobalHydra.instance().clear()
+    path = [f"hydra.searchpath=[file://{Path(source.extra).resolve()}]"] if source.extra else []
+    with initialize_config_dir(str(source.folder), version_base="1.3"):
+        return compose(source.name, [*overrides, *path], return_hydra_config=True)
+
+
 def _key(cfg: DictConfig, key: str, config_name: str) -> str:
+    if "@" in key:
+        choices = OmegaConf.select(cfg, "hydra.runtime.choices")
+        groups = sorted(str(group) for group in choices if not str(group).startswith("hydra"))
+        return f"config: no group '{key}' ({config_name} has: {', '.join(groups)})." + did_you_mean(
+            key, groups
+        )
     node, depth = cfg, 0
-    path = key.replace("/", ".").partition("@")[0].split(".")
+    path = key.replace("/", ".").split(".")
     while depth < len(path) - 1 and isinstance(node.get(path[depth]), DictConfig):
         node, depth = node[path[depth]], depth + 1
     known = [str(k) for k in node if not str(k).startswith("_") and k != "hydra"]
@@ -90,26 +122,21 @@ def _composed(key: str, source: Source) -> tuple[DictConfig, list[str]]:
 
     Where another error is left, no override is kept.
     """
-    from hydra import compose, initialize_config_dir
-
-    GlobalHydra.instance().clear()
-    path = [f"hydra.searchpath=[file://{Path(source.extra).resolve()}]"] if source.extra else []
     kept, unknown = _without(source.overrides, key), [key]
-    with initialize_config_dir(str(source.folder), version_base="1.3"):
-        while True:
-            try:
-                cfg = compose(source.name, [*kept, *path], return_hydra_config=True)
-            except COMPOSITION as error:
-                another = _refused(error)
-                fewer = _without(kept, another) if another else kept
-                if not kept:
-                    break
-                if another and len(fewer) < len(kept):
-                    unknown.append(another)
-                kept = fewer if len(fewer) < len(kept) else []
-                continue
-            OmegaConf.set_struct(cfg, False)
-            return cfg, unknown
+    while True:
+        try:
+            cfg = _compose(kept, source)
+        except COMPOSITION as error:
+            another = _refused(error)
+            fewer = _without(kept, another) if another else kept
+            if not kept:
+                break
+            if another and len(fewer) < len(kept):
+                unknown.append(another)
+            kept = fewer if len(fewer) < len(kept) else []
+            continue
+        OmegaConf.set_struct(cfg, False)
+        return cfg, unknown
     raise ConfigError(f"config: '{source.name}' in {source.folder} cannot be composed.")
 
 

@@ -27,6 +27,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from qexp.config import task_overrides
 from qexp.errors import one_line
 from qexp.runner.atomic import append_line
 from qexp.runner.folder import find_done, identity, read_json
@@ -79,10 +80,9 @@ def run_job(task: Callable[[DictConfig], dict[str, Any]], cfg: DictConfig) -> fl
 
     Returns its top-1 (percent), which a sweeper that searches maximises.
     """
-    line: dict[str, Any] = {"overrides": list(HydraConfig.get().overrides.task)}
+    line: dict[str, Any] = {"overrides": task_overrides()}
     try:
-        done = None if cfg.get("force") or "out" not in cfg else _done(cfg)
-        line.update(done or task(cfg))
+        line.update(task(cfg))
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt)
         line.update(status="interrupted" if stopped else "failed", error=one_line(error))
@@ -97,13 +97,15 @@ def run_job(task: Callable[[DictConfig], dict[str, Any]], cfg: DictConfig) -> fl
     return line.get("top1")
 
 
-def _done(cfg: DictConfig) -> dict[str, Any] | None:
-    """The finished run of the identical config, said in one line; None if there is none."""
+def done(cfg: DictConfig) -> dict[str, Any] | None:
+    """In a sweep, the finished run of the identical config, said in one line; None if none is."""
+    if not is_sweep() or cfg.force:
+        return None
     folder = find_done(Path(cfg.out), identity(cfg)) if Path(cfg.out).is_dir() else None
     if folder is None:
         return None
     result = read_json(folder / "result.json")
-    print(f"skipped: {' '.join(HydraConfig.get().overrides.task)} is done in {folder}", flush=True)
+    print(f"skipped: {' '.join(task_overrides())} is done in {folder}", flush=True)
     return {"status": "skipped", "top1": result.get("top1"), "seconds": 0.0, "folder": folder}
 
 
@@ -136,7 +138,7 @@ def read_jobs(folder: Path) -> list[dict[str, Any]]:
 def began(folder: Path) -> None:
     """Note the folder of the job that begins: should it be killed, the sweep still knows it."""
     if is_sweep():
-        line = {"overrides": list(HydraConfig.get().overrides.task), "status": "began"}
+        line = {"overrides": task_overrides(), "status": "began"}
         _append(Path(HydraConfig.get().runtime.output_dir) / JOBS, {**line, "folder": folder})
 
 

@@ -161,6 +161,7 @@ def test_bench_goes_on_eagerly_without_a_compiler(
         ),
         (("compile=graphs", "device=cpu"), "config: compile=graphs replays CUDA graphs, and the"),
         (("dtype=fp16",), "config: dtype=fp16 is not an option. Use fp32, bf16."),
+        (("quantizers=[]",), "config: quantizers is empty. Name at least one."),
         (("batch=0",), "config: batch must be a positive integer, got 0."),
         (("bits=0",), "config: bits must be"),
         (("model.widht=2",), "config: no key 'model.widht'"),

@@ -204,6 +204,25 @@ def test_a_wrong_config_fails_its_job_alone(tiny: Qexp) -> None:
     assert len(runs("done")) == 1
 
 
+@pytest.mark.parametrize("word", ["out=null", "out=", "recipe.lr=${nope}"])
+def test_what_every_job_refuses_is_one_line_a_job(tiny: Qexp, tmp_path: Path, word: str) -> None:
+    said = tiny("-m", "bits=2,3", word)
+    assert said.code == 1
+    lines = said.err.splitlines()
+    assert len(lines) == 3
+    assert all(f"failed: config: {word.partition('=')[0]}" in line for line in lines[:2])
+    assert {path.name for path in tmp_path.iterdir()} == {"conf", "outputs"}
+    assert not runs("done")
+
+
+def test_a_key_that_one_job_lacks_is_told_with_that_jobs_keys(qexp: Qexp) -> None:
+    said = qexp("train", "-m", "quantizer=post,lsq", "quantizer.weight.levels=full", "dry_run=true")
+    assert said.code == 2
+    assert said.err == (
+        "config: no key 'quantizer.weight.levels' (lsq has: count, init, per_channel).\n"
+    )
+
+
 def test_ctrl_c_ends_the_sweep(tiny: Qexp) -> None:
     said = tiny("-m", "bits=2,3", "recipe.then=interrupt")
     assert said.code == 130

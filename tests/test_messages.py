@@ -65,6 +65,7 @@ COMMANDS = {
     "train recipe.epoch=3": "config: no key 'recipe.epoch' (qat has: *). Did you mean 'epochs'?",
     "train quantizer/wieght=lsq": "config: no key 'quantizer.wieght' (*). Did you mean 'weight'?",
     "train quantizer=assq": "config: quantizer 'assq' not found. Options: *. Did you mean 'asq'?",
+    "train quantizer@foo=lsq": "config: no group 'quantizer@foo' (*). Did you mean 'quantizer'?",
     "train quantizer/act=lqs": "config: quantizer/act 'lqs' not found. Options: *.*",
     "train experiment=smok": "config: experiment 'smok' not found. Options: *mean 'smoke'?",
     "train dataset=mnist": "config: dataset 'mnist' not found. Options: *fashion_mnist*",
@@ -101,6 +102,7 @@ COMMANDS = {
     "train recipe.distill=0.5": "config: recipe.distill must be a mapping, got 0.5 (float).",
     "train recipe.distill=null": "config: recipe.distill must be a mapping, got None (NoneType).",
     "train quantizer.outer=5": "config: quantizer.outer must be a mapping or null, got 5 (int).",
+    "train recipe.lr=${oc.env:NOPE}": "config: recipe.lr: *'NOPE' not found*. Set recipe.lr=...",
     # numbers, wherever they stand
     "train quantizer=qdrop quantizer.act.p=nan": "config: quantizer.act.p must be finite, got nan.",
     "train quantizer=post quantizer.weight.base=1e300": (

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
+from qexp.config import task_overrides
 from qexp.errors import ConfigError, RunError, origin
 from qexp.runner.atomic import write_bytes, write_json
 from qexp.runner.folder import (
@@ -71,13 +72,6 @@ def take(folder: Path, cfg: DictConfig, processes: int = 1) -> None:
         if segments:
             status["segments"] = segments
         write_json(folder / STATUS, status)
-
-
-def task_overrides() -> list[str]:
-    """What the command line set, Hydra's own keys left out."""
-    from hydra.core.hydra_config import HydraConfig
-
-    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
 def _resume_overrides() -> list[str]:
