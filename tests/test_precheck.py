@@ -32,6 +32,9 @@ REFUSED = {
     "dataset.image_size=1000000000": "config: dataset=synthetic cannot be built: RuntimeError: ",
     "dataset.subset=3": "config: recipe.calibration_images=16, there are 3 to train on.",
     "recipe.calibration_images=49": "config: recipe.calibration_images=49, there are 48 to train",
+    "recipe.batch_size=1000000": "config: recipe.batch_size=1000000, there are 48 to train on.",
+    "recipe.bn_reestimate=49": "config: recipe.bn_reestimate=49, there are 48 to train on.",
+    "quantizer=fp32 recipe.batch_size=49": "config: recipe.batch_size=49, there are 48 to train on",
     "bitwidth=sensitivity bitwidth.images=49": "config: bitwidth.images=49, there are 48 to train",
     # the policy
     "bitwidth=pattern bitwidth.patterns=[{match:nix,weight:2}]": f"{POLICY}pattern: 'nix' matches",
@@ -76,6 +79,7 @@ def test_what_cannot_run_is_refused_before_anything_is_written(
 
 
 REFUSED_PTQ = {
+    "recipe.minibatch=25": "config: recipe.minibatch=25 is out of range: it must be 1 to images.",
     "quantizer.reconstruct.drop=2": "config: quantizer.reconstruct: drop must be in [0, 1], got 2.",
     "quantizer.reconstruct.mix=-1": "config: quantizer.reconstruct: mix must be in [0, 1], got -1.",
     "quantizer.reconstruct.bias_lr=-1": "config: quantizer.reconstruct: bias_lr must be finite and",

@@ -208,14 +208,17 @@ def _rates(cfg: DictConfig, model: nn.Module) -> None:
 
 def _enough_images(cfg: DictConfig, size: int) -> None:
     """Refuse to look at more training images than there are."""
-    if build.is_float(cfg):
-        return
-    recipe = cfg.recipe
-    asked = {"recipe.calibration_images": recipe.get("calibration_images", 0)}
-    if "held_out" in recipe:
+    recipe, quantized = cfg.recipe, not build.is_float(cfg)
+    asked = {}
+    if quantized:
+        asked["recipe.calibration_images"] = recipe.get("calibration_images", 0)
+    if quantized and "held_out" in recipe:
         asked["recipe.images + recipe.held_out"] = recipe.images + recipe.held_out
-    if build.needs_data(cfg):
+    if quantized and build.needs_data(cfg):
         asked["bitwidth.images"] = cfg.bitwidth.get("images", 0)
+    if build.trains(recipe):
+        asked["recipe.batch_size"] = recipe.batch_size
+        asked["recipe.bn_reestimate"] = recipe.get("bn_reestimate", 0)
     for key, count in asked.items():
         if count > size:
             raise ConfigError(f"config: {key}={count}, there are {size} to train on. Lower it.")

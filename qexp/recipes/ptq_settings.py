@@ -48,7 +48,7 @@ class Settings(Schedule):
             (self.batch_size >= 1, "batch_size", "at least 1"),
             (self.iterations >= 1, "iterations", "at least 1"),
             (self.step_iterations >= 1, "step_iterations", "at least 1"),
-            (self.minibatch >= 1, "minibatch", "at least 1"),
+            (1 <= self.minibatch <= self.images, "minibatch", "1 to images"),
             (all(0 <= rate <= LARGEST for rate in self.lr.values()), "lr", "rates >= 0, finite"),
             ({"rounding", "scale"} <= set(self.lr), "lr", "a mapping with rounding and scale"),
             (self.step_lr >= 0, "step_lr", ">= 0"),
