@@ -78,6 +78,7 @@ def _run(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
 
     from qexp.recipes.outcome import closing
     from qexp.recipes.precheck import precheck
+    from qexp.recipes.unused import unused
     from qexp.runner import distributed
     from qexp.runner.device import set_threads
     from qexp.runner.run import open_run
@@ -98,6 +99,8 @@ def _run(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
             run.info(f"run: {run.dir}")
             if world.size > 1:
                 run.info(f"processes: {world.size}, each {cfg.recipe.batch_size} images a step")
+            for line in unused(cfg):
+                run.warn(line)
             result = recipe(cfg, run)
             written = run.finish(result)
             if world.leads:

@@ -18,6 +18,7 @@ from qexp.errors import ConfigError, DataError
 from qexp.models.resnet import ResNet
 from qexp.recipes.logits import giving_logits, run_in_training_mode
 from qexp.recipes.precheck import precheck
+from qexp.recipes.unused import unused
 
 POLICY = "config: bitwidth="
 REFUSED = {
@@ -48,6 +49,15 @@ REFUSED = {
     ),
     "bitwidth=progressive bitwidth.stages=[{until:9,bits:8},{until:3,bits:4},{bits:2}]": (
         f"{POLICY}progressive: the stages end at epochs"
+    ),
+    "bitwidth=progressive bitwidth.stages=[{until:50,bits:8},{bits:2}]": (
+        f"{POLICY}progressive: the last stage begins at epoch 50 of 6: it is never reached."
+    ),
+    "bitwidth=progressive bitwidth.stages=[{until:1,bits:8,act:8},{bits:2}]": (
+        f"{POLICY}progressive: a stage has until and bits; got act."
+    ),
+    "bitwidth=sensitivity bits=8 bitwidth.images=8": (
+        f"{POLICY}sensitivity: budget=8 bits a weight is above the largest of candidates [2, 3, 4]"
     ),
     "quantizer=adq bits=1": "config: quantizer=adq: a codebook with zero needs at least 2 bits",
     "bitwidth=pattern bitwidth.patterns=[{match:3,weight:2}]": f"{POLICY}pattern: '3' matches no",
@@ -100,6 +110,41 @@ def test_a_reconstruction_without_sense_is_refused_before_anything_is_written(
     assert len(said.err.splitlines()) == 1, said.err
     assert said.code == 2
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("recipe.distill.temperature=4", "recipe.distill.temperature is not used: recipe.distill."),
+        ("recipe.milestones=[0.2]", "recipe.milestones is not used: recipe.schedule is cosine"),
+        ("sync_bn=true", "sync_bn is not used: there is one process"),
+        (
+            "recipe.from_scratch=true model.checkpoint=nix.pt",
+            "model.checkpoint=nix.pt is not used: recipe.from_scratch is true",
+        ),
+        ("quantizer=nearest saved=blocks", "saved=blocks is not used: recipe ptq keeps nothing"),
+        ("recipe.distill.weight=0.5 recipe.distill.temperature=4", ""),
+        ("recipe.schedule=step recipe.milestones=[0.2]", ""),
+    ],
+)
+def test_what_has_no_effect_is_said(tmp_path: Path, words: str, line: str) -> None:
+    base = TINY_PTQ if "nearest" in words else TINY
+    said = list(unused(tiny(tmp_path, *words.split(), base=base)))
+    assert len(said) == bool(line)
+    assert all(text.startswith(line) for text in said)
+
+
+def test_sync_bn_of_one_process_is_no_other_protocol_and_is_said(
+    qexp: Qexp, tmp_path: Path
+) -> None:
+    words = ("quantizer=lsq", "model.checkpoint=none", "recipe.epochs=1", "max_steps=1")
+    hashes = set()
+    for name, more in (("a", "sync_bn=false"), ("b", "sync_bn=true")):
+        said = qexp("train", *TINY, *words, more, f"folder={name}")
+        assert said.code == 0
+        assert ("sync_bn is not used" in said.err) == (name == "b")
+        hashes.add(json.loads((tmp_path / name / "result.json").read_text())["protocol_hash"])
+    assert len(hashes) == 1
 
 
 def test_a_dry_run_refuses_what_the_run_would(qexp: Qexp) -> None:

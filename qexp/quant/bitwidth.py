@@ -211,6 +211,9 @@ class Progressive:
         self.first_last: FirstLast = check_first_last(first_last)
         if not stages or stages[-1].get("until") is not None:
             raise ValueError("stages needs at least one entry, and the last has no 'until'")
+        for stage in stages:
+            if unknown := set(stage) - {"until", "bits"}:
+                raise ValueError(f"a stage has until and bits; got {', '.join(sorted(unknown))}")
         self.bits = [check_bits(s.get("bits"), "bits of a stage") for s in stages]
         self.until: list[int | float] = [s.get("until", 0) for s in stages[:-1]]
         for until in self.until:
@@ -223,6 +226,10 @@ class Progressive:
         ends = [math.floor(u * epochs + 1e-9) if isinstance(u, float) else u for u in self.until]
         if sorted(ends) != ends:
             raise ValueError(f"the stages end at epochs {ends} of {epochs}: not in order of time")
+        if ends and ends[-1] >= epochs:
+            raise ValueError(
+                f"the last stage begins at epoch {ends[-1]} of {epochs}: it is never reached"
+            )
         stage = next((i for i, end in enumerate(ends) if epoch < end), len(ends))
         return max(self.bits[stage], self.bits[-1])
 

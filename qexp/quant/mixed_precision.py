@@ -88,6 +88,11 @@ class Sensitivity:
         self.candidates = tuple(sorted({check_bits(b, "a candidate") for b in candidates}))
         if not self.candidates or 32 in self.candidates:
             raise ValueError(f"candidates must be widths from 1 to 16; got {list(candidates)}")
+        if budget_kind == "average_bits" and budget > self.candidates[-1]:
+            raise ValueError(
+                f"budget={budget:g} bits a weight is above the largest of candidates "
+                f"{list(self.candidates)}; lower it, or add a width"
+            )
         if probes < 1 or images < 1:
             raise ValueError(f"probes and images must be at least 1; got {probes} and {images}")
         self.metric, self.tie = metric, tie

@@ -151,8 +151,8 @@ def protocol(
         known["distill"] = {**known["distill"], "teacher": start["teacher_sha256"]}
     if (size := world().size) > 1:
         known["processes"] = size
-    if cfg.get("sync_bn"):
-        known["sync_bn"] = True
+        if cfg.get("sync_bn"):
+            known["sync_bn"] = True
     if not is_float(cfg):
         # Earlier runs took calibration samples at an even stride, and so saw parts of the images.
         known["act_sample"] = "random"

@@ -1,0 +1,32 @@
+"""What a config sets without effect: a line each, said when the run begins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from omegaconf import DictConfig
+
+from qexp.recipes.build import is_float, trains
+from qexp.recipes.settings import Distill, Settings
+from qexp.runner.distributed import world
+
+
+def unused(cfg: DictConfig) -> Iterator[str]:
+    """`recipe.milestones is not used: recipe.schedule is cosine`, ..."""
+    recipe, own = cfg.recipe, Settings()
+    distill = recipe.get("distill") or {}
+    if distill.get("weight", 0) == 0:
+        for key in ("teacher", "temperature"):
+            if distill.get(key, getattr(Distill, key)) != getattr(Distill, key):
+                yield f"recipe.distill.{key} is not used: recipe.distill.weight is 0"
+    milestones = list(recipe.get("milestones", own.milestones))
+    schedule = recipe.get("schedule", "step")
+    if milestones != list(own.milestones) and schedule != "step":
+        yield f"recipe.milestones is not used: recipe.schedule is {schedule}"
+    given = cfg.model.get("checkpoint")
+    if recipe.get("from_scratch") and not is_float(cfg) and given not in (None, "auto", "none"):
+        yield f"model.checkpoint={given} is not used: recipe.from_scratch is true"
+    if cfg.get("sync_bn") and world().size == 1:
+        yield "sync_bn is not used: there is one process"
+    if cfg.get("saved", "all") != "all" and not trains(recipe):
+        yield f"saved={cfg.saved} is not used: recipe {recipe.name} keeps nothing for a backward"
