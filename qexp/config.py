@@ -131,7 +131,7 @@ def run_name(*, _root_: DictConfig) -> str:
     name = mixed_name() or str(quantizer.get("name"))
     if policy.get("name") not in (None, "uniform"):
         budget = policy.get("budget")
-        return f"{name}-{policy.name}" + (f"{budget:g}" if budget is not None else "")
+        return f"{name}-{policy.get('name')}" + (f"{budget:g}" if budget is not None else "")
     sides = ("weight", "act")
     w, a = (32 if "Identity" in str(quantizer.get(k)) else policy.get(k) for k in sides)
     return f"{name}-w{w}a{a}"
