@@ -16,7 +16,16 @@ from omegaconf import OmegaConf
 
 from qexp.errors import CheckpointError, ConfigError, RunError
 from qexp.job import Job
-from qexp.runner.folder import RESUMED, STATUS, find_runs, is_done, read_config, read_status
+from qexp.runner.folder import (
+    RESUMED,
+    STATUS,
+    find_runs,
+    give_up,
+    is_done,
+    read_config,
+    read_status,
+    refuse_running,
+)
 from qexp.runner.resuming import CHECKPOINT, RESUME
 from qexp.sweep import columns, read_jobs
 
@@ -53,8 +62,14 @@ def resume(argv: Sequence[str]) -> int:
         "overrides", nargs="*", default=[], help="changes, for instance recipe.epochs=40"
     )
     parser.add_argument("--out", default="outputs", help="where runs are looked up (outputs)")
+    parser.add_argument(
+        "--take-over", action="store_true", help="also a run that is said to run on another machine"
+    )
     args = parser.parse_args(list(argv))
     folder = locate(args.run, Path(args.out))
+    if args.take_over:
+        for run in _runs(folder):
+            give_up(run)
     if not (folder / STATUS).is_file():
         return _resume_sweep(folder, args.overrides)
     return _resume_run(folder, args.overrides)
@@ -73,6 +88,14 @@ def locate(name: str, out: Path) -> Path:
     raise ConfigError(f"resume: no run '{name}' under '{out}'. List runs with: qexp ls {out}")
 
 
+def _runs(folder: Path) -> list[Path]:
+    """The run in `folder`, or those that the sweep in it began."""
+    if (folder / STATUS).is_file():
+        return [folder]
+    runs = [Path(job["folder"]) for job in read_jobs(folder) if job.get("folder")]
+    return list(dict.fromkeys(runs))
+
+
 def _resume_run(folder: Path, overrides: Sequence[str]) -> int:
     from qexp.cli import hydra_main
 
@@ -87,11 +110,7 @@ def _resume_run(folder: Path, overrides: Sequence[str]) -> int:
             if path.is_file() and not OmegaConf.select(read_config(path, ""), "recipe.epochs"):
                 longer = ""  # post-training
         raise ConfigError(f"resume: {folder} is already done{score}.{longer}")
-    if status.get("state") == "running":
-        raise RunError(
-            f"resume: {folder} is still running (pid {status.get('pid')} on {status.get('host')}). "
-            "Wait for it, or stop it first."
-        )
+    refuse_running(folder, status)
     if not (folder / ".hydra" / "config.yaml").is_file():
         raise ConfigError(f"resume: {folder} has no .hydra/config.yaml. Start a new run.")
     read_config(folder / ".hydra" / "config.yaml", "Start a new run.")
@@ -126,8 +145,7 @@ def _earlier(path: Path) -> list[str]:
 
 def _resume_sweep(folder: Path, overrides: Sequence[str]) -> int:
     """Continue every run of a sweep that has begun and is not done."""
-    runs = [Path(job["folder"]) for job in read_jobs(folder) if job.get("folder")]
-    unfinished = [run for run in dict.fromkeys(runs) if not is_done(run)]
+    unfinished = [run for run in _runs(folder) if not is_done(run)]
     if not unfinished:
         raise ConfigError(
             f"resume: every run that {folder} began is done. Repeat its command for those that "

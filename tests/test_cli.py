@@ -292,6 +292,23 @@ def test_resume_refuses_what_is_done_or_still_running(tiny: Qexp, qexp: Qexp) ->
     assert said.err.startswith(f"resume: {run} is still running (pid {os.getpid()} on ")
 
 
+def test_a_run_killed_on_another_machine_is_taken_over_by_a_word(tiny: Qexp, qexp: Qexp) -> None:
+    tiny("recipe.then=crash")
+    (run,) = runs("failed")
+    status = json.loads((run / "status.json").read_text())
+    status |= {"state": "running", "host": "elsewhere"}
+    (run / "status.json").write_text(json.dumps(status))
+    said = qexp("resume", str(run), "recipe.then=done")
+    assert said.code == 1
+    assert said.err.endswith(f"If nothing runs there any more: qexp resume {run} --take-over\n")
+    assert read_status(run)["state"] == "running"
+    assert qexp("resume", str(run), "recipe.then=done", "--take-over").code == 0
+    (run / "status.json").write_text(json.dumps({"state": "running", **owner()}))
+    said = qexp("resume", str(run), "--take-over")  # of this machine it is known
+    assert said.code == 1
+    assert said.err.endswith("Wait for it, or stop it first.\n")
+
+
 def test_a_sweep_knows_a_job_that_was_killed(tiny: Qexp, qexp: Qexp) -> None:
     tiny("-m", "bits=2,3", "recipe.then='bits=3'")
     (sweep,) = Path("outputs/sweeps").iterdir()

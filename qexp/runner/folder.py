@@ -21,7 +21,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from qexp.errors import CheckpointError, ConfigError
+from qexp.errors import CheckpointError, ConfigError, RunError
+from qexp.runner.atomic import write_json
 
 STATUS = "status.json"
 RESULT = "result.json"
@@ -135,6 +136,35 @@ def read_status(folder: Path) -> dict[str, Any]:
     if status.get("state", "running") == "running" and not _alive(status):
         status["state"] = "dead"
     return status
+
+
+def refuse_running(folder: Path, status: dict[str, Any]) -> None:
+    """Refuse to go on with a run whose process may be at work; `status` is of `read_status`.
+
+    Raises:
+        RunError: so.
+    """
+    if status.get("state") != "running":
+        return
+    advice = "Wait for it, or stop it first."
+    if _elsewhere(status):
+        advice = f"If nothing runs there any more: qexp resume {folder} --take-over"
+    raise RunError(
+        f"resume: {folder} is still running (pid {status.get('pid')} on {status.get('host')}). "
+        + advice
+    )
+
+
+def give_up(folder: Path) -> None:
+    """Mark a run that another machine began, and of which only the user knows, as interrupted."""
+    with locked(folder):
+        status = read_status(folder)
+        if status.get("state") == "running" and _elsewhere(status):
+            write_json(folder / STATUS, {**status, "state": "interrupted"})
+
+
+def _elsewhere(status: dict[str, Any]) -> bool:
+    return status.get("host", socket.gethostname()) != socket.gethostname()
 
 
 def owner() -> dict[str, Any]:

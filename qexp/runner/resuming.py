@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig, OmegaConf
 
 from qexp.config import task_overrides
-from qexp.errors import ConfigError, RunError, origin
+from qexp.errors import ConfigError, origin
 from qexp.runner.atomic import write_bytes, write_json
 from qexp.runner.folder import (
     EARLIER,
@@ -30,6 +30,7 @@ from qexp.runner.folder import (
     read_config,
     read_json,
     read_status,
+    refuse_running,
 )
 
 CHECKPOINT = "last.pt"
@@ -54,11 +55,7 @@ def take(folder: Path, cfg: DictConfig, processes: int = 1) -> None:
     """
     with locked(folder):
         status = read_status(folder)
-        if status.get("state") == "running":
-            raise RunError(
-                f"resume: {folder} is still running (pid {status.get('pid')} on "
-                f"{status.get('host')}). Wait for it, or stop it first."
-            )
+        refuse_running(folder, status)
         segments = next_segments(folder, cfg, status, processes)
         if overrides := _resume_overrides():
             write_bytes(folder / RESUMED, OmegaConf.to_yaml(overrides).encode())
