@@ -160,13 +160,10 @@ def task_overrides() -> list[str]:
     return list(typed)
 
 
-def sweeps_dir(out: Any) -> str:
-    """Where sweeps lie, the resolver `${sweeps_dir:${out}}`; each job refuses an `out` of none."""
-    return f"{out or 'outputs'}/sweeps"
-
-
 OmegaConf.register_new_resolver("run_name", run_name, replace=True)
-OmegaConf.register_new_resolver("sweeps_dir", sweeps_dir, replace=True)
+OmegaConf.register_new_resolver(  # an `out` of none is refused by each job
+    "sweeps_dir", lambda out: f"{out or 'outputs'}/sweeps", replace=True
+)
 OmegaConf.register_new_resolver("gpu_of_job", gpu_of_job, replace=True)
 OmegaConf.register_new_resolver("jobs_at_once", jobs_at_once, replace=True)
 
