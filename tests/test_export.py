@@ -405,6 +405,36 @@ def test_a_trusted_model_keeps_the_constants_of_its_constructor() -> None:
         assert torch.equal(restored(images()), model(images()))
 
 
+class TwoNames(nn.Module):
+    """A network that holds a layer and its norm under two names, and calls them by either."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.stem, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, num_classes)
+        self.conv, self.norm = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+        self.body = nn.Sequential(self.conv, self.norm, nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.body(self.stem(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_a_layer_of_two_names_is_packed_once_and_restored_under_both(fold: bool) -> None:
+    torch.manual_seed(0)
+    model = TwoNames(10).eval()
+    if fold:
+        fold_bn_(model)
+    layers = trace(model, SHAPE)
+    quantize_(model, layers, {layer.name: Bits(4, 4) for layer in layers}, LSQ, LSQ)
+    calibrate_(model, images())
+    packed = packed_of(model)
+    text = changed(packed, target=f"{__name__}.TwoNames", keywords={})
+    restored = restore(Packed(parse(text), packed.tensors), trust=True)
+    assert restored.body[0] is restored.conv  # type: ignore[index]
+    with torch.no_grad():
+        assert torch.equal(restored(images()), model(images()))
+
+
 def test_a_code_beyond_the_levels_is_refused() -> None:
     packed = packed_of(network("adq"))  # 15 levels in 4 bits
     name = next(e.name for e in packed.header.layers[1:])

@@ -23,6 +23,7 @@ from qexp.export import inputs
 from qexp.export.header import FormatError, Header, LayerEntry
 from qexp.export.packed import Packed
 from qexp.models.build import build_model
+from qexp.quant.convert import replace_, second_names
 from qexp.quant.modules import QuantConv2d, QuantLinear, leave_fast_path_
 from qexp.quant.quantizer import Identity, Quantizer
 
@@ -101,7 +102,7 @@ def restore(packed: Packed, *, trust: bool = False) -> nn.Module:
             state |= _norm(model, name, packed)
             used.add(f"{name}.affine")
         else:
-            _replace(model, name, nn.Identity())
+            replace_(model, name, nn.Identity())
     if missing := [name for name in header.norms if f"{name}.affine" not in used]:
         raise FormatError(f"the model has no batch norm {missing[0]!r}")
     for entry in header.layers:
@@ -178,13 +179,8 @@ def _layer(
         used |= {f"{entry.name}.a.{key}" for key in parts}
     state |= {f"{entry.name}.act_quantizer.{key}": value for key, value in own.items()}
     twin = (QuantConv2d if conv else QuantLinear).from_float(module, Identity(), act)  # type: ignore[arg-type]
-    _replace(model, entry.name, twin)
+    replace_(model, entry.name, twin)
     return state, used
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 def _add_biases(model: nn.Module, floats: dict[str, Tensor]) -> None:
@@ -199,7 +195,11 @@ def _add_biases(model: nn.Module, floats: dict[str, Tensor]) -> None:
 
 def _load(model: nn.Module, state: dict[str, Tensor]) -> None:
     """All of `state`, which must be all of the model's, with its shapes."""
-    ours = model.state_dict()
+    ours, second = model.state_dict(), second_names(model)
+    for key in ours:
+        owner, _, name = key.rpartition(".")
+        if (known := f"{second.get(owner)}.{name}") in state:
+            state[key] = state[known]
     unknown = sorted(set(state) - set(ours))
     missing = sorted(set(ours) - set(state))
     if unknown or missing:

@@ -37,7 +37,7 @@ from qexp.errors import CheckpointError, ConfigError
 from qexp.export import coding, inputs
 from qexp.export.bits import pack, unpack
 from qexp.export.header import FormatError, Header, LayerEntry, parse
-from qexp.quant.convert import quant_layers
+from qexp.quant.convert import quant_layers, second_names
 from qexp.quant.quantizer import Identity, Quantizer
 from qexp.runner.atomic import write_bytes
 
@@ -188,8 +188,9 @@ def affine(norm: nn.Module, name: str) -> Tensor:
 
 
 def _floats(model: nn.Module, packed: list[LayerEntry], norms: list[str]) -> dict[str, Tensor]:
-    """State of no quantizer, no batch norm, no packed weight."""
+    """State of no quantizer, no batch norm, no packed weight; of a module once."""
     owners = [n for n, m in model.named_modules() if isinstance(m, Quantizer)] + norms
+    owners += second_names(model)
     prefixes = tuple(f"{name}." for name in owners)
     weights = {f"{entry.name}.weight" for entry in packed}
     kept = {}

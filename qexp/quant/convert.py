@@ -148,6 +148,16 @@ def replace_(model: nn.Module, name: str, module: nn.Module) -> None:
                 setattr(parent, child, module)
 
 
+def second_names(model: nn.Module) -> dict[str, str]:
+    """The first name of a module that has several, by each of its others."""
+    first: dict[int, str] = {}
+    found = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if first.setdefault(id(module), name) != name:
+            found[name] = first[id(module)]
+    return found
+
+
 def quant_layers(model: nn.Module) -> dict[str, QuantLayer]:
     """Quantized layers by name, in module order."""
     return {n: m for n, m in model.named_modules() if isinstance(m, QUANT_LAYERS)}
