@@ -239,7 +239,8 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[str
 
 
 def _is_dry(overrides: Sequence[str]) -> bool:
-    return any(o.lower() in ("dry_run=true", "dry_run=1", "dry_run=yes") for o in overrides)
+    words = ("dry_run=true", "dry_run=1", "dry_run=yes")
+    return any(o.lstrip("+").lower() in words for o in overrides)
 
 
 def _tool(name: str) -> Callable[[list[str]], int]:

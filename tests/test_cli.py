@@ -102,14 +102,15 @@ def test_a_wrong_config_leaves_nothing_behind(tiny: Qexp, tmp_path: Path) -> Non
     assert sorted(p.name for p in tmp_path.iterdir()) == ["conf"]
 
 
+@pytest.mark.parametrize("word", ["dry_run=true", "++dry_run=True"])
 @pytest.mark.parametrize("more", [(), ("-m", "bits=2,3")], ids=["run", "sweep"])
 def test_a_dry_run_prints_the_plan_and_writes_nothing(
-    tiny: Qexp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
+    tiny: Qexp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...], word: str
 ) -> None:
     from qexp.recipes import plan
 
     monkeypatch.setattr(plan, "plan", lambda cfg: f"plan of W{cfg.bits}")
-    said = tiny("dry_run=true", *more)
+    said = tiny(word, *more)
     assert said.code == 0
     assert said.out.split("\n")[0] == ("plan of W2" if more else "plan of W4")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["conf"]
