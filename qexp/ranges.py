@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -48,6 +49,19 @@ def _numbers(plain: Plain) -> Iterator[str]:
         yield f"config: seed must be from 0 to 2**63 - 1; got {seed}."
     if _is_int(steps) and steps < 1:
         yield f"config: max_steps must be at least 1, or null for no limit; got {steps}."
+
+
+def _names(plain: Plain) -> Iterator[str]:
+    for group in ("dataset", "model", "quantizer", "bitwidth"):
+        node = plain.get(group)
+        if not (isinstance(node, Mapping) and "name" in node):
+            continue
+        name = node["name"]
+        if not isinstance(name, str) or not re.fullmatch(r"[\w+-][\w.+-]*", name):
+            yield (
+                f"config: {group}.name must be letters, digits, '.', '_', '+' and '-', as it names "
+                f"folders; got {name!r}."
+            )
 
 
 def _threads(plain: Plain) -> Iterator[str]:
@@ -153,6 +167,7 @@ def _is_int(value: Any) -> TypeGuard[int]:
 
 CHECKS = (
     _numbers,
+    _names,
     _threads,
     _compile,
     _bitwidth,

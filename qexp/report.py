@@ -175,7 +175,7 @@ def _csv_row(table: Table, row: Row) -> dict[str, Any]:
         "protocol": table.label,
         "protocol_hash": row.protocol_hash,
         "seeds": " ".join(str(r.seed) for r in row.counted),
-        "commits": " ".join(sorted({str(r.result.get("commit")) for r in row.counted})),
+        "commits": " ".join(sorted({commit for r in row.counted for commit in r.commits})),
         "flags": "; ".join(row.flags),
         "folders": " ".join(str(r.folder) for r in row.runs),
     }  # fmt: skip

@@ -31,10 +31,10 @@ def flag_(row: Row, papers: Sequence[Paper]) -> None:
     if row.repeats:
         seeds = sorted({str(r.seed) for r in row.repeats})
         row.flags.append(f"seed {', '.join(seeds)} ran again: the newest counts")
-    commits = {str(r.result.get("commit")) for r in row.counted}
+    commits = {commit for r in row.counted for commit in r.commits}
     if len(commits) > 1:
         row.flags.append(f"{len(commits)} commits")
-    if "None" in commits:
+    if any(not r.commits for r in row.counted):
         row.flags.append("no commit recorded")
     if any(r.result.get("dirty") for r in row.counted):
         row.flags.append("uncommitted code")

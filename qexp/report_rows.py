@@ -147,8 +147,8 @@ class Table:
     @property
     def commits(self) -> list[str]:
         """Of the runs that count, each once, ten digits."""
-        found = (run.result.get("commit") for row in self.rows for run in row.counted)
-        return sorted({str(commit)[:10] for commit in found if commit})
+        found = (commit for row in self.rows for run in row.counted for commit in run.commits)
+        return sorted({commit[:10] for commit in found})
 
     @property
     def title(self) -> str:

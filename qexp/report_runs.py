@@ -97,6 +97,12 @@ class RunRecord:
         return self.result.get("seed", self.config.get("seed"))
 
     @property
+    def commits(self) -> list[str]:
+        """Of the code; several of a run that was resumed by another."""
+        found = self.result.get("commits") or [self.result.get("commit")]
+        return [str(commit).partition(" ")[0] for commit in found if commit]
+
+    @property
     def protocol(self) -> dict[str, Any]:
         """The protocol with nested keys as `distill.weight`."""
         return dict(flatten(self.result.get("protocol") or {}))

@@ -53,6 +53,8 @@ COMMANDS = {
     "train bits=2,4": "config: Ambiguous value for argument 'bits=2,4'; *add --multirun*",
     # unknown keys and choices
     "train bitz=4": "config: no key 'bitz' (train has: *). Did you mean 'bits'?",
+    "train model.name=null": "config: model.name must be letters, digits, *; got None.",
+    "train quantizer=lsq quantizer.name=a/../b": "config: quantizer.name must be *; got 'a/../b'.",
     "train quantiser=lsq": "config: no key 'quantiser' (*). Did you mean 'quantizer'?",
     "train quantizer=lsq quantizer.weight.inti=lsq": (
         "config: no key 'quantizer.weight.inti' (lsq has: count, init, per_channel). "

@@ -182,6 +182,13 @@ def test_several_commits_of_a_table_are_named_below_it(tmp_path, capsys) -> None
     assert "Code at aaaaaaaaaa, bbbbbbbbbb (2 of them)." in report(capsys, str(tmp_path))
 
 
+def test_a_resumed_run_counts_all_its_commits(tmp_path, capsys) -> None:
+    make_run(tmp_path, "a", commit="b" * 40, commits=["a" * 40 + " (dirty)", "b" * 40])
+    (row,) = rows(capsys, tmp_path)
+    assert row["flags"] == "2 commits"
+    assert row["commits"] == f"{'a' * 40} {'b' * 40}"
+
+
 @pytest.mark.parametrize(
     ("column", "value"),
     [("epochs", "90-120"), ("kind", "Paper"), ("verified", "maybe"), ("policy", "fixed")],

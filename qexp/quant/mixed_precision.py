@@ -149,6 +149,8 @@ class Sensitivity:
         self._allocate(layers, "uniform")
         if self.save and not Path(self.save).parent.is_dir():
             raise ValueError(f"save={self.save}: there is no folder {Path(self.save).parent}")
+        if self.save and Path(self.save).is_dir():
+            raise ValueError(f"save={self.save} is a folder; give the name of a file")
 
     def check_metric(self, layers: Sequence[Layer], model: nn.Module, images: Tensor) -> None:
         """What the metric cannot measure of a network, found on any images, [N, C, H, W].
