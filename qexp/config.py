@@ -29,6 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from qexp.errors import ConfigError, did_you_mean
 from qexp.gpu_slots import gpu_of_job, jobs_at_once
 from qexp.ranges import unrepresentable, unusable
+from qexp.runner.overrides import task_overrides
 from qexp.signature import Signature, against, missing_keys
 
 PACKAGE = Path(__file__).parent
@@ -148,16 +149,6 @@ def mixed_name() -> str | None:
         return None
     choices = HydraConfig.get().runtime.choices
     return f"{choices['quantizer/weight']}+{choices['quantizer/act']}"
-
-
-def task_overrides() -> list[str]:
-    """What the command line set, as it was typed; Hydra's own keys left out."""
-    from hydra.core.hydra_config import HydraConfig
-
-    if not HydraConfig.initialized():
-        return []
-    typed: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
-    return list(typed)
 
 
 OmegaConf.register_new_resolver("run_name", run_name, replace=True)

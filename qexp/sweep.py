@@ -27,10 +27,10 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from qexp.config import task_overrides
 from qexp.errors import one_line
 from qexp.runner.atomic import append_line
 from qexp.runner.folder import find_done, identity, read_json
+from qexp.runner.overrides import task_overrides
 
 JOBS = "jobs.jsonl"
 

@@ -140,6 +140,7 @@ def test_a_resume_does_not_go_on_from_another_float_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "w.pt"
+    torch.manual_seed(1)
     torch.save(ResNet(8, 4, width=0.25).state_dict(), path)
     mine = path.read_bytes()
     cfg = tiny(tmp_path, "quantizer=brecq", f"model.checkpoint={path}")
@@ -153,6 +154,7 @@ def test_a_resume_does_not_go_on_from_another_float_network(
         patch.setattr(checkpoint, "save", save_then_stop)
         with pytest.raises(KeyboardInterrupt):
             quantized(cfg)
+    torch.manual_seed(2)
     torch.save(ResNet(8, 4, width=0.25).state_dict(), path)
     with pytest.raises(ConfigError, match=r"w\.pt is no longer the file this run began with"):
         quantized(cfg, resume=True)

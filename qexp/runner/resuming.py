@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
-from qexp.config import task_overrides
 from qexp.errors import ConfigError, origin
 from qexp.runner.atomic import write_bytes, write_json
 from qexp.runner.folder import (
@@ -32,6 +31,7 @@ from qexp.runner.folder import (
     read_status,
     refuse_running,
 )
+from qexp.runner.overrides import task_overrides
 
 CHECKPOINT = "last.pt"
 RESUME = "resume"  # hydra.job.name of a `qexp resume`

@@ -27,13 +27,13 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from qexp.config import task_overrides
 from qexp.errors import RunError, one_line
 from qexp.runner import distributed
 from qexp.runner.atomic import finite, torn, write_bytes, write_json
 from qexp.runner.environment import describe, note_earlier_
 from qexp.runner.folder import EARLIER, RESULT, STATUS, claim, identity, owner, read_json
 from qexp.runner.guards import global_state, os_errors, sigterm
+from qexp.runner.overrides import task_overrides
 from qexp.runner.resuming import Before, take
 
 if TYPE_CHECKING:
