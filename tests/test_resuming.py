@@ -268,6 +268,10 @@ def test_a_damaged_checkpoint_says_that_the_run_can_start_over(qexp: Qexp, tmp_p
         "over: rm run/last.pt; qexp resume run\n"
     )
     assert said.code == 1
+    torch.save({"conv1.weight": torch.zeros(1)}, last)
+    said = qexp("resume", "run")
+    foreign = "run/last.pt is no checkpoint of a run. Delete it and the run starts over."
+    assert (said.code, foreign in said.err) == (1, True)
     last.unlink()
     assert qexp("resume", "run").code == 0
     assert read_json(tmp_path / "run" / "result.json")["epochs"] == 2

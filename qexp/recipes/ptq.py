@@ -41,7 +41,7 @@ from qexp.recipes import build, outcome, settings
 from qexp.recipes.compilation import choose, compile_for, eager_afterwards
 from qexp.recipes.evaluate import evaluate
 from qexp.recipes.ptq_settings import Settings
-from qexp.recipes.signs import load_run_state, signs, warn_clipped
+from qexp.recipes.signs import resumed_state, signs, warn_clipped
 from qexp.recipes.start import float_start
 from qexp.recipes.units import Work, summary, units_of
 from qexp.recipes.watch import unlearned
@@ -62,7 +62,7 @@ def ptq(cfg: DictConfig, run: Run) -> dict[str, Any]:
     device = pick_device(cfg.device)
     seed_everything(cfg.seed)
     last = run.dir / "last.pt"
-    saved = load_run_state(last) if run.resumed and last.exists() else None
+    saved = resumed_state(run)
     over = saved is not None and "float" in saved  # learned and corrected; the result is missing
 
     # The start: data, a float network, its batch norms folded.

@@ -47,7 +47,7 @@ from qexp.recipes.optimize import (
     set_lr,
 )
 from qexp.recipes.settings import Settings
-from qexp.recipes.signs import load_run_state, signs, warn_clipped
+from qexp.recipes.signs import resumed_state, signs, warn_clipped
 from qexp.recipes.start import FloatStart, float_start
 from qexp.recipes.watch import Movement, check_finite
 from qexp.runner import checkpoint, distributed
@@ -66,7 +66,7 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
     device, leads = pick_device(cfg.device), distributed.world().leads
     seed_everything(cfg.seed)
     last = run.dir / "last.pt"
-    saved = load_run_state(last) if run.resumed and last.exists() else None
+    saved = resumed_state(run)
 
     # The start: data, a float network and its top-1.
     dataset = build.make_dataset(cfg, device)

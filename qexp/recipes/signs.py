@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qexp.errors import CheckpointError
 from qexp.quant.trace import Layer
 from qexp.runner import checkpoint
 from qexp.runner.run import Run
@@ -37,6 +38,23 @@ def load_run_state(path: Path) -> dict[str, Any]:
     """
     state = checkpoint.load(path)
     return {"signed": _reported(path.with_name("layers.csv")), **state}
+
+
+def resumed_state(run: Run) -> dict[str, Any] | None:
+    """The last.pt that a run goes on from; None of a run that begins, or had none yet.
+
+    Raises:
+        CheckpointError: as `checkpoint.load`, or it is of no run.
+    """
+    path = run.dir / "last.pt"
+    if not (run.resumed and path.exists()):
+        return None
+    state = load_run_state(path)
+    if not {"model", "bits", "start"} <= set(state):
+        raise CheckpointError(
+            f"resume: {path} is no checkpoint of a run. Delete it and the run starts over."
+        )
+    return state
 
 
 def warn_clipped(run: Run, layers: Sequence[str]) -> None:
