@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compose import TINY, TINY_PTQ, tiny
-from conftest import Qexp
+from conftest import Qexp, Said
 
 from qexp.errors import ConfigError, DataError
 from qexp.models.resnet import ResNet
@@ -75,17 +75,21 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("words", REFUSED)
-def test_what_cannot_run_is_refused_before_anything_is_written(
-    qexp: Qexp, tmp_path: Path, words: str
-) -> None:
-    said = qexp("train", *TINY, *words.split())
-    for part in REFUSED[words].split("*"):
+def check_refusal(said: Said, expected: str, folder: Path) -> None:
+    """One line of a config error, with the parts of `expected`; exit code 2; nothing written."""
+    for part in expected.split("*"):
         assert part in said.err
     assert said.err.startswith("config: ")
     assert len(said.err.splitlines()) == 1, said.err
     assert said.code == 2
-    assert not list(tmp_path.iterdir())
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_cannot_run_is_refused_before_anything_is_written(
+    qexp: Qexp, tmp_path: Path, words: str
+) -> None:
+    check_refusal(qexp("train", *TINY, *words.split()), REFUSED[words], tmp_path)
 
 
 REFUSED_PTQ = {
@@ -104,12 +108,7 @@ REFUSED_PTQ = {
 def test_a_reconstruction_without_sense_is_refused_before_anything_is_written(
     qexp: Qexp, tmp_path: Path, words: str
 ) -> None:
-    said = qexp("train", *TINY_PTQ, "quantizer=qdrop", words)
-    for part in REFUSED_PTQ[words].split("*"):
-        assert part in said.err
-    assert len(said.err.splitlines()) == 1, said.err
-    assert said.code == 2
-    assert not list(tmp_path.iterdir())
+    check_refusal(qexp("train", *TINY_PTQ, "quantizer=qdrop", words), REFUSED_PTQ[words], tmp_path)
 
 
 @pytest.mark.parametrize(

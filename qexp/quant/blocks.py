@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from qexp.quant.fold import trace_graph
+from qexp.quant.trace import evaluated
 
 Granularity = Literal["layer", "block"]
 
@@ -89,13 +90,8 @@ def unfit(model: nn.Module, names: Collection[str], images: Tensor) -> dict[str,
             found[name] = _misfit(args, kwargs, y, len(images))
 
         handles.append(model.get_submodule(name).register_forward_hook(hook, with_kwargs=True))
-    was_training = model.training
-    try:
-        model.eval()(images)
-    finally:
-        model.train(was_training)
-        for handle in handles:
-            handle.remove()
+    with evaluated(model, handles):
+        model(images)
     return {name: what for name, what in found.items() if what}
 
 

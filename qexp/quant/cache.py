@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qexp.errors import RunError
+from qexp.quant.trace import evaluated
 
 
 class Store:
@@ -111,17 +112,11 @@ def record(
             keep("output", y)
         raise _StopForward
 
-    handle = unit.register_forward_hook(hook)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluated(model, [unit.register_forward_hook(hook)]):
         for first in range(0, len(images), batch_size):
             try:
                 model(images[first : first + batch_size])
             except _StopForward:
                 continue
             raise ValueError(f"{type(unit).__name__} is not part of the network's forward pass")
-    finally:
-        handle.remove()
-        model.train(was_training)
     return arrays["input"], arrays.get("output")

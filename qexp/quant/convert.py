@@ -24,7 +24,7 @@ from qexp.quant.modules import (
     leave_fast_path_,
 )
 from qexp.quant.quantizer import Identity, Quantizer
-from qexp.quant.trace import Layer
+from qexp.quant.trace import Layer, evaluated
 
 
 class Bits(NamedTuple):
@@ -200,13 +200,8 @@ def calibrate_(model: nn.Module, images: Tensor, *, fresh_only: bool = False) ->
         if not (fresh_only and bool(module.weight_quantizer.calibrated)):
             module.weight_quantizer.calibrate(module.weight)
         handles.append(module.register_forward_pre_hook(partial(set_input, name)))
-    was_training = model.training
-    try:
-        model.eval()(images)
-    finally:
-        model.train(was_training)
-        for handle in handles:
-            handle.remove()
+    with evaluated(model, handles):
+        model(images)
     return negative
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import fx, nn
 
 from qexp.quant.convert import replace_
+from qexp.quant.trace import evaluated
 
 LEAVES = (nn.Conv2d, nn.Linear, nn.modules.batchnorm._BatchNorm)
 
@@ -44,16 +45,14 @@ def trace_graph(model: nn.Module) -> fx.Graph:
     Raises:
         ValueError: its forward cannot be traced.
     """
-    was_training = model.training
     try:
-        return _Tracer().trace(model.eval())
+        with evaluated(model):
+            return _Tracer().trace(model)
     except Exception as error:  # fx raises whatever the forward does with a proxy
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"{type(model).__name__} cannot be traced by torch.fx: {reason}"
         ) from error
-    finally:
-        model.train(was_training)
 
 
 def calls(graph: fx.Graph) -> dict[str, int]:

@@ -10,11 +10,13 @@ checkpoints (recipes/signs.py), and `calibrate_` reports inputs that contradict 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from qexp.errors import ConfigError
 
@@ -52,6 +54,19 @@ class Layer:
         return n
 
 
+@contextmanager
+def evaluated(model: nn.Module, hooks: Iterable[RemovableHandle] = ()) -> Iterator[None]:
+    """`model` in eval mode inside the block; then in the mode it was in, and without `hooks`."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+
+
 @torch.no_grad()
 def trace(model: nn.Module, input_shape: Sequence[int], batch: int = 2) -> list[Layer]:
     """The layers of `model` in execution order.
@@ -83,16 +98,11 @@ def trace(model: nn.Module, input_shape: Sequence[int], batch: int = 2) -> list[
     for name, module in model.named_modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             handles.append(module.register_forward_hook(hook(name)))  # type: ignore[arg-type]
-    was_training = model.training
     parameter = next(model.parameters())
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(batch, *input_shape, generator=generator).to(parameter)
-    try:
-        model.eval()(noise)
-    finally:
-        model.train(was_training)
-        for handle in handles:
-            handle.remove()
+    with evaluated(model, handles):
+        model(noise)
 
     layers = []
     for i, (name, (module, x, y)) in enumerate(seen.items()):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qexp.quant.convert import quant_layers
 from qexp.quant.quantizer import Quantizer
+from qexp.quant.trace import evaluated
 from qexp.runner.run import Run
 
 # Called with a layer's name, "weight" or "act", that operand, and its quantizer.
@@ -54,8 +55,5 @@ def observe(model: nn.Module, images: Tensor, look: Look) -> None:
 
     for name, module in quant_layers(model).items():
         handles.append(module.register_forward_pre_hook(hook(name)))
-    was_training = model.training
-    model.eval()(images)
-    model.train(was_training)
-    for handle in handles:
-        handle.remove()
+    with evaluated(model, handles):
+        model(images)
