@@ -17,6 +17,7 @@ from conftest import Qexp, Said
 from qexp.errors import ConfigError, DataError
 from qexp.models.resnet import ResNet
 from qexp.recipes.logits import giving_logits, run_in_training_mode
+from qexp.recipes.plan import plan
 from qexp.recipes.precheck import precheck
 from qexp.recipes.unused import unused
 
@@ -321,6 +322,7 @@ def test_what_is_wrong_with_a_network_of_ones_own_is_one_line(
 def test_auxiliary_heads_are_refused_only_where_the_network_is_trained(tmp_path: Path) -> None:
     words = own(TINY_PTQ, "Gives", "+model.output=aux", "quantizer=nearest")
     precheck(tiny(tmp_path, base=words))
+    assert "cost:" in plan(tiny(tmp_path, base=words))  # its step is timed in eval mode
     with pytest.raises(ConfigError, match="type tuple in training mode"):
         precheck(tiny(tmp_path, "model.checkpoint=auto", base=words))
 

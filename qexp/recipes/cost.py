@@ -78,7 +78,7 @@ def training(cfg: DictConfig, card: Card, model: nn.Module, layers: Sequence[Lay
     steps = s.epochs * per_epoch
     steps = steps if cfg.max_steps is None else min(steps, cfg.max_steps)
     mode = choose(cfg.compile, layers, steps * s.batch_size, pick_device(cfg.device))
-    cost = _timed(cfg, card, model, s.batch_size // s.accumulate, mode, s)
+    cost = _timed(cfg, card, model.train(), s.batch_size // s.accumulate, mode, s)
     # A teacher's forward pass is a third of a step too.
     images = steps * s.batch_size * (4 / 3 if s.distill.weight > 0 else 1)
     images += steps / per_epoch * card.test_size / 3
@@ -117,7 +117,8 @@ def reconstruction(
     units, device = len(parts), pick_device(cfg.device)
     mode = choose(cfg.compile, layers, 3 * s.iterations * s.minibatch, device)
     recorded, widest, share = _values(reference, parts, names, card.input_shape)
-    cost = _timed(cfg, card, model, s.minibatch, mode if sweeps else "off", Settings())
+    mode = mode if sweeps else "off"
+    cost = _timed(cfg, card, model.eval(), s.minibatch, mode, Settings())
     images = sum(p.iterations for p in sweeps) * s.minibatch
     recorded *= 4 * (s.images + s.held_out)
     cache = min(recorded, cache_bytes(s, device))
@@ -192,7 +193,7 @@ def _timed(
 def _image_cost(
     model: nn.Module, shape: tuple[int, ...], batch: int, s: Settings
 ) -> tuple[float, float]:
-    """Seconds of a training step, the faster of two, and bytes it keeps; both for one image."""
+    """Seconds forward and backward, the faster of two, and bytes kept; both for one image."""
     device = next(model.parameters()).device
     if device.type == "cpu":
         keep_memory()  # as the run does
@@ -202,7 +203,7 @@ def _image_cost(
     y = torch.zeros(batch, dtype=torch.int64, device=device)
 
     def step() -> None:
-        loss, _ = training_loss(model.train(), None, x, y, s)
+        loss, _ = training_loss(model, None, x, y, s)
         loss.backward()
 
     step()  # compiles
