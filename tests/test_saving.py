@@ -111,6 +111,38 @@ def test_evaluation_and_checkpoints_do_not_see_the_mode() -> None:
         assert list(other.state_dict()) == keys
 
 
+class Merge(nn.Module):
+    """A residual block that takes its two branches, one of them by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        return F.relu(self.norm(self.conv(x)) + other)
+
+
+class Merging(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.merge, self.fc = nn.Conv2d(3, 4, 3), Merge(), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.fc(self.merge(x, other=x * 0.5).mean((2, 3)))
+
+
+def test_blocks_of_two_inputs_train_the_same_and_keep_less() -> None:
+    torch.manual_seed(0)
+    model = Merging()
+    layers = trace(model, (3, 8, 8))
+    quantize_(model, layers, {layer.name: Bits(4, 4) for layer in layers}, LSQ, LSQ)
+    calibrate_(model, IMAGES)
+    expected, got = trained(model.train(), "all"), trained(model, "blocks")
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+    assert kept(model, "blocks") < kept(model, "inputs")
+
+
 def test_blocks_of_a_network_without_any_are_refused_in_one_line() -> None:
     with pytest.raises(ConfigError, match=r"the network has none\. Use saved=inputs"):
         save_less_(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), "blocks")

@@ -76,10 +76,11 @@ def kept_bytes(model: nn.Module, step: Callable[[], None]) -> int:
     return sum(kept.values())
 
 
-def _checkpointed(block: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def _checkpointed(block: nn.Module, forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
     if not (block.training and torch.is_grad_enabled()):
-        return forward(x)
-    return checkpoint(forward, x, use_reentrant=False, context_fn=partial(_passes, block))
+        return forward(*inputs, **named)
+    contexts = partial(_passes, block)
+    return checkpoint(forward, *inputs, use_reentrant=False, context_fn=contexts, **named)
 
 
 def _passes(block: nn.Module) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
