@@ -31,7 +31,7 @@ class Command(NamedTuple):
 
     config: str
     summary: str
-    lists: bool = False  # see `bench_words`
+    lists: bool = False  # see `bench.words`
 
 
 COMMANDS = {
@@ -159,7 +159,7 @@ def run_task(name: str, argv: Sequence[str]) -> int:
 
     command = COMMANDS[name]
     if command.lists:
-        from qexp import bench_words
+        from qexp.bench import words as bench_words
 
         argv = bench_words.translate(argv)
     return hydra_main(Job(name), configs_dir(), command.config, argv)
@@ -245,7 +245,7 @@ def _is_dry(overrides: Sequence[str]) -> bool:
 
 def _tool(name: str) -> Callable[[list[str]], int]:
     if name == "report":
-        from qexp import report
+        from qexp.report import command as report
 
         return report.main
     from qexp import tools

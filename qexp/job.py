@@ -151,14 +151,14 @@ def export(cfg: DictConfig) -> dict[str, Any]:
 def bench_train(cfg: DictConfig) -> dict[str, Any]:
     """`qexp bench train`: time a training step."""
     config.check(cfg)
-    _function("qexp.bench", "bench_train")(cfg)
+    _function("qexp.bench.train", "bench_train")(cfg)
     return {"status": "done"}
 
 
 def bench_inference(cfg: DictConfig) -> dict[str, Any]:
     """`qexp bench inference`: time a forward pass."""
     config.check(cfg)
-    _function("qexp.bench_inference", "bench_inference")(cfg)
+    _function("qexp.bench.inference", "bench_inference")(cfg)
     return {"status": "done"}
 
 

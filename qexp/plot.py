@@ -2,7 +2,7 @@
 
 One function, one figure, one file; the file's ending picks the format (PNG, SVG, PDF). Data comes
 in as plain rows, arrays or tensors, gathered by whoever has them; nothing here knows a network, a
-quantizer or a run's folder. Figures of tables of runs are in `report_plot.py`.
+quantizer or a run's folder. Figures of tables of runs are in `report/plot.py`.
 
 A figure shows at most `MAX_PANELS` layers, evenly spaced over the depth, and says so.
 """

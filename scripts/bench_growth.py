@@ -24,7 +24,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from torch import nn
 
-from qexp.bench_step import Contender, make_step, take_turns
+from qexp.bench.step import Contender, make_step, take_turns
 from qexp.config import configs_dir
 from qexp.figure import PALETTE, legend, panels, save
 from qexp.models.resnet import ResNet

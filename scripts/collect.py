@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from qexp.report_runs import read_run
+from qexp.report.runs import read_run
 from qexp.runner.folder import RESULT, STATUS, find_runs, read_json, read_status
 
 COPIED = (RESULT, "config.yaml", "layers.csv", "metrics.jsonl")

@@ -47,8 +47,8 @@ from omegaconf import DictConfig
 from qdrop_adapter import Program, closed_clamp, load_peer, peer_program, unit_names
 from torch import Tensor, nn
 
-from qexp.bench_floor import in_turn
-from qexp.bench_step import Contender, peak_bytes
+from qexp.bench.floor import in_turn
+from qexp.bench.step import Contender, peak_bytes
 from qexp.config import configs_dir
 from qexp.models.load import load_weights
 from qexp.models.resnet import ResNet

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from qexp.errors import QexpError
-from qexp.report_cells import cited, show
-from qexp.report_markdown import markdown, markdown_row
-from qexp.report_papers import Paper, read_papers
-from qexp.report_protocols import is_start, value_of, varying
-from qexp.report_rows import Row, Table
-from qexp.report_runs import read_runs
-from qexp.report_tables import make_tables
+from qexp.report.cells import cited, show
+from qexp.report.markdown import markdown, markdown_row
+from qexp.report.papers import Paper, read_papers
+from qexp.report.protocols import is_start, value_of, varying
+from qexp.report.rows import Row, Table
+from qexp.report.runs import read_runs
+from qexp.report.tables import make_tables
 
 MARK = re.compile(
     r"<!-- table:(?P<name>[\w./-]+)(?P<full> full)? -->\n.*?<!-- /table -->", re.DOTALL

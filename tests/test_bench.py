@@ -15,12 +15,13 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from torch import nn
 
-from qexp import bench, bench_step
-from qexp.bench_floor import Machine, measure_machine, operands, work
-from qexp.bench_peers import Peer
-from qexp.bench_settings import Settings
-from qexp.bench_step import Contender, make_step, take_turns
-from qexp.bench_words import translate
+from qexp.bench import step as bench_step
+from qexp.bench import train as bench
+from qexp.bench.floor import Machine, measure_machine, operands, work
+from qexp.bench.peers import Peer
+from qexp.bench.settings import Settings
+from qexp.bench.step import Contender, make_step, take_turns
+from qexp.bench.words import translate
 from qexp.config import configs_dir
 from qexp.models.resnet import ResNet
 from qexp.quant.convert import Bits, quantize_
@@ -53,7 +54,7 @@ def compose_bench(*words: str) -> DictConfig:
 @pytest.fixture(autouse=True)
 def quick_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine's rates are not what is tested, and take a second to measure."""
-    monkeypatch.setattr("qexp.bench.measure_machine", lambda device, dtype: Machine(1e9, 1e9))
+    monkeypatch.setattr("qexp.bench.train.measure_machine", lambda device, dtype: Machine(1e9, 1e9))
 
 
 def test_bench_writes_a_row_for_every_quantizer_and_the_control(qexp: Qexp) -> None:
@@ -118,7 +119,7 @@ def test_peers_run_eagerly_beside_compiled_kernels_and_not_beside_compiled_netwo
         timed.append((any(isinstance(m, Peer) for m in model.modules()), mode))
         return lambda: sum(p.sum() for p in model.parameters()).backward()  # type: ignore[union-attr]
 
-    monkeypatch.setattr("qexp.bench.make_step", make)
+    monkeypatch.setattr("qexp.bench.train.make_step", make)
     done = qexp("bench", "train", "compile=kernels,model", "peers=true", *TINY)
     assert done.code == 0, done.err
     assert {mode for peer, mode in timed if peer} == {"off"}
@@ -142,7 +143,7 @@ def test_bench_of_a_sequence_of_dtypes_and_parts(qexp: Qexp) -> None:
 def test_bench_goes_on_eagerly_without_a_compiler(
     qexp: Qexp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qexp.bench.compiler_available", lambda device: (False, "no C++"))
+    monkeypatch.setattr("qexp.bench.train.compiler_available", lambda device: (False, "no C++"))
     done = qexp("bench", "train", "compile=model,kernels", *TINY)
     assert done.code == 0
     assert "no C++" in done.out
@@ -266,8 +267,8 @@ def test_the_machines_rates_are_of_what_was_copied_and_multiplied(
         time.sleep(0.02)
         return real(self, source)
 
-    monkeypatch.setattr("qexp.bench_floor.COPY_BYTES", {"cpu": (1 << 16, 2)})
-    monkeypatch.setattr("qexp.bench_floor.MATRIX", {"cpu": 64})
+    monkeypatch.setattr("qexp.bench.floor.COPY_BYTES", {"cpu": (1 << 16, 2)})
+    monkeypatch.setattr("qexp.bench.floor.MATRIX", {"cpu": 64})
     monkeypatch.setattr(torch.Tensor, "copy_", slow)
     machine = measure_machine(torch.device("cpu"), torch.float32)
     assert set(copied) == {1 << 16}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import Qexp
 
-from qexp.bench_engines import (
+from qexp.bench.engines import (
     AGAIN,
     ENGINES,
     FLOAT,
@@ -20,7 +20,7 @@ from qexp.bench_engines import (
     check_engine,
     engines_of,
 )
-from qexp.bench_output import write_folder
+from qexp.bench.output import write_folder
 from qexp.errors import ConfigError
 
 pytest.importorskip("onnx")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from qexp.errors import ConfigError
-from qexp.report_papers import COLUMNS, KINDS, VERIFIED, match, read_papers
+from qexp.report.papers import COLUMNS, KINDS, VERIFIED, match, read_papers
 
 ROOT = Path(__file__).parents[1]
 CSV = ROOT / "results" / "papers.csv"

@@ -10,8 +10,8 @@ import pytest
 from test_report import PROTOCOL, make_run, report, rows
 
 from qexp.errors import ConfigError
-from qexp.report import main
-from qexp.report_papers import COLUMNS, read_papers
+from qexp.report.command import main
+from qexp.report.papers import COLUMNS, read_papers
 
 
 def configure(folder: Path, **changes: Any) -> None:

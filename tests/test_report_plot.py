@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from qexp import report_plot
-from qexp.report_html import most_accurate
-from qexp.report_plot import MOST, Curve, Point, front, label_front, learning, looks, pareto
-from qexp.report_runs import RunRecord
-from qexp.report_tables import make_tables
+from qexp.report import plot as report_plot
+from qexp.report.html import most_accurate
+from qexp.report.plot import MOST, Curve, Point, front, label_front, learning, looks, pareto
+from qexp.report.runs import RunRecord
+from qexp.report.tables import make_tables
 
 NAMES = [f"method_{i} [quantizer.weight.init=mse, quantizer.act.init=mse]" for i in range(26)]
 

@@ -21,7 +21,7 @@ from qexp.recipes import picture
 from qexp.recipes.build import Network, is_float
 from qexp.recipes.evaluate import Score
 from qexp.recipes.watch import Movement, health
-from qexp.report_runs import UNIFORM
+from qexp.report.runs import UNIFORM
 from qexp.runner.atomic import write_bytes
 from qexp.runner.distributed import world
 from qexp.runner.run import Run

@@ -15,9 +15,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qexp.report_rows import Row, Table
-from qexp.report_runs import NOT_EXPERIMENT, RunRecord, at, flatten
-from qexp.report_variants import ABSENT, QUANTIZED_ONLY, commonest, differences
+from qexp.report.rows import Row, Table
+from qexp.report.runs import NOT_EXPERIMENT, RunRecord, at, flatten
+from qexp.report.variants import ABSENT, QUANTIZED_ONLY, commonest, differences
 
 BUDGET = ("epochs", "images", "iterations")  # said of every protocol that has them
 # What a key stood for before results recorded it.

@@ -1,8 +1,8 @@
 """`qexp report [FOLDER ...]`: every run below the folders, over seeds, beside the papers.
 
-Imports no torch. `report_runs` reads folders, `report_papers` reads papers.csv, `report_tables`
-groups and computes; this file is the command line and the CSV form, `report_markdown` the Markdown
-and `report_html` the page with figures.
+Imports no torch. `runs` reads folders, `papers` reads papers.csv, `tables`
+groups and computes; this file is the command line and the CSV form, `markdown` the Markdown
+and `html` the page with figures.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from qexp.errors import ConfigError, RunError, did_you_mean
-from qexp.report_cells import selected_on
-from qexp.report_markdown import markdown
-from qexp.report_papers import find_papers
-from qexp.report_rows import Row, Table
-from qexp.report_runs import read_runs
-from qexp.report_tables import GROUPS, make_tables
+from qexp.report.cells import selected_on
+from qexp.report.markdown import markdown
+from qexp.report.papers import find_papers
+from qexp.report.rows import Row, Table
+from qexp.report.runs import read_runs
+from qexp.report.tables import GROUPS, make_tables
 from qexp.runner.atomic import write_bytes
 
 OPTIONS = ("out", "format", "group", "papers")
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
     tables = make_tables(runs, find_papers(Path(given.papers) if given.papers else None), by)
     form = given.format or _format_of(given.out)
     if form == "html":
-        from qexp.report_html import page
+        from qexp.report.html import page
 
         text = page(tables, Path(given.out).parent if given.out else Path())
     else:

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qexp.bench_engines import AGAIN, FLOAT, FLOAT_ONNX
-from qexp.bench_output import aligned, noise
+from qexp.bench.engines import AGAIN, FLOAT, FLOAT_ONNX
+from qexp.bench.output import aligned, noise
 from qexp.figure import BLUE, GREEN, GREY, SMALL, panels, save
 
 if TYPE_CHECKING:
-    from qexp.bench_inference import Contender
+    from qexp.bench.inference import Contender
 
 Row = dict[str, Any]
 

@@ -43,7 +43,7 @@ CHOICES = {
     "distillation": ("yes", "no", ""),
 }
 NEAR = 0.02  # bits: two averages of a mixed policy that papers would print as one
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 PLACES = (Path("results/papers.csv"), PACKAGE / "papers.csv", PACKAGE.parent / "results/papers.csv")
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from qexp.report_papers import Paper
-from qexp.report_rows import Row, Stat
+from qexp.report.papers import Paper
+from qexp.report.rows import Row, Stat
 
 NONE = "n/a"
 COLUMNS = (  # what a reader compares by first: a narrow page shows these without scrolling

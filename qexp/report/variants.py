@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
-from qexp.report_runs import RunRecord
+from qexp.report.runs import RunRecord
 
 TARGET = "_target_"
 # Keys of a protocol that say nothing about a float network.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from qexp.report_cells import COLUMNS, cells
-from qexp.report_protocols import Differing, brief, differing
-from qexp.report_rows import Table
+from qexp.report.cells import COLUMNS, cells
+from qexp.report.protocols import Differing, brief, differing
+from qexp.report.rows import Table
 
 WARNING = "Rows of different tables ran under different protocols: do not compare them."
 NOTE = (

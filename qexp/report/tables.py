@@ -5,7 +5,7 @@ runs differ in seed. Every seed counts once (the newest run of it); sample stand
 for one seed. `top1` is the last epoch's. A run that failed, or has not ended, joins the row whose
 config it shares, else it has a row of its own: nothing is left out.
 
-A table holds one protocol unless `by` asks otherwise (`report_protocols`). Where it does, rows with
+A table holds one protocol unless `by` asks otherwise (`protocols`). Where it does, rows with
 another protocol than the most common one are flagged, and the keys that differ are listed. A float
 row is not asked about `QUANTIZED_ONLY`, and a float network trained from scratch, where the others
 are not, is named a start and not compared.
@@ -18,12 +18,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from qexp.report_flags import flag_
-from qexp.report_papers import Paper
-from qexp.report_protocols import is_start, label_, place, recipe_of
-from qexp.report_rows import Row, Table
-from qexp.report_runs import RunRecord
-from qexp.report_variants import briefly, differences, drop_new_options_, name_variants
+from qexp.report.flags import flag_
+from qexp.report.papers import Paper
+from qexp.report.protocols import is_start, label_, place, recipe_of
+from qexp.report.rows import Row, Table
+from qexp.report.runs import RunRecord
+from qexp.report.variants import briefly, differences, drop_new_options_, name_variants
 
 GROUPS = ("dataset", "model", "method", "bits", "recipe", "protocol")
 

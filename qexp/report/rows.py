@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from qexp.report_papers import Paper
-from qexp.report_runs import RunRecord, at
-from qexp.report_variants import QUANTIZED_ONLY
+from qexp.report.papers import Paper
+from qexp.report.runs import RunRecord, at
+from qexp.report.variants import QUANTIZED_ONLY
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,15 @@
 """`qexp bench train`: what a quantized training step costs, as a ratio to the float one.
 
-For each model, dtype and way to compile, these take turns in one process (`bench_step`):
+For each model, dtype and way to compile, these take turns in one process (`step`):
 
     fp32          the float network, compiled where the network is compiled
     fp32 again    a second float network: how far its ratio is from 1 is the noise
     quantizers    the same network quantized, as `qexp train` would build it
-    peers         other implementations of a learned step, on request (`bench_peers`)
+    peers         other implementations of a learned step, on request (`peers`)
 
 `ratio` = median step / median float step of the same group. `compile=model` and `graphs` are
 compared with float compiled alike, and `eager_ratio` with the eager float network, which takes
-turns as well. Beside each stands its floor (`bench_floor`). The networks have random weights and
+turns as well. Beside each stands its floor (`floor`). The networks have random weights and
 one batch of noise: a step's time does not depend on what is in it.
 """
 
@@ -26,11 +26,12 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from qexp import bench_peers, bench_table, messages
-from qexp.bench_floor import measure_machine
-from qexp.bench_output import write_folder
-from qexp.bench_settings import DTYPES, Settings
-from qexp.bench_step import AGAIN, EAGER, FLOAT, Contender, Group, make_step, take_turns
+from qexp import messages
+from qexp.bench import peers, table
+from qexp.bench.floor import measure_machine
+from qexp.bench.output import write_folder
+from qexp.bench.settings import DTYPES, Settings
+from qexp.bench.step import AGAIN, EAGER, FLOAT, Contender, Group, make_step, take_turns
 from qexp.config import configs_dir
 from qexp.errors import ConfigError
 from qexp.models.build import build_model
@@ -65,21 +66,21 @@ def bench_train(cfg: DictConfig) -> list[dict[str, Any]]:
         for name in s.quantizers:
             composed(name, model, s.bits, s.overrides)
     rows: list[dict[str, Any]] = []
-    print(f"{bench_table.device_name(device)}, {threads} CPU threads, batch {s.batch}", flush=True)
+    print(f"{table.device_name(device)}, {threads} CPU threads, batch {s.batch}", flush=True)
     for dtype in s.dtype:
         with tf32(True):  # as cuDNN's convolutions take it in training
             machine = measure_machine(device, DTYPES[dtype])
-        print(bench_table.rates(machine, dtype), flush=True)
+        print(table.rates(machine, dtype), flush=True)
         for model in s.models:
             for mode in modes:
                 facts = {"model": model, "dtype": dtype, "compile": mode, "device": str(device)}
                 group = _group(s, model, DTYPES[dtype], mode, device)
                 with torch._dynamo.config.patch(recompile_limit=VARIANTS), tf32(True):
                     take_turns(group.contenders, s.repeats, s.warmup, device)
-                new = bench_table.rows(group, machine, {**facts, **s.facts(threads)})
-                print(bench_table.text(new), flush=True)
+                new = table.rows(group, machine, {**facts, **s.facts(threads)})
+                print(table.text(new), flush=True)
                 rows += new
-    write_folder(Path(s.out), rows, bench_table.draw, seed=s.seed, threads=threads)
+    write_folder(Path(s.out), rows, table.draw, seed=s.seed, threads=threads)
     return rows
 
 
@@ -134,11 +135,11 @@ def _group(s: Settings, model: str, dtype: torch.dtype, mode: str, device: torch
         calibrate_(network.model, images)
         found.append(contender(name, network.model, mode))
     if s.peers:
-        print(bench_peers.note(mode))
+        print(peers.note(mode))
     if s.peers and mode not in WHOLE:
-        for name in bench_peers.peers():
+        for name in peers.peers():
             network = copy.deepcopy(net)
-            bench_peers.quantize_as_(name, network, layers, _widths(s, model, layers))
+            peers.quantize_as_(name, network, layers, _widths(s, model, layers))
             calibrate_(network, images)
             found.append(contender(name, network, "off"))
     return Group(layers, found)

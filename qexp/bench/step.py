@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qexp.bench_floor import in_turn
+from qexp.bench.floor import in_turn
 from qexp.quant.functional import compile_kernels
 from qexp.quant.trace import Layer
 from qexp.recipes.compilation import WHOLE, compiled

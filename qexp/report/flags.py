@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qexp.report_papers import NEAR, Paper, match
-from qexp.report_rows import Row
+from qexp.report.papers import NEAR, Paper, match
+from qexp.report.rows import Row
 
 SAME_FLOAT = 0.1  # points: papers print one decimal
 

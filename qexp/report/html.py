@@ -16,12 +16,12 @@ from typing import Any
 from urllib.parse import quote
 
 from qexp.figure import number
-from qexp.report_cells import COLUMNS, NONE, cells
-from qexp.report_markdown import NOTE, WARNING, protocol_lines, size, titles
-from qexp.report_plot import MOST, Curve, Look, Point, learning, looks, pareto
-from qexp.report_protocols import Differing, differing
-from qexp.report_rows import Row, Table
-from qexp.report_runs import RunRecord
+from qexp.report.cells import COLUMNS, NONE, cells
+from qexp.report.markdown import NOTE, WARNING, protocol_lines, size, titles
+from qexp.report.plot import MOST, Curve, Look, Point, learning, looks, pareto
+from qexp.report.protocols import Differing, differing
+from qexp.report.rows import Row, Table
+from qexp.report.runs import RunRecord
 
 FILES = ("result.json", "config.yaml", "layers.csv", "train.log")
 # What accuracy is drawn against: of result.json, and the factor to the axis' unit.

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from qexp.bench_floor import Machine, operands, work
-from qexp.bench_output import aligned, noise
-from qexp.bench_step import AGAIN, EAGER, Contender, Group
+from qexp.bench.floor import Machine, operands, work
+from qexp.bench.output import aligned, noise
+from qexp.bench.step import AGAIN, EAGER, Contender, Group
 from qexp.figure import BLUE, GREY, PALETTE, SMALL, panels, save
 from qexp.recipes.compilation import WHOLE
 from qexp.runner.environment import cpu_model

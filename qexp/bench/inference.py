@@ -7,7 +7,7 @@ For each model and batch, these take turns in one process, on one device:
     float_onnx   the float network in onnxruntime, on the CPU
     float_tf32   the float network in torch, 10 bits of the mantissa, on CUDA
     float_bf16   the float network in torch, in bfloat16, channels-last
-    and for each quantizer the engines of `bench_engines`
+    and for each quantizer the engines of `engines`
 
 Networks have random weights and see one batch of noise; the time of a pass does not depend on
 what is in it. Each engine's logits are compared with those of the fake-quantized network.
@@ -27,9 +27,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from qexp import bench_inference_table as table
-from qexp.bench import composed
-from qexp.bench_engines import (
+from qexp.bench import inference_table as table
+from qexp.bench.engines import (
     AGAIN,
     ENGINES,
     FLOAT,
@@ -44,10 +43,11 @@ from qexp.bench_engines import (
     float_engine,
     pack,
 )
-from qexp.bench_floor import in_turn
-from qexp.bench_output import write_folder
-from qexp.bench_settings import fields_of
-from qexp.bench_table import device_name
+from qexp.bench.floor import in_turn
+from qexp.bench.output import write_folder
+from qexp.bench.settings import fields_of
+from qexp.bench.table import device_name
+from qexp.bench.train import composed
 from qexp.errors import ConfigError, did_you_mean
 from qexp.export.compare import Difference, difference
 from qexp.models.build import build_model
