@@ -180,6 +180,23 @@ def test_evaluation_and_calibration_images_are_not_augmented() -> None:
     assert y.shape == (20,)
 
 
+def test_calibration_images_are_cropped_and_mirrored_when_asked() -> None:
+    data = synthetic()
+    plain, seen = (data.calibration_images(20, 3, augment=augment) for augment in (False, True))
+    assert torch.equal(
+        seen, synthetic(seed=9, rank=1, world_size=2).calibration_images(20, 3, augment=True)
+    )
+    black = normalise(torch.zeros(1, 3, 1, 1, dtype=torch.uint8), data._mean, data._std)
+    size, pad = plain.shape[-1], data.pad
+    padded = black.expand(20, 3, size + 2 * pad, size + 2 * pad).clone()
+    padded[:, :, pad : pad + size, pad : pad + size] = plain
+    windows = padded.unfold(2, size, 1).unfold(3, size, 1).flatten(2, 3)  # [20, 3, W, H, W]
+    both = torch.cat([windows, windows.flip(-1)], 2)
+    found = (both == seen[:, :, None]).all(dim=(1, 3, 4))  # [20, crops]
+    assert bool(found.any(1).all())
+    assert len({int(row.int().argmax()) for row in found}) > 5
+
+
 # ---------------------------------------------------------------------------------------------
 # Splits
 

@@ -114,6 +114,14 @@ def test_calibration_images_are_training_images_cut_as_for_evaluation(root: Path
     assert torch.equal(chosen, folder(root, seed=3).calibration_images(7, seed=0))
 
 
+def test_augmented_calibration_images_are_those_of_trainings_first_epoch(root: Path) -> None:
+    data = folder(root)
+    every = {tuple(x.flatten().tolist()) for x in pixels(data.train_batches(0))}
+    plain, cut = (data.calibration_images(7, 0, augment=augment) for augment in (False, True))
+    assert len({tuple(x.flatten().tolist()) for x in cut} & every) == 7
+    assert not torch.equal(plain, cut)
+
+
 def test_hold_out_comes_from_train_and_is_disjoint_from_it(root: Path) -> None:
     data = folder(root, val_fraction=0.5)
     val, train = pixels(data.eval_batches("val")), pixels(data.eval_batches("train"))

@@ -123,6 +123,14 @@ def test_a_reconstruction_without_sense_is_refused_before_anything_is_written(
             "model.checkpoint=nix.pt is not used: recipe.from_scratch is true",
         ),
         ("quantizer=nearest saved=blocks", "saved=blocks is not used: recipe ptq keeps nothing"),
+        (
+            "quantizer=nearest quantizer.reconstruct.step_inputs=float",
+            "quantizer.reconstruct.step_inputs is not used: there is no second pass",
+        ),
+        (
+            "quantizer=nearest quantizer.reconstruct.correction_inputs=float",
+            "quantizer.reconstruct.correction_inputs is not used: quantizer.reconstruct.bias_corr",
+        ),
         ("recipe.distill.weight=0.5 recipe.distill.temperature=4", ""),
         ("recipe.schedule=step recipe.milestones=[0.2]", ""),
     ],

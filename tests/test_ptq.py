@@ -188,6 +188,41 @@ def test_bias_correction_and_the_fisher_weights_are_options_of_any_method(tmp_pa
     assert result["reconstruction"]["method"]["bias_correction"] is True
 
 
+@pytest.mark.parametrize("inputs", ["quantized", "float"])
+def test_biases_are_corrected_for_quantized_or_for_float_inputs(
+    tmp_path: Path, inputs: str
+) -> None:
+    seen = []
+
+    def spy(model: torch.nn.Module, *args: Any) -> dict[str, float]:
+        seen.append({(la.weight_enabled, la.act_enabled) for la in quant_layers(model).values()})
+        return {}
+
+    words = ("quantizer=nearest", "quantizer.reconstruct.bias_correction=true")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ptq_module, "correct_bias_", spy)
+        quantized(tiny(tmp_path, *words, f"quantizer.reconstruct.correction_inputs={inputs}"))
+    assert seen == [{(True, inputs == "quantized")}]
+
+
+def test_augmented_calibration_images_are_another_protocol(tmp_path: Path) -> None:
+    plain, _ = quantized(tiny(tmp_path / "a", "quantizer=nearest"))
+    other, _ = quantized(tiny(tmp_path / "b", "quantizer=nearest", "recipe.augment=true"))
+    assert other["protocol"] == {**plain["protocol"], "augment": True}
+    assert "augment" not in plain["protocol"]
+    assert other["protocol_hash"] != plain["protocol_hash"]
+
+
+def test_the_rounding_of_the_first_and_last_layer_is_learned_when_asked(tmp_path: Path) -> None:
+    learned = {}
+    for outer in ("nearest", "adaround"):
+        words = ("quantizer=qdrop", "bits=2", f"quantizer/outer={outer}")
+        result, _ = quantized(tiny(tmp_path / outer, *words))
+        units = {unit["unit"]: unit for unit in result["reconstruction"]["units"]}
+        learned[outer] = [units[name]["converged"] is not None for name in ("conv1", "linear")]
+    assert learned == {"nearest": [False, False], "adaround": [True, True]}
+
+
 @pytest.mark.parametrize("late", ["borders", "steps"])
 def test_a_second_pass_keeps_what_the_first_has_learned(tmp_path: Path, late: str) -> None:
     words = ("quantizer=aquant", f"quantizer.reconstruct.{late}=after", "recipe.step_lr=0")

@@ -130,6 +130,18 @@ def test_the_second_pass_learns_steps_alone() -> None:
     assert row["pass"] == "steps"
 
 
+@pytest.mark.parametrize("step_inputs", ["prefix", "float"])
+def test_the_second_pass_learns_from_the_inputs_it_is_told(step_inputs: Any) -> None:
+    steps = []
+    for stretched in (1.0, 2.0):
+        case = Case()
+        with torch.no_grad():  # the prefix alone
+            case.model.get_parameter("conv1.act_quantizer.scale").mul_(stretched)
+        case.run("layer1.0", replace(BRECQ, step_inputs=step_inputs), sweep=1)
+        steps.append(case.state()["layer1.0.conv1.act_quantizer.scale"])
+    assert torch.equal(*steps) == (step_inputs == "float")
+
+
 def test_equal_seeds_give_equal_bits_and_other_seeds_do_not() -> None:
     states = []
     for seed in (3, 3, 4):

@@ -187,12 +187,21 @@ class Folder:
         batches = ([(i, 0) for i in part.tolist()] for part in index.split(self.batch_size))
         yield from self._batches(files, self._central, batches)
 
-    def calibration_images(self, n: int, seed: int) -> Tensor:
+    def calibration_images(self, n: int, seed: int, *, augment: bool = False) -> Tensor:
         """n different training images, centrally cut; the same for every process.
+
+        Args:
+            augment: cut each at random, once, as training's first epoch does.
 
         Shape: [n, 3, crop, crop] float32.
         """
-        return self.labelled_images(n, seed)[0]
+        if not augment:
+            return self.labelled_images(n, seed)[0]
+        index = self._train[choose_images(self.train_size, n, seed)]
+        parts = ([(i, 0) for i in part.tolist()] for part in index.split(self.batch_size))
+        return torch.cat(
+            [x for x, _ in self._batches(self._splits["train"][0], self._random, parts)]
+        )
 
     def labelled_images(self, n: int, seed: int) -> tuple[Tensor, Tensor]:
         """As `calibration_images`, with their labels [n]."""

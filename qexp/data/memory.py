@@ -138,12 +138,20 @@ class InMemory(ABC):
             part = slice(i, i + self.batch_size)
             yield normalise(images[part], self._mean, self._std), labels[part]
 
-    def calibration_images(self, n: int, seed: int) -> Tensor:
-        """n different training images, not augmented; the same for every process.
+    def calibration_images(self, n: int, seed: int, *, augment: bool = False) -> Tensor:
+        """n different training images; the same for every process.
+
+        Args:
+            augment: crop and mirror each at random, once.
 
         Shape: [n, C, H, W] float32.
         """
-        return self.labelled_images(n, seed)[0]
+        if not augment:
+            return self.labelled_images(n, seed)[0]
+        chosen = choose_images(self.train_size, n, seed).to(self.device)
+        crops = draw_crops(n, self.pad, self.flip, seed, 0).to(self.device)
+        x = crop_flip(self._padded, chosen, crops, self._height, self._width)
+        return normalise(x, self._mean, self._std)
 
     def labelled_images(self, n: int, seed: int) -> tuple[Tensor, Tensor]:
         """As `calibration_images`, with their labels [n]."""

@@ -30,7 +30,10 @@ It is not stored with a finished network: V and w only decide the codes (`extra_
 
 Departs from the paper:
  1. Grids are affine per output channel by default, as in BRECQ and QDrop; `symmetric` for AdaRound.
- 2. Nothing else known.
+ 2. The grid minimises |error|^2.4, as in BRECQ's and QDrop's code; the paper's the squared error
+    (`p: 2`).
+ 3. beta falls linearly, as in those codes. AIMET, the library of the authors' company, lets it fall
+    as a cosine, in 15,000 iterations a layer (10,000 from 8 bits on); recipe=ptq has 20,000.
 """
 
 from __future__ import annotations

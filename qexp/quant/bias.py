@@ -5,6 +5,10 @@ Equalization and Bias Correction." ICCV 2019, arXiv 1906.04721, section 4.2; her
 images (their appendix D). For each output channel, bias += E[y_float] - E[y_quantized], layer after
 layer, each on the already corrected prefix. It costs nothing at run time and is the control for any
 method whose gain may be a shift of means.
+
+The paper corrects what quantized weights shift, and AIMET, the library of its authors' company,
+takes the means with activations in float; here they are quantized by default, and what that shifts
+is corrected too. `correction_inputs: float` (plan.py) is the paper's way.
 """
 
 from __future__ import annotations

@@ -73,6 +73,8 @@ def learn(
     draw = torch.Generator().manual_seed(seed)
     dice = torch.Generator(device).manual_seed(seed + 1)
     x_hat, x_float, y = arrays
+    if sweep.name == "steps" and method.step_inputs == "float":
+        x_hat = x_float
     rounding = [q for q in unit_quantizers(layers) if isinstance(q, AdaRound)]
     soft = rounding if "rounding" in groups else []
     optimizer = torch.optim.Adam(

@@ -27,12 +27,16 @@ class Method:
         quantized_inputs: activations are quantized while the rounding is learned.
         steps: activation steps are learned with the rounding (`joint`), in a second pass over all
             units (`after`), or stay as calibrated (`fixed`).
+        step_inputs: what that second pass learns from: a unit's input in the quantized network so
+            far (`prefix`), or in the float network (`float`, the released BRECQ).
         borders: the same for what else activation quantizers learn (AQuant).
         drop: probability that an element of a layer's input is left in float.
         mix: probability that an element of a unit's input is the float network's.
         bias_lr: rate of the layers' biases, learned with the rounding; 0: they stay.
         fisher: weight the error by the gradient of the network's output (BRECQ eq. 10).
         bias_correction: at the end, set each layer's bias so that its mean output is the float one.
+        correction_inputs: while that mean is taken, inputs are `quantized`, or `float`: then what
+            the weights alone shift is corrected (bias.py).
 
     Raises:
         ValueError: a probability outside [0, 1], or a negative rate.
@@ -41,12 +45,14 @@ class Method:
     granularity: Literal["none", "layer", "block"] = "block"
     quantized_inputs: bool = True
     steps: When = "joint"
+    step_inputs: Literal["prefix", "float"] = "prefix"
     borders: When = "joint"
     drop: float = 0.5
     mix: float = 0.5
     bias_lr: float = 0.0
     fisher: bool = False
     bias_correction: bool = False
+    correction_inputs: Literal["quantized", "float"] = "quantized"
 
     def __post_init__(self) -> None:
         for name in ("drop", "mix"):

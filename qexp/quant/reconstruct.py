@@ -28,10 +28,17 @@ Departs from the papers and codes:
  1. The residual sum stays in float (nearest.py, point 3); the last unit's input is not held back.
  2. Images are quantized (8 bits by default) and that step is learned; BRECQ's and QDrop's code
     feed the first layer floats. In BRECQ's the stem's output has 8 bits, so the first block reads
-    8; here it reads b. First and last layer are learned only if their quantizers have something to
-    learn, which with 8-bit `nearest` weights is the step of their input.
+    8; here it reads b. The last layer reads 8 bits as in QDrop's; BRECQ's widens a quantizer that
+    its ResNets leave off, so that theirs reads b. First and last layer are learned only if their
+    quantizers have something to learn, which with 8-bit `nearest` weights is the step of their
+    input. QDrop's code learns the rounding of both, BRECQ's of the last: quantizer/outer=adaround.
  3. The second pass of BRECQ's code sees inputs from the float network, ours from the quantized
-    prefix. Its minibatches are drawn without replacement, ours (and QDrop's) with.
+    prefix unless `step_inputs: float`. Its minibatches are drawn without replacement, ours (and
+    QDrop's) with.
+ 4. `fisher` is off by default: BRECQ's objective is eq. 10, its released script runs without.
+ 5. Both codes crop and mirror the calibration images at random, as for training; recipe=ptq does
+    with `augment: true`.
+ 6. BRECQ's code has no block of MNASNet and goes by layers there; here, as in QDrop's, by blocks.
 """
 
 from __future__ import annotations

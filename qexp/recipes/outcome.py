@@ -146,6 +146,8 @@ def protocol(
         segments: of a run that was resumed with other settings.
     """
     known = {k: v for k, v in recipe.items() if k not in NOT_PROTOCOL}
+    if not known.get("augment"):  # as in runs from before there was the option
+        known.pop("augment", None)
     teacher = (known.get("distill") or {}).get("teacher", "float")
     if teacher != "float" and start["teacher_sha256"]:  # what it is, not where it lies
         known["distill"] = {**known["distill"], "teacher": start["teacher_sha256"]}

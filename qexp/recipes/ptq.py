@@ -72,6 +72,9 @@ def ptq(cfg: DictConfig, run: Run) -> dict[str, Any]:
     model = start.model.eval()
     every = dataset.calibration_images(s.images + s.held_out, cfg.seed)
     data = Data(every[: s.images], every[s.images :])
+    if s.augment:
+        augmented = dataset.calibration_images(s.images, cfg.seed, augment=True)
+        data = data._replace(images=augmented)
     fold_error = _fold(model, data.held_out[:8], run)
     reference = copy.deepcopy(model).requires_grad_(False)
 
@@ -123,7 +126,8 @@ def ptq(cfg: DictConfig, run: Run) -> dict[str, Any]:
             save()
     shifts: dict[str, float] = saved.get("bias_shifts", {}) if saved is not None else {}
     if method.bias_correction and not over:
-        shifts = correct_bias_(model, reference, data.images[: s.act_images])
+        with float_operands(model, weight=False, act=method.correction_inputs == "float"):
+            shifts = correct_bias_(model, reference, data.images[: s.act_images])
 
     # The outcome.
     if s.plots:

@@ -22,6 +22,7 @@ class Settings(Schedule):
     images: int = 1024
     act_images: int = 256
     held_out: int = 256
+    augment: bool = False
     calibrate_on: Literal["float", "prefix"] = "float"
     batch_size: int = 128
     cache_gb: float = 8.0

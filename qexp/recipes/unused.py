@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from omegaconf import DictConfig
 
-from qexp.recipes.build import is_float, trains
+from qexp.quant.plan import Schedule, passes
+from qexp.recipes.build import is_float, make_method, trains
 from qexp.recipes.settings import Distill, Settings
 from qexp.runner.distributed import world
 
@@ -28,5 +29,14 @@ def unused(cfg: DictConfig) -> Iterator[str]:
         yield f"model.checkpoint={given} is not used: recipe.from_scratch is true"
     if cfg.get("sync_bn") and world().size == 1:
         yield "sync_bn is not used: there is one process"
+    if not trains(recipe):
+        method = make_method(cfg)
+        if method.step_inputs != "prefix" and len(passes(method, Schedule())) < 2:
+            yield "quantizer.reconstruct.step_inputs is not used: there is no second pass"
+        if method.correction_inputs != "quantized" and not method.bias_correction:
+            yield (
+                "quantizer.reconstruct.correction_inputs is not used: "
+                "quantizer.reconstruct.bias_correction is false"
+            )
     if cfg.get("saved", "all") != "all" and not trains(recipe):
         yield f"saved={cfg.saved} is not used: recipe {recipe.name} keeps nothing for a backward"
