@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from qexp import plot
 from qexp.errors import ConfigError, RunError
 from qexp.models.digest import weights_sha256
 from qexp.quant.codebook import Codebook
+from qexp.quant.dorefa import PACT
 from qexp.recipes import outcome
 from qexp.recipes import qat as qat_module
 from qexp.recipes.evaluate import evaluate_run
@@ -488,6 +490,45 @@ def test_every_parameter_is_in_exactly_one_group(tmp_path: Path, float_run: Path
     assert (scales["lr"], scales["weight_decay"]) == (0.01, 0.0)
     assert [g["momentum"] for g in optimizer.param_groups] == [0.9, 0.9]
     assert optimizer.param_groups[0]["weight_decay"] == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["quantizer=pact", "quantizer.act.decay=0.5"], {(0.04, 0.5): 1}),
+        (["quantizer=n2uq", "quantizer.act.lr_scale=0.1"], {(0.004, 0.01): 4}),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_quantizer_that_says_how_it_is_trained_has_a_group_of_its_own(
+    tmp_path: Path, overrides: list[str], expected: dict[tuple[float, float], int]
+) -> None:
+    from qexp.recipes import build
+
+    cfg = tiny(tmp_path, *overrides)
+    dataset = build.make_dataset(cfg, torch.device("cpu"))
+    model = build.make_model(cfg, dataset, torch.device("cpu"))
+    layers = build.make_network(cfg, model, dataset.input_shape).layers
+    groups = make_optimizer(
+        model,
+        optimizer="sgd",
+        lr=0.1,
+        momentum=0.0,
+        weight_decay=1e-3,
+        quantizer_lr=0.04,
+        quantizer_weight_decay=0.01,
+    ).param_groups
+    inner = sum(x.position == "inner" for x in layers)
+    outer = {(0.04, 0.01): 2 * (len(layers) - inner)}  # the recipe's
+    told = {(round(g["lr"], 9), g["weight_decay"]): len(g["params"]) for g in groups[1:]}
+    assert told == outer | {key: count * inner for key, count in expected.items()}
+    assert all(g["peak_lr"] == g["lr"] for g in groups)
+
+
+@pytest.mark.parametrize("decay", [-0.1, math.inf, math.nan])
+def test_a_decay_that_is_none_is_refused(decay: float) -> None:
+    with pytest.raises(ValueError, match="decay must be null"):
+        PACT(4, decay=decay)
 
 
 def test_learning_rate_schedules_match_their_definition() -> None:

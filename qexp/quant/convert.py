@@ -275,10 +275,13 @@ def _like(leaf: Tensor | None, value: Tensor) -> Tensor:
         return leaf.copy_(value)
 
 
-def quantizer_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Every learned quantizer parameter, for a group of their own in the optimizer."""
-    found: dict[int, nn.Parameter] = {}
+def quantizer_parameters(model: nn.Module) -> dict[tuple[float, float | None], list[nn.Parameter]]:
+    """Every learned quantizer parameter once, by its quantizer's `lr_scale` and `decay`."""
+    found: dict[tuple[float, float | None], list[nn.Parameter]] = {}
+    seen: set[int] = set()
     for quantizer in quantizers(model).values():
         for parameter in quantizer.parameters():
-            found[id(parameter)] = parameter
-    return list(found.values())
+            if id(parameter) not in seen:
+                found.setdefault((quantizer.lr_scale, quantizer.decay), []).append(parameter)
+            seen.add(id(parameter))
+    return found

@@ -47,6 +47,8 @@ Departs from the paper:
  5. The weight gradient has no factor 1 / scale: constant per channel, invisible to Adam, but under
     SGD it would multiply the learning rate by 1 / scale, another number for each channel.
  6. Neither RPReLU nor the pre-activation order: those are the network's.
+ 7. s, a, beta1, beta2 learn at the recipe's rate; the authors', under Adam, is a tenth of that of
+    the weights (`lr_scale: 0.1`).
 """
 
 from __future__ import annotations
@@ -80,6 +82,7 @@ class N2UQ(Quantizer):
         count: what N of the gradient scale counts, `sample` or `tensor` (see `LSQ`); None: no
             gradient scale (paper, for Adam).
         init: `mse`, or `paper` (inputs of about [0, 2]).
+        lr_scale: rate of s, a, beta1 and beta2, as a multiple of the recipe's (paper: 0.1).
     """
 
     scales_output = ("output_scale",)
@@ -92,8 +95,10 @@ class N2UQ(Quantizer):
         shape: Sequence[int] = (),
         count: Count | None = "sample",
         init: Literal["mse", "paper"] = "mse",
+        lr_scale: float = 1.0,
     ) -> None:
         super().__init__(bits, signed=signed, shape=shape)
+        self.train_with(lr_scale)
         if bits > MAX_BITS:
             raise ValueError(
                 f"thresholds closer than {MIN_SEGMENT:g} are not learned: at most "

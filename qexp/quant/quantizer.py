@@ -58,6 +58,11 @@ class Quantizer(nn.Module):
     # so their gradient is zero but for rounding, and it is no fault if they stand still.
     scales_output: tuple[str, ...] = ()
 
+    # How its parameters are trained: the rate, as a multiple of the recipe's, and the weight decay
+    # (None: the recipe's). Set by `train_with`.
+    lr_scale: float = 1.0
+    decay: float | None = None
+
     # Prefixes of state names that mean the same at any width; `rebits_` carries them over.
     carried: tuple[str, ...] = ()
 
@@ -80,6 +85,19 @@ class Quantizer(nn.Module):
     def effective_bits(self) -> float:
         """Bits the accounting charges: `bits`, or log2(levels) for a grid that overflows them."""
         return max(float(self.bits), math.log2(self.num_levels))
+
+    def train_with(self, lr_scale: float = 1.0, decay: float | None = None) -> None:
+        """Set how the parameters are trained, where the method says so itself.
+
+        Args:
+            lr_scale: multiplies the recipe's learning rate of quantizers.
+            decay: their weight decay; None: the recipe's.
+        """
+        if not 0 <= lr_scale < math.inf:
+            raise ValueError(f"lr_scale must be at least 0 and finite, got {lr_scale!r}")
+        if decay is not None and not 0 <= decay < math.inf:
+            raise ValueError(f"decay must be null, or at least 0 and finite, got {decay!r}")
+        self.lr_scale, self.decay = lr_scale, decay
 
     def calibrate(self, x: Tensor) -> None:
         """Set the state from data, once. Shape: x as in forward."""

@@ -25,21 +25,22 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """SGD or AdamW with two groups: the network's parameters, and the quantizers'.
 
-    Every parameter that needs a gradient is in exactly one group; each group keeps its peak
-    learning rate as `peak_lr`.
+    Quantizers that say how they are trained (`lr_scale`, `decay`) have groups of their own. Every
+    parameter that needs a gradient is in exactly one group; each group keeps its peak learning
+    rate as `peak_lr`.
     """
     ours = quantizer_parameters(model)
-    mine = {id(p) for p in ours}
+    mine = {id(p) for group in ours.values() for p in group}
     theirs = [p for p in model.parameters() if p.requires_grad and id(p) not in mine]
     groups = [{"params": theirs, "lr": lr, "peak_lr": lr, "weight_decay": weight_decay}]
-    if ours:
-        rate = lr if quantizer_lr is None else quantizer_lr
+    for (lr_scale, decay), parameters in ours.items():
+        rate = lr_scale * (lr if quantizer_lr is None else quantizer_lr)
         groups.append(
             {
-                "params": ours,
+                "params": parameters,
                 "lr": rate,
                 "peak_lr": rate,
-                "weight_decay": quantizer_weight_decay,
+                "weight_decay": quantizer_weight_decay if decay is None else decay,
             }
         )
     if optimizer == "adamw":
