@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch import nn
 
+from qexp.quant.additive import APoTActivation
 from qexp.quant.asq import ASQ
 from qexp.quant.bitwidth import Pattern, Progressive, Uniform, _closest, format_bits, parse_bits
 from qexp.quant.convert import Bits, calibrate_, check_calibrated, quant_layers, quantize_
 from qexp.quant.lsq import LSQ
+from qexp.quant.power import APoT
 from qexp.quant.quantizer import Identity
 from qexp.quant.rebits import rebits_
 from qexp.quant.trace import Layer, trace
@@ -263,6 +266,25 @@ def test_quantizers_whose_bits_stay_are_the_same_objects_with_the_same_state(
     for name, module in quant_layers(model).items():
         assert module.act_quantizer is kept[name]
         assert torch.equal(module.act_quantizer.scale, scales[name])  # type: ignore[arg-type]
+
+
+def test_clips_that_would_start_at_a_constant_are_carried(layers: list[Layer]) -> None:
+    model, images = network(), torch.randn(8, 3, 8, 8)
+    weight = partial(APoT, normalize=True, per_channel=False, init="three_std")
+    for start, carried in (("paper", True), ("mse", False)):
+        model = network()
+        act = partial(APoTActivation, init=start)
+        quantize_(model, layers, Uniform(8, 8).assign(layers), weight, act)
+        calibrate_(model, images)
+        inner = quant_layers(model)["2"]
+        with torch.no_grad():
+            inner.weight_quantizer.scale.fill_(2.5)  # type: ignore[operator]
+            inner.act_quantizer.scale.fill_(5.0)  # type: ignore[operator]
+        rebits_(model, layers, Uniform(4, 4).assign(layers), weight, act, images=images)
+        inner = quant_layers(model)["2"]
+        assert (inner.weight_quantizer.bits, inner.act_quantizer.bits) == (4, 4)
+        assert inner.weight_quantizer.scale == 2.5
+        assert (inner.act_quantizer.scale == 5.0) == carried
 
 
 def test_carried_state_survives_and_the_step_does_not(layers: list[Layer]) -> None:

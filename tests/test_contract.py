@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qexp.quant.adaround import AdaRound
+from qexp.quant.additive import APoTActivation
 from qexp.quant.aquant import AQuant
 from qexp.quant.asq import ASQ
 from qexp.quant.codebook import Codebook
@@ -94,6 +95,9 @@ CASES = [
     Case("pot", partial(POT, init="mse"), "weight", refines=True),
     Case("apot", APoT, "weight"),
     Case("apot-mse", partial(APoT, init="mse"), "weight", refines=True),
+    Case("apot-act", APoTActivation, "relu", refines=True),
+    Case("apot-act-signed", partial(APoTActivation, count=None), "signed"),
+    Case("pot-act", partial(APoTActivation, additive=False), "relu", widths=(2, 3, 4, 7)),
     # The mean comes out and is not put back: a second pass sees another one.
     Case(
         "apot-normalized",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qexp.quant import grids
+from qexp.quant.additive import APoTActivation
 from qexp.quant.power import POST, POT, APoT, FixedGrid, POSTReleased
 from qexp.quant.project import mse_clip, project, quantile_clip
 
@@ -79,6 +80,35 @@ def test_additive_grid_is_the_set_the_authors_list(bits: int, terms: list[list[f
     sums = sorted(sum(c) for c in product(*terms))
     expected = torch.tensor(sums) / max(sums)
     assert torch.equal(grids.additive(bits)[-len(sums) :], expected)
+
+
+@pytest.mark.parametrize(
+    ("bits", "terms"),
+    [
+        (2, [[0, 2**-1, 2**-2, 2**-3]]),
+        (3, [[0, 2**-1, 2**-2, 2**-4], [0, 2**-3]]),
+        (4, [[0, 2**-1, 2**-3, 2**-5], [0, 2**-2, 2**-4, 2**-6]]),
+    ],
+)
+def test_inputs_have_the_sums_the_authors_list_with_all_bits_for_magnitude(
+    bits: int, terms: list[list[float]]
+) -> None:
+    sums = sorted(sum(c) for c in product(*terms))
+    assert torch.equal(grids.sums(bits), torch.tensor(sums) / max(sums))
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_grids_of_inputs_run_from_0_to_1_and_use_every_code(bits: int) -> None:
+    for make in (grids.sums, grids.powers) if bits < 8 else (grids.sums,):
+        grid = make(bits)
+        assert grid.numel() == 2**bits
+        assert (grid[0], grid[-1]) == (0, 1)
+        assert (grid.diff() > 0).all()
+    if bits < 8:
+        assert torch.equal(grids.powers(bits)[1:], grids.symmetric(bits + 1, 2.0)[-(2**bits) + 1 :])
+    else:
+        with pytest.raises(ValueError, match="up to 7"):
+            grids.powers(bits)
 
 
 def test_two_bit_grids_read_as_documented() -> None:
@@ -320,6 +350,77 @@ def test_normalised_weights_are_charged_for_mean_and_deviation_and_clip_at_three
     assert (q.scale == 3).all()
     assert q.extra_bytes() == 4 * 6 + 2 * 4
     assert APoT(4, shape=SHAPE).extra_bytes() == 4 * 6
+
+
+@pytest.mark.parametrize(("bits", "default"), [(2, False), (3, True)])
+def test_clipped_weights_get_a_gradient_where_asked_for(bits: int, default: bool) -> None:
+    w, e = weights(), torch.ones(SHAPE)
+    for given, clips in ((None, default), (True, True), (False, False)):
+        q = APoT(bits, shape=SHAPE, init="mse", clip_gradient=given)
+        q.calibrate(w)
+        outside = w.abs() > q.scale.detach()
+        assert outside.any()
+        x = w.clone().requires_grad_()
+        q(x).backward(e)
+        assert x.grad is not None
+        torch.testing.assert_close(x.grad, torch.where(outside & torch.tensor(clips), 0.0, e))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_apot_of_single_powers_is_pot(bits: int) -> None:
+    single, pot = APoT(bits, shape=SHAPE, additive=False), POT(bits, shape=SHAPE)
+    w = weights()
+    single.calibrate(w)
+    pot.calibrate(w)
+    torch.testing.assert_close(single.eval()(w), pot(w))
+
+
+@pytest.mark.parametrize("additive", [True, False])
+@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize("count", ["sample", "tensor", None])
+def test_gradients_of_apot_inputs_are_those_of_the_equations(
+    bits: int, count: str | None, additive: bool
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 5, 5).relu().requires_grad_()
+    e = torch.randn_like(x)
+    q = APoTActivation(
+        bits,
+        signed=False,
+        shape=(3, 3, 3),
+        additive=additive,
+        count=count,  # type: ignore[arg-type]
+    )
+    with torch.no_grad():
+        q.scale.fill_(0.7)
+    y = q(x)
+    y.backward(e)
+    g = {"sample": 75**-0.5, "tensor": 300**-0.5, None: 1.0}[count]
+    levels = (grids.sums if additive else grids.powers)(bits).tolist()
+    w_hat, dx, da = np.zeros(x.shape), np.zeros(x.shape), 0.0
+    for i, value in np.ndenumerate(x.detach().numpy()):
+        v = value / 0.7
+        level = min(levels, key=lambda level: abs(level - min(v, 1)))
+        w_hat[i], dx[i] = 0.7 * level, e[i] * (v <= 1)
+        da += float(e[i]) * (level - v if v <= 1 else 1)
+    torch.testing.assert_close(y.detach(), torch.tensor(w_hat).float())
+    torch.testing.assert_close(x.grad, torch.tensor(dx).float())
+    torch.testing.assert_close(q.scale.grad, torch.tensor(g * da).float())
+
+
+def test_apot_inputs_start_at_the_authors_clip_or_at_the_least_error() -> None:
+    x = torch.randn(8, 3, 5, 5, generator=torch.Generator().manual_seed(0)).relu()
+    paper = APoTActivation(2, signed=False, shape=(3, 3, 3), init="paper")
+    mse = APoTActivation(2, signed=False, shape=(3, 3, 3))
+    for q in (paper, mse):
+        q.calibrate(x)
+    assert paper.scale == 8
+    assert (mse(x) - x).square().mean() < 0.3 * (paper(x) - x).square().mean()
+
+
+def test_weight_grids_refuse_unsigned_inputs() -> None:
+    with pytest.raises(ValueError, match="quantizes weights"):
+        APoT(4, signed=False, shape=SHAPE)
 
 
 def test_three_std_needs_normalised_weights() -> None:

@@ -497,6 +497,7 @@ def test_every_parameter_is_in_exactly_one_group(tmp_path: Path, float_run: Path
     [
         (["quantizer=pact", "quantizer.act.decay=0.5"], {(0.04, 0.5): 1}),
         (["quantizer=n2uq", "quantizer.act.lr_scale=0.1"], {(0.004, 0.01): 4}),
+        (["quantizer=apot_released"], {(0.02, 1e-4): 1, (0.1, 1e-4): 1}),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

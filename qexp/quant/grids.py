@@ -7,6 +7,8 @@ Notation: b bits, n = 2^(b-1), r = `base` (2 or sqrt 2), L = number of levels.
     no_zero    {+-r^-i, i = 0..n-1}                    L = 2^b
     released   {0} u {+-r^-i, i = 0..n-1}              L = 2^b + 1   does NOT fit b bits
     additive   signed sums of powers of two (APoT)     L = 2^b - 1
+    sums       sums of powers of two (APoT's inputs)   L = 2^b
+    powers     {0} u {2^-i, i = 0..2^b-2} (POT's)      L = 2^b
 
 `full` and `no_zero` are ours: two ways to use the code that `symmetric` leaves idle. What they are
 worth, as relative squared error at the best clip (E (x_hat - x)^2 / E x^2), on a normal and a
@@ -84,22 +86,43 @@ def released(bits: int, base: float) -> Tensor:
 
 
 def additive(bits: int) -> Tensor:
-    """Signed sums of powers of two, normalised to 1: [2^b - 1] levels (APoT).
+    """Signed sums of powers of two with b - 1 bits of magnitude: [2^b - 1] levels (APoT)."""
+    return _signed(_sums(bits - 1)[1:], zero=True)
 
-    B = b - 1 magnitude bits are m = B // 2 terms of {0, three powers}, and, if B is odd, one term
-    of {0, one power}. Powers 2^-1, 2^-2, ... are dealt to the terms in three rounds, the single one
-    before the last round. For B = 2..6 these are the sets the authors' code lists; B = 1 gives
-    {0, 1}, its ternary 2-bit case; B = 7 continues the rule and is ours.
+
+def sums(bits: int) -> Tensor:
+    """Sums of powers of two, from 0 to 1: [2^b] levels (APoT's activations)."""
+    return torch.tensor(_sums(bits), dtype=torch.float64).float()
+
+
+def powers(bits: int) -> Tensor:
+    """{0} u {2^-i, i = 0..2^b-2}: [2^b] levels (POT's activations).
+
+    Raises:
+        ValueError: more than 7 bits, where the smallest would underflow.
     """
-    terms: list[list[float]] = [[0.0] for _ in range((bits - 1) // 2)]
+    if bits > 7:
+        raise ValueError(f"powers of two of inputs are defined for bits up to 7, got {bits}")
+    return torch.tensor([0.0, *(2.0**-i for i in reversed(range(2**bits - 1)))])
+
+
+def _sums(bits: int) -> list[float]:
+    """Sums of powers of two of B = `bits` bits, ascending from 0, normalised to 1: 2^B of them.
+
+    B bits are m = B // 2 terms of {0, three powers}, and, if B is odd, one term of {0, one power}.
+    Powers 2^-1, 2^-2, ... are dealt to the terms in three rounds, the single one before the last
+    round. For B = 2..6 these are the sets the authors' code lists; B = 1 gives {0, 1}, its ternary
+    2-bit case; B = 7 and 8 continue the rule and are ours.
+    """
+    terms: list[list[float]] = [[0.0] for _ in range(bits // 2)]
     single = [0.0]
     exponent = 0
     for turn in range(3):
-        if turn == 2 and bits % 2 == 0:
+        if turn == 2 and bits % 2 == 1:
             exponent += 1
             single.append(2.0**-exponent)
         for term in terms:
             exponent += 1
             term.append(2.0**-exponent)
-    sums = [sum(choice) for choice in product(*terms, single)]
-    return _signed([s / max(sums) for s in sums if s > 0], zero=True)
+    found = [sum(choice) for choice in product(*terms, single)]
+    return sorted(s / max(found) for s in found)

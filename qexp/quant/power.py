@@ -42,7 +42,14 @@ Departs from the papers and codes:
     calibration, on 1,024 test images: 15.9 % normalised, 90.3 % not (clip by mse; by hand, not
     kept). The authors' form is `quantizer/weight=apot_normalized`.
  6. APoT's CIFAR code does not clip the weight gradient at any width, its ImageNet code at 2 bits
-    only: clipped above 2 bits here. Level sets beyond 5 bits: see `grids.additive`.
+    only: clipped above 2 bits here (`clip_gradient`). The ImageNet code differentiates mean and
+    std, the CIFAR code does not. Level sets beyond 5 bits: see `grids`.
+ 7. The authors' APoT and POT have such levels for activations too (`additive.py`); the configs
+    `apot` and `pot` have LSQ's, to compare weights. `quantizer=apot_released` is the authors'
+    CIFAR code as a whole, with its rates and its weight decay of the clips; with `additive` off
+    for both it is their POT.
+ 8. `progressive` bits calibrate each clip anew (`rebits.py`). The authors carry it from width to
+    width: so do `three_std` here and `paper` for activations, which would else set a constant.
 """
 
 from __future__ import annotations
@@ -51,90 +58,11 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qexp.quant import grids
-from qexp.quant.functional import MIN_SCALE, midpoints
-from qexp.quant.project import mse_clip, project, quantile_clip
-from qexp.quant.quantizer import Quantizer
-
-THREE_STD = 3.0  # APoT's initial clip, in standard deviations
-
-Init = Literal["quantile", "mse", "three_std"]
-
-
-class FixedGrid(Quantizer):
-    """Nearest level of a fixed grid in [-1, 1] under a learned clip: what the methods share.
-
-    Args:
-        grid: [L] sorted levels, -1 and 1 among them.
-        per_channel: one clip per output channel, else one per layer.
-        init, grad_scale: see the module docstring.
-        clip_gradient: whether clipped weights get no gradient.
-    """
-
-    grid: Tensor
-
-    def __init__(
-        self,
-        bits: int,
-        grid: Tensor,
-        *,
-        signed: bool,
-        shape: Sequence[int],
-        per_channel: bool,
-        init: Init,
-        grad_scale: Literal["count", "one"] = "count",
-        clip_gradient: bool = True,
-    ) -> None:
-        super().__init__(bits, signed=signed, shape=shape)
-        if not signed:
-            raise ValueError(f"{type(self).__name__} quantizes weights, which are signed")
-        if init not in ("quantile", "mse", "three_std"):
-            raise ValueError(f"init must be quantile or mse (APoT: or three_std), got {init!r}")
-        # Code 0 is the level at (symmetric, full, released) or next above zero (no_zero).
-        self.qmin = -(grid.numel() // 2)
-        self.qmax = self.qmin + grid.numel() - 1
-        self.per_channel = per_channel
-        self.init: Init = init
-        self.grad_scale = grad_scale
-        self.clip_gradient = clip_gradient
-        self.register_buffer("grid", grid)
-        self.scale = nn.Parameter(
-            torch.ones(shape[0], *[1] * (len(shape) - 1)) if per_channel else torch.tensor(1.0)
-        )
-
-    @torch.no_grad()
-    def calibrate(self, x: Tensor) -> None:
-        """Set the clip from the weights [C_out, ...]."""
-        if self.init == "mse":
-            clip = mse_clip(x, self.grid, self.per_channel)
-        elif self.init == "quantile":
-            clip = quantile_clip(x, self.per_channel)
-        else:
-            clip = torch.full((self.scale.numel(),), THREE_STD)
-        self.scale.copy_(clip.clamp_min(MIN_SCALE).reshape(self.scale.shape))
-        self.calibrated.fill_(True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        g = 1.0 if self.grad_scale == "one" else (x.numel() / self.scale.numel()) ** -0.5
-        return project(x, self.scale, self.grid, g, self.clip_gradient)
-
-    def codes(self, x: Tensor) -> Tensor:
-        v = x.float() / self.scale.clamp_min(MIN_SCALE)
-        return (torch.bucketize(v.contiguous(), midpoints(self.grid)) + self.qmin).to(torch.int32)
-
-    def decode(self, codes: Tensor, context: Tensor | None = None) -> Tensor:
-        return self.scale.clamp_min(MIN_SCALE) * self.grid[codes.long() - self.qmin]
-
-    def levels(self) -> Tensor:
-        return self.scale.detach().clamp_min(MIN_SCALE).reshape(-1, 1) * self.grid  # [C_out|1, L]
-
-    def thresholds(self) -> Tensor:
-        return midpoints(self.levels()[0])
-
-    def health(self) -> dict[str, Tensor]:
-        return {"clamped_steps": (self.scale.detach() <= MIN_SCALE).sum()}
+from qexp.quant.fixed_grid import FixedGrid, Init
+from qexp.quant.functional import MIN_SCALE
 
 
 def _post_base(base: float | Literal["auto"], bits: int) -> float:
@@ -230,7 +158,10 @@ class APoT(FixedGrid):
 
     Args:
         normalize: subtract the layer's mean and divide by its standard deviation first.
-        per_channel, init, grad_scale: see `FixedGrid`; `three_std` needs `normalize`.
+        additive: sums of powers of two; off: single ones, the authors' POT.
+        clip_gradient: whether clipped weights get no gradient; None: above 2 bits (departure 6).
+        per_channel, init, grad_scale, lr_scale, decay: see `FixedGrid`; `three_std` needs
+            `normalize`.
     """
 
     mean: Tensor
@@ -246,20 +177,27 @@ class APoT(FixedGrid):
         per_channel: bool = True,
         init: Init = "quantile",
         grad_scale: Literal["count", "one"] = "count",
+        additive: bool = True,
+        clip_gradient: bool | None = None,
+        lr_scale: float = 1.0,
+        decay: float | None = None,
     ) -> None:
         grids.check_bits("APoT", bits)
         if init == "three_std" and not normalize:
             raise ValueError("init=three_std is in units of normalised weights: set normalize=true")
         super().__init__(
             bits,
-            grids.additive(bits),
+            grids.additive(bits) if additive else grids.symmetric(bits, 2.0),
             signed=signed,
             shape=shape,
             per_channel=per_channel,
             init=init,
             grad_scale=grad_scale,
-            clip_gradient=bits > 2,
+            clip_gradient=bits > 2 if clip_gradient is None else clip_gradient,
+            lr_scale=lr_scale,
+            decay=decay,
         )
+        self.additive = additive
         self.normalize = normalize
         self.register_buffer("mean", torch.tensor(0.0))
         self.register_buffer("std", torch.tensor(1.0))

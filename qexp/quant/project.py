@@ -2,8 +2,9 @@
 
     v = clip(w / scale, -1, 1),   q = the level of `grid` nearest to v,   w_hat = scale * q
 
-`grid` is sorted and runs from -1 to 1, so the nearest level clips by itself. The fused function
-saves w and the clip and looks the levels up again in backward; gradients: see `power.py`.
+`grid` is sorted and runs from -1 (from 0 for unsigned inputs) to 1, so the nearest level clips by
+itself. The fused function saves w and the clip and looks the levels up again in backward;
+gradients: see `power.py`.
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ def _project_backward(
     grad: Tensor, w: Tensor, scale: Tensor, levels: Tensor, borders: Tensor, clip_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     v = w.float() / scale
-    inside = v.abs() <= 1
+    inside = (v >= levels[0]) & (v <= 1)  # levels[0]: -1, or 0
     # dL/dw = e * [inside]                                                    [R, M]
     grad_w = torch.where(inside, grad, torch.zeros_like(grad)) if clip_gradient else grad.clone()
-    # dL/dscale = sum e * (q - [inside] * v); q is sign(w) outside             [R, 1]
+    # dL/dscale = sum e * (q - [inside] * v); q is the end level outside       [R, 1]
     t = gather(levels, *search(v, borders)) - torch.where(inside, v, torch.zeros_like(v))
     return grad_w, sum_to(grad.float() * t, scale)
 
@@ -74,7 +75,8 @@ def project(
 ) -> Tensor:
     """`scale` times the level of `grid` nearest to w / scale, differentiable in w and scale.
 
-    Shape: w [C_out, ...]; scale [] or [C_out, 1, ...]; grid [L] sorted, from -1 to 1; result as w.
+    Shape: w [C_out, ...]; scale [] or [C_out, 1, ...]; grid [L] sorted, from -1 or 0 to 1; result
+    as w.
     """
     return _Project.apply(w, scale, grid, grad_scale, clip_gradient)  # type: ignore[return-value]
 

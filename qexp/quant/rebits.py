@@ -7,7 +7,9 @@ one every state tensor whose name begins with a prefix in its class's `carried` 
 unchanged. Steps, levels, thresholds and clips belong to a width and are not carried: the clip of
 least squared error of rectified normal numbers is 4.2 deviations at 8 bits and 1.95 at 2, so that a
 learned 8-bit clip is a bad start at 2 bits, for POST, APoT and PACT as for LSQ. An adapter that
-maps a sample's statistics to a factor is carried. A quantizer whose bits stay is not touched.
+maps a sample's statistics to a factor is carried, and so is a clip that would else start at a
+constant (`three_std` and `paper` of APoT, whose authors carry it). A quantizer whose bits stay is
+not touched.
 
 The network's own parameters are the same objects as before, the quantizers' are new ones: an
 optimizer that holds the old has to be given the new.
