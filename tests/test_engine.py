@@ -103,6 +103,14 @@ def test_engines_multiply_like_the_reference(name: str, low: int, high: int) -> 
         assert bool(((y - exact).abs() <= 2**-21 * scale).all()), engine.__name__
 
 
+@pytest.mark.parametrize("engine", [Table, Reference])
+def test_a_table_beyond_memory_is_refused(engine: Callable[..., Any]) -> None:
+    stored, _ = weight("adq", 8, (6, 4, 3, 3))
+    engine(stored, Window(), 0, 255)
+    with pytest.raises(ConfigError, match=r"needs a table of .* products, .* Use engine=integer"):
+        engine(stored, Window(), 0, 2**21 - 1)
+
+
 @pytest.mark.parametrize("name", ["lsq", "post", "adq", "adq per channel"])
 def test_groups_are_multiplied_apart(name: str) -> None:
     stored, w_hat = weight(name, 4, (6, 2, 3, 3))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qexp.engine.table import check_size
 from qexp.engine.weight import Weight
 from qexp.engine.window import Window, patches
 
@@ -30,6 +31,9 @@ class Reference:
         self.weight, self.window = weight, window
         self.low, self.high = low, high
         self.step = weight.step().double()
+        if weight.how.form != "affine" and self._exponents() is None:
+            outputs = len(weight.codes) // window.groups
+            check_size(weight.how.levels, outputs * (high - low + 1))
 
     def __call__(self, x_int: Tensor, step: Tensor) -> Tensor:
         """[N, C_in, H, W] integers -> step * conv(x_int, w), float32 [N, C_out, H', W']."""
@@ -55,10 +59,14 @@ class Reference:
         levels = levels[own] if len(levels) > 1 else levels.expand(outputs, -1)  # [O, L]
         if how.form == "affine":
             return by_integers(levels.gather(1, index), x)
-        exponent = exponents(levels[0]) if how.form == "table" else None
+        exponent = self._exponents()
         if exponent is not None:
             return by_shifts(levels[0].sign().long()[index], exponent[index], x)
         return by_table(levels, index, x, self.low, self.high)
+
+    def _exponents(self) -> Tensor | None:
+        grid = self.weight.how.grid
+        return exponents(torch.tensor(grid)) if grid else None
 
 
 def by_integers(w: Tensor, x: Tensor) -> Tensor:

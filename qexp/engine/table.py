@@ -13,8 +13,20 @@ from torch import Tensor
 
 from qexp.engine.weight import Weight
 from qexp.engine.window import Window, patches
+from qexp.errors import ConfigError
 
 TILE_BYTES = 1 << 19  # of the gathered rows: about a core's cache
+TILE = 16  # positions at least
+LARGEST = 1 << 28  # entries of a table: 1 GiB, of float64 2
+
+
+def check_size(levels: int, columns: int) -> None:
+    """Raise a ConfigError for a table that is too large: `columns` entries a level."""
+    if levels * columns > LARGEST:
+        raise ConfigError(
+            f"engine: a layer of {levels:,} levels needs a table of {levels * columns:,} products, "
+            f"more than {LARGEST:,}. Use engine=integer."
+        )
 
 
 class Table:
@@ -27,9 +39,10 @@ class Table:
         levels = weight.levels()
         self.shared = len(levels) == 1
         self.levels = levels.shape[1]
+        index = weight.index.flatten(1)  # [C_out, K]
+        check_size(self.levels, max(len(levels) * (high - low + 1), TILE * index.shape[1]))
         # T: [rows, A, L], one row where all output channels have the same levels
         self.products = levels[:, None, :] * torch.arange(low, high + 1)[:, None]
-        index = weight.index.flatten(1)  # [C_out, K]
         self.bags = (index + self.levels * torch.arange(index.shape[1])).int()
 
     def __call__(self, x_int: Tensor, step: Tensor) -> Tensor:
@@ -38,7 +51,7 @@ class Table:
         columns = patches(x_int, self.window).sub_(self.low).int()
         rows = columns.reshape(n, groups, -1, columns.shape[3])  # [N, G, K, P]
         y = torch.empty(n, len(self.bags), columns.shape[3])
-        tile = max(16, TILE_BYTES // (4 * self.levels * rows.shape[2]))
+        tile = max(TILE, TILE_BYTES // (4 * self.levels * rows.shape[2]))
         for i in range(n):
             for group in range(groups):
                 own = slice(group * self.outputs, (group + 1) * self.outputs)
