@@ -6,7 +6,12 @@ import io
 from typing import Any
 
 import pytest
+from qexp.report_html import most_accurate
+from qexp.report_plot import MOST, Curve, Point, floor, front, label_front, learning, looks, pareto
+from qexp.report_runs import RunRecord
+from qexp.report_tables import make_tables
 
+from qexp import report_plot
 from qexp.report import plot as report_plot
 from qexp.report.html import most_accurate
 from qexp.report.plot import MOST, Curve, Point, front, label_front, learning, looks, pareto
@@ -86,6 +91,34 @@ def test_labels_of_a_front_do_not_overlap(drawn: list[Any]) -> None:
     assert 2 <= len(boxes) <= 1 + len(report_plot.BESIDE)  # of eight, those that have room
     for i, one in enumerate(boxes):
         assert not any(one.overlaps(other) for other in boxes[:i])
+
+
+def test_a_few_points_far_below_stand_at_the_border_and_leave_the_others_the_axis(
+    drawn: list[Any],
+) -> None:
+    names = ("adaround", "brecq", "qdrop")
+    near = [Point(n, f"W{b}A{b}", 25.0 * b, 80 + 2.5 * b + i) for i, n in enumerate(names)
+            for b in (2, 3, 4)]  # fmt: skip
+    far = [Point("nearest", "W2A4", 50.0, 18.49, 0.1), Point("nearest", "W2A2", 50.0, 16.79)]
+    pareto({"size": [*near, *far]}, io.BytesIO(), format="png")
+    ((figure, (axis,)),) = drawn
+    low, high = axis.get_ylim()
+    tops = [p.top1 for p in near]
+    assert high - low < 1.5 * (max(tops) - min(tops))
+    assert 18.49 < low < min(tops)
+    assert "16.8, 18.5" in [text.get_text() for text in axis.texts]
+    assert "hollow" in figure._suptitle.get_text()
+    hollow = [line for line in axis.lines if line.get_markerfacecolor() == "white"]
+    assert [list(line.get_ydata()) for line in hollow] == [[low], [low]]
+
+
+def test_the_axis_is_whole_where_many_points_lie_low_or_none_lies_far() -> None:
+    even = [Point("a", "W2A2", i, 80.0 + i) for i in range(8)]
+    assert floor(even) is None
+    assert floor([*even, *(Point("b", "W2A2", i, 10.0) for i in range(8))]) is None
+    assert floor(even[:1]) is None
+    assert floor([]) is None
+    assert floor([*even, Point("b", "W2A2", 1, 10.0)]) == pytest.approx(80 - 0.15 * 7)
 
 
 def test_a_width_is_labelled_once_at_its_most_accurate_point(drawn: list[Any]) -> None:

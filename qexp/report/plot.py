@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,6 +22,10 @@ LETTER = 0.62 * SMALL  # width of a letter in points, about
 LEGEND_ROW = 0.18  # inches
 # Where the label of a point may stand: offset in points, and the side it is aligned to.
 BESIDE = ((-5, 4, "right"), (5, -10, "left"), (5, 4, "left"), (-5, -10, "right"))
+# The same above the lower border: as near as there is room.
+ABOVE = tuple((x, 6 + 9 * row, side) for row in range(8)
+              for x, side in ((0, "center"), (5, "left"), (-5, "right")))  # fmt: skip
+FEW = 1 / 3  # at most so many of the points may lie below the axis
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,18 @@ def front(points: Sequence[Point]) -> list[Point]:
     return kept
 
 
+def floor(points: Sequence[Point]) -> float | None:
+    """Where the axis of top-1 begins if a few points lie so far below the others that these
+    would share less than half of it; None where all have room. In percent."""
+    tops = sorted(p.top1 for p in points)
+    gaps = [(high - low, i + 1) for i, (low, high) in enumerate(pairwise(tops))]
+    widest, below = max(gaps, default=(0.0, 0))
+    if not below or 2 * widest <= tops[-1] - tops[0] or below > FEW * len(tops):
+        return None
+    lows = [p.top1 - (p.std or 0.0) for p in points if p.top1 >= tops[below]]
+    return max(min(lows) - 0.15 * (tops[-1] - min(lows)), tops[below - 1])
+
+
 def pareto(
     charts: Mapping[str, Sequence[Point]],
     path: Path | IO[bytes],
@@ -84,6 +101,8 @@ def pareto(
     **save_as: Any,
 ) -> None:
     """Mean top-1 against each cost, one panel a cost, the Pareto front as a line.
+
+    Points below the `floor` stand hollow at the lower border, with their top-1.
 
     Args:
         charts: by the label of the cost's axis, with its unit.
@@ -97,8 +116,9 @@ def pareto(
     columns = min(3, len(charts))
     figure, axes = panels(len(charts), columns=columns, width=10.8 / max(2, columns), height=3.9)
     handles: dict[str, Any] = {}
+    cut = False
     for axis, (cost, points) in zip(axes, charts.items(), strict=True):
-        best = front(points)
+        best, low = front(points), floor(points)
         axis.plot([p.cost for p in best], [p.top1 for p in best], color=GREY, lw=1, zorder=1)
         for name in names:
             own = [p for p in points if p.name == name]
@@ -108,42 +128,74 @@ def pareto(
                     fmt=drawn[name].marker, color=drawn[name].color, ms=5, elinewidth=0.8,
                 )  # fmt: skip
         axis.margins(x=0.1, y=0.1)
+        if low is not None:
+            cut = True
+            high = max(p.top1 + (p.std or 0.0) for p in points)
+            axis.set_ylim(low, high + 0.1 * (high - low))
+            _stand_at_border(axis, [p for p in points if p.top1 < low], drawn)
         axis.set(xlabel=cost, ylabel="top-1 [%]")
         axis.grid(alpha=0.25)
     _legend(figure, handles)
-    title_(figure, title, "grey: Pareto front; bars: deviation over seeds, none for one")
+    note = "grey: Pareto front; bars: deviation over seeds, none for one"
+    title_(figure, title, note + "; hollow: below the axis, at the number beside it" * cut)
     figure.draw_without_rendering()  # places of points are final from here
     for axis, points in zip(axes, charts.values(), strict=True):
-        label_front(axis, front(points))
+        low = axis.get_ylim()[0]
+        label_below(axis, [p for p in points if p.top1 < low])
+        label_front(axis, [p for p in front(points) if p.top1 >= low])
     figure.savefig(path, dpi=DPI, **save_as)
+
+
+def _stand_at_border(axis: Any, points: Sequence[Point], drawn: Mapping[str, Look]) -> None:
+    """Draw `points`, which lie below the axis, as hollow marks where it begins."""
+    low = axis.get_ylim()[0]
+    for point in points:
+        axis.plot(
+            point.cost, low, drawn[point.name].marker, color=drawn[point.name].color, ms=5,
+            markerfacecolor="white", clip_on=False, zorder=3,
+        )  # fmt: skip
+
+
+def label_below(axis: Any, points: Sequence[Point]) -> None:
+    """Write the top-1 (percent) of `points` above the marks at the lower border."""
+    low = axis.get_ylim()[0]
+    for cost, same in groupby(sorted(points, key=lambda p: (p.cost, p.top1)), lambda p: p.cost):
+        label = ", ".join(f"{p.top1:.1f}" for p in same)
+        _write(axis, label, (cost, low), ABOVE)
 
 
 def label_front(axis: Any, points: Sequence[Point]) -> list[str]:
     """Write the bits beside the best point of each width, where no other label stands.
 
     Returns:
-        the labels that found room.
+        all labels of the panel.
     """
     best = {point.bits: point for point in points}  # the last of a width is its most accurate
+    for point in sorted(best.values(), key=lambda p: -p.top1):
+        _write(axis, point.bits, (point.cost, point.top1), BESIDE)
+    return [text.get_text() for text in axis.texts]
+
+
+def _write(
+    axis: Any, text: str, at: tuple[float, float], places: Sequence[tuple[int, int, str]]
+) -> None:
+    """Write `text` at the first of `places` around the point `at` that is free; else nowhere."""
     unit = axis.figure.dpi / 72  # pixels in a point
     inside = axis.get_window_extent()
-    taken: list[tuple[float, float, float, float]] = []
-    for point in sorted(best.values(), key=lambda p: -p.top1):
-        x, y = axis.transData.transform((point.cost, point.top1))
-        wide, high = LETTER * len(point.bits) * unit, SMALL * unit
-        for right, up, side in BESIDE:
-            left = x + right * unit - (wide if side == "right" else 0.0)
-            low = y + up * unit
-            box = (left, low, left + wide, low + high)
-            if left < inside.x0 or box[2] > inside.x1 or any(_meet(box, b) for b in taken):
-                continue
-            taken.append(box)
-            axis.annotate(
-                point.bits, (point.cost, point.top1), textcoords="offset points",
-                xytext=(right, up), ha=side, fontsize=SMALL - 1, color="#444444",
-            )  # fmt: skip
-            break
-    return [text.get_text() for text in axis.texts]
+    taken = [t.get_window_extent().extents for t in axis.texts]
+    x, y = axis.transData.transform(at)
+    wide, high = LETTER * len(text) * unit, SMALL * unit
+    for right, up, side in places:
+        left = x + right * unit - wide * {"left": 0.0, "center": 0.5, "right": 1.0}[side]
+        low = y + up * unit
+        box = (left, low, left + wide, low + high)
+        if left < inside.x0 or box[2] > inside.x1 or any(_meet(box, b) for b in taken):
+            continue
+        axis.annotate(
+            text, at, textcoords="offset points", xytext=(right, up), ha=side,
+            fontsize=SMALL - 1, color="#444444",
+        )  # fmt: skip
+        return
 
 
 def _meet(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
