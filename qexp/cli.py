@@ -62,8 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as exit_:  # argparse, and Hydra's --help
         return exit_.code if isinstance(exit_.code, int) else int(bool(exit_.code))
     except KeyboardInterrupt as error:
-        folder = getattr(error, "run_folder", None)
-        _complain(f"interrupted. Continue with: qexp resume {folder}" if folder else "interrupted.")
+        _complain(_how_to_continue(error))
         return 130
     except BrokenPipeError:  # `qexp ls | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -85,6 +84,15 @@ def describe(error: Exception) -> str:
     if folder is not None:
         return f"run: {one_line(error)} (traceback in {folder}/train.log)"
     return f"qexp: {one_line(error)} (QEXP_TRACEBACK=1 shows where)"
+
+
+def _how_to_continue(error: KeyboardInterrupt) -> str:
+    """The line on Ctrl-C: what goes on with the sweep, or with the one run, that it ended."""
+    from qexp import sweep
+
+    folder = getattr(error, "run_folder", None)
+    commands = sweep.to_continue() or ([f"qexp resume {folder}"] if folder else [])
+    return f"interrupted. Continue with: {'; '.join(commands)}" if commands else "interrupted."
 
 
 def _complain(text: str) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -146,6 +147,20 @@ def forget() -> None:
     """Start anew: the next summary is of the next sweep."""
     global _folder
     _folder = None
+
+
+def to_continue() -> list[str]:
+    """The commands that go on with the sweep that this process launched; none if it did not.
+
+    `qexp resume` takes up the runs that were stopped; the command itself, which skips what is
+    done, the jobs that never began.
+    """
+    if _folder is None:
+        return []
+    stopped = ("began", "interrupted")
+    begun = any(job["status"] in stopped and job.get("folder") for job in read_jobs(_folder))
+    resume = f"qexp resume {shlex.quote(str(_folder))}"
+    return [*([resume] if begun else []), os.environ["QEXP_COMMAND"]]
 
 
 def summary() -> str:

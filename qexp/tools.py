@@ -155,6 +155,9 @@ def _resume_sweep(folder: Path, overrides: Sequence[str]) -> int:
     for run in unfinished:
         try:
             _resume_run(run, overrides)
+        except KeyboardInterrupt as error:
+            error.run_folder = folder  # type: ignore[attr-defined]  # read by cli.py
+            raise
         except Exception as error:
             from qexp.cli import describe
 

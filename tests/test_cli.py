@@ -231,6 +231,16 @@ def test_ctrl_c_ends_the_sweep(tiny: Qexp) -> None:
     (jobs,) = Path("outputs/sweeps").glob("*/jobs.jsonl")
     states = [json.loads(line)["status"] for line in jobs.read_text().splitlines()]
     assert states == ["began", "interrupted"]
+    command = os.environ["QEXP_COMMAND"]
+    assert said.err == f"interrupted. Continue with: qexp resume {jobs.parent}; {command}\n"
+
+
+def test_ctrl_c_in_a_resumed_sweep_says_how_to_go_on_with_all_of_it(tiny: Qexp, qexp: Qexp) -> None:
+    tiny("-m", "bits=2,3", "recipe.then=crash")
+    (sweep,) = Path("outputs/sweeps").iterdir()
+    said = qexp("resume", str(sweep), "recipe.then=interrupt")
+    assert said.code == 130
+    assert said.err == f"interrupted. Continue with: qexp resume {sweep}\n"
 
 
 def test_options_may_stand_anywhere(tiny: Qexp) -> None:
