@@ -384,18 +384,18 @@ def empty_split(data: InMemory) -> object:
 WRONG: list[tuple[dict[str, Any], Callable[[Synthetic], object] | None, type[QexpError], str]] = [
     ({"val_fraction": 1.0}, None, ConfigError, r"val_fraction=1.0 is not in \[0, 1\)"),
     ({"val_fraction": -0.1}, None, ConfigError, "val_fraction=-0.1 is not in"),
-    ({"val_fraction": 0.999}, None, DataError, "val_fraction=0.999 holds out all"),
+    ({"val_fraction": 0.999}, None, ConfigError, "val_fraction=0.999 holds out all"),
     ({"subset": 0}, None, ConfigError, "subset=0 is not a positive integer"),
-    ({"subset": 101}, None, DataError, "100 training images are left, dataset.subset=101"),
+    ({"subset": 101}, None, ConfigError, "100 training images are left, dataset.subset=101"),
     ({"batch_size": 0}, None, ConfigError, "batch size of 0 is not a positive integer"),
-    ({"batch_size": 60, "world_size": 2}, None, DataError, "do not fill one batch of 60"),
+    ({"batch_size": 60, "world_size": 2}, None, ConfigError, "do not fill one batch of 60"),
     ({"pad": -1}, None, ConfigError, "dataset.pad=-1 is not a whole number"),
     ({"mean": [0.5]}, None, ConfigError, "dataset.mean must have 3 values"),
     ({"std": [1, 0, 1]}, None, ConfigError, "dataset.std must be positive"),
     ({"classes": 0}, None, ConfigError, "dataset.classes=0 is not a positive integer"),
     ({"train_images": 4}, None, ConfigError, "less than one image for each of 5 classes"),
-    ({}, lambda d: d.calibration_images(101, 0), DataError, "101 calibration images asked"),
-    ({}, empty_split, DataError, r"no split 'val' \(has: test, train\). Use split=test, or"),
+    ({}, lambda d: d.calibration_images(101, 0), ConfigError, "101 calibration images asked"),
+    ({}, empty_split, ConfigError, r"no split 'val' \(has: test, train\). Use split=test, or"),
 ]
 
 

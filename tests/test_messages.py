@@ -256,10 +256,6 @@ def unreadable_image(tmp_path: Path) -> tuple[str, ...]:
     return (*FOLDER, "dataset.workers=0", "recipe.batch_size=4", "recipe.calibration_images=4")
 
 
-def too_large_subset(tmp_path: Path) -> tuple[str, ...]:
-    return ("dataset.subset=100000",)
-
-
 def nan_loss(tmp_path: Path) -> tuple[str, ...]:
     return ("recipe.lr=1e30",)
 
@@ -283,7 +279,6 @@ RUNS = {
     empty_class: "data: class 'dog' has no images in 'images/train'. *",
     wrong_class_count: "data: 1 classes under 'images', dataset.classes=3. *",
     unreadable_image: "data: images/train/*.png cannot be read as an image (*). Replace or *",
-    too_large_subset: "data: *subset*100*",
     nan_loss: "run: loss is * at epoch 1, step *; no checkpoint yet. Lower recipe.lr or set *",
     file_in_the_way: "run: outputs*: a * file*. Set out=..., then start or resume the run.",
     folder_of_another: "run: locked/outputs: no permission to write. Set out=... to a folder of *",
@@ -415,8 +410,14 @@ def test_a_checkpoint_that_cannot_be_loaded_is_one_line_and_nothing_is_written(
 
 
 def test_eval_of_what_is_no_run_or_of_a_damaged_one(qexp: Qexp, tmp_path: Path) -> None:
-    assert matches(qexp("eval", "run=nix").err, "eval: 'nix' is not a run folder. *qexp ls")
+    for command in ("eval", "export"):
+        said = qexp(command, "run=nix")
+        assert matches(said.err, f"{command}: 'nix' is not a run folder. *qexp ls")
+        assert said.code == 2
     assert qexp(*SMOKE, "folder=outputs/run").code == 0
+    said = qexp("eval", "run=outputs/run", "checkpoint=nix.pt", *ALWAYS)
+    assert matches(said.err, "eval: no file 'outputs/run/nix.pt'. Give checkpoint=last.pt or *")
+    assert said.code == 2
     last = tmp_path / "outputs" / "run" / "last.pt"
     last.write_bytes(last.read_bytes()[:2000])
     said = qexp("eval", "run=outputs/run", *ALWAYS)
@@ -438,6 +439,7 @@ def test_eval_names_the_file_and_what_a_split_needs(qexp: Qexp, tmp_path: Path) 
     assert said.out.rstrip().endswith(f"img/s | {file}")
     said = qexp("eval", "run=outputs/run", "split=val", *ALWAYS)
     assert matches(said.err, "data: * has no split 'val' (has: test, train). Use split=test, or *")
+    assert said.code == 2
 
 
 def test_resume_of_a_running_run_and_of_one_without_config(qexp: Qexp, tmp_path: Path) -> None:

@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from compose import TINY, TINY_PTQ, tiny
 from conftest import Qexp, Said
 
-from qexp.errors import ConfigError, DataError
+from qexp.data.card import Card
+from qexp.data.synthetic import Synthetic
+from qexp.errors import ConfigError
 from qexp.models.resnet import ResNet
 from qexp.recipes.logits import giving_logits, run_in_training_mode
 from qexp.recipes.plan import plan
@@ -36,6 +38,9 @@ REFUSED = {
     "recipe.calibration_images=49": "config: recipe.calibration_images=49, there are 48 to train",
     "recipe.batch_size=1000000": "config: recipe.batch_size=1000000, there are 48 to train on.",
     "recipe.bn_reestimate=49": "config: recipe.bn_reestimate=49, there are 48 to train on.",
+    "float.batch_size=49": "config: float.batch_size=49, there are 48 to train on. Lower it.",
+    "float.bn_reestimate=49": "config: float.bn_reestimate=49, there are 48 to train on.",
+    "dataset.subset=49": "config: 48 training images are left, dataset.subset=49 asks for more.",
     "quantizer=fp32 recipe.batch_size=49": "config: recipe.batch_size=49, there are 48 to train on",
     "bitwidth=sensitivity bitwidth.images=49": "config: bitwidth.images=49, there are 48 to train",
     # the policy
@@ -202,8 +207,18 @@ def test_processes_that_the_images_do_not_suffice_for(
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "0")
     precheck(tiny(tmp_path, "recipe.batch_size=12"))
-    with pytest.raises(DataError, match="48 training images do not fill one batch of 16 for each"):
+    with pytest.raises(
+        ConfigError, match="48 training images do not fill one batch of 16 for each"
+    ):
         precheck(tiny(tmp_path, "recipe.batch_size=16"))
+
+
+def test_a_dry_run_takes_no_wrong_subset_for_data_that_are_absent(
+    qexp: Qexp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Synthetic, "card", Card(4, (3, 8, 8), 48), raising=False)
+    said = qexp("train", *TINY, "dataset.subset=49", "dry_run=true")
+    check_refusal(said, REFUSED["dataset.subset=49"], tmp_path)
 
 
 class NoParameters(torch.nn.Module):

@@ -57,8 +57,8 @@ class Folder:
         device, batch_size, seed, rank, world_size: as in `memory.InMemory`.
 
     Raises:
-        ConfigError: a value out of range.
-        DataError: images missing, unreadable, or too few.
+        ConfigError: a value out of range, or that asks for more images than there are.
+        DataError: images missing or unreadable.
     """
 
     name: str

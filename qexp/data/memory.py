@@ -53,8 +53,8 @@ class InMemory(ABC):
         rank, world_size: this process among those that share each epoch.
 
     Raises:
-        ConfigError: a value out of range.
-        DataError: images missing, damaged, or too few.
+        ConfigError: a value out of range, or that asks for more images than there are.
+        DataError: images missing or damaged.
     """
 
     name: str

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from qexp.errors import ConfigError, DataError
+from qexp.errors import ConfigError
 
 Part = TypeVar("Part")
 
@@ -56,8 +56,8 @@ def split_train(labels: Tensor, val_fraction: float, subset: int | None) -> tupl
         subset: how many of the remaining images to keep; None keeps all.
 
     Raises:
-        ConfigError: val_fraction outside [0, 1), subset not a positive integer.
-        DataError: subset larger than what there is.
+        ConfigError: val_fraction outside [0, 1), subset not a positive integer, no image left, or
+            subset larger than what is left.
     """
     if isinstance(val_fraction, (bool, str)) or not 0 <= val_fraction < 1:
         raise ConfigError(
@@ -73,13 +73,13 @@ def split_train(labels: Tensor, val_fraction: float, subset: int | None) -> tupl
     held_out = round(val_fraction * len(labels))
     left = len(labels) - held_out
     if left < 1:
-        raise DataError(
-            f"data: dataset.val_fraction={val_fraction} holds out all {len(labels)} training "
+        raise ConfigError(
+            f"config: dataset.val_fraction={val_fraction} holds out all {len(labels)} training "
             "images. Lower it."
         )
     if subset is not None and subset > left:
-        raise DataError(
-            f"data: {left} training images are left, dataset.subset={subset} asks for more. "
+        raise ConfigError(
+            f"config: {left} training images are left, dataset.subset={subset} asks for more. "
             "Lower dataset.subset or dataset.val_fraction."
         )
     train = order[held_out : None if subset is None else held_out + subset]
@@ -92,8 +92,8 @@ def steps_in_epoch(train_size: int, batch_size: int, world_size: int) -> int:
     A data set smaller than one batch, in a single process, is one smaller batch.
 
     Raises:
-        ConfigError: batch_size is not a positive integer.
-        DataError: fewer images than one step of all processes takes.
+        ConfigError: batch_size is not a positive integer, or one step of all processes takes more
+            images than there are.
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ConfigError(
@@ -101,9 +101,9 @@ def steps_in_epoch(train_size: int, batch_size: int, world_size: int) -> int:
             "Use recipe.batch_size=128."
         )
     if world_size > 1 and train_size < batch_size * world_size:
-        raise DataError(
-            f"data: {train_size} training images do not fill one batch of {batch_size} for each of "
-            f"{world_size} processes. Lower recipe.batch_size."
+        raise ConfigError(
+            f"config: {train_size} training images do not fill one batch of {batch_size} for each "
+            f"of {world_size} processes. Lower recipe.batch_size."
         )
     return max(1, train_size // (batch_size * world_size))
 
@@ -126,11 +126,11 @@ def choose_images(size: int, n: int, seed: int) -> Tensor:
     """Indices of n different training images, for calibration. Shape: [n].
 
     Raises:
-        DataError: n is not between 1 and the number of training images.
+        ConfigError: n is not between 1 and the number of training images.
     """
     if not 1 <= n <= size:
-        raise DataError(
-            f"data: {n} calibration images asked, there are {size} for training. "
+        raise ConfigError(
+            f"config: {n} calibration images asked, there are {size} for training. "
             "Lower the number of calibration images."
         )
     return torch.randperm(size, generator=generator("calibrate", seed))[:n]
@@ -140,11 +140,11 @@ def choose_split(splits: Mapping[str, Part], split: str, name: str) -> Part:
     """The part of a data set called `split`.
 
     Raises:
-        DataError: there is none.
+        ConfigError: there is none.
     """
     if split not in splits:
         trained = ", or a run trained with dataset.val_fraction=0.1" if split == "val" else ""
-        raise DataError(
+        raise ConfigError(
             f"data: {name} has no split '{split}' (has: {', '.join(splits)}). "
             f"Use split=test{trained}."
         )

@@ -207,11 +207,17 @@ def load_run(
 
     Args:
         area: the command that asks, for its messages.
+
+    Raises:
+        ConfigError: no such folder or file.
+        CheckpointError: a damaged one.
     """
     cfg = run_config(folder, area)
     target = pick_device(device)
+    if not (path := folder / name).is_file():
+        raise ConfigError(f"{area}: no file '{path}'. Give checkpoint=last.pt or best.pt.")
     dataset = make_dataset(cfg, target)
-    state = load_run_state(folder / name if not Path(name).is_absolute() else Path(name))
+    state = load_run_state(path)
     model = restore(cfg, state, dataset, target)
     return model, dataset, cfg
 

@@ -53,7 +53,7 @@ def precheck(cfg: DictConfig, data: Sizes | None = None) -> None:
 
     Raises:
         ConfigError: a value, a policy, a network or a file that cannot be had.
-        DataError: images missing or damaged, or fewer than one step of all processes takes.
+        DataError: images missing or damaged.
     """
     if not build.is_float(cfg):
         build.make_policy(cfg)
@@ -125,14 +125,17 @@ def check_files(cfg: DictConfig, model: nn.Module) -> None:
     """
     recipe, spec = cfg.recipe, cfg.model.get("checkpoint")
     distill = recipe.get("distill") or {}
-    begun = (Path(cfg.folder) / CHECKPOINT).is_file()
-    if not (begun or recipe.get("from_scratch") or spec in (None, "none", "auto")):
+    if not (_begun(cfg) or recipe.get("from_scratch") or spec in (None, "none", "auto")):
         with _said_as_config():
             _check_start(cfg, model, checkpoint_file(spec))
     teacher = distill.get("teacher", "float")
     if distill.get("weight", 0) > 0 and teacher != "float":
         with _said_as_config("config: recipe.distill.teacher: "):
             check_weights(model, cfg.model._target_, teacher)
+
+
+def _begun(cfg: DictConfig) -> bool:
+    return (Path(cfg.folder) / CHECKPOINT).is_file()
 
 
 def _check_start(cfg: DictConfig, model: nn.Module, source: str) -> None:
@@ -219,6 +222,10 @@ def _enough_images(cfg: DictConfig, size: int) -> None:
     if build.trains(recipe):
         asked["recipe.batch_size"] = recipe.batch_size
         asked["recipe.bn_reestimate"] = recipe.get("bn_reestimate", 0)
+    auto = cfg.model.get("checkpoint") == "auto" and not recipe.get("from_scratch")
+    if auto and not _begun(cfg):
+        asked["float.batch_size"] = cfg.float.batch_size
+        asked["float.bn_reestimate"] = cfg.float.get("bn_reestimate", 0)
     for key, count in asked.items():
         if count > size:
             raise ConfigError(f"config: {key}={count}, there are {size} to train on. Lower it.")

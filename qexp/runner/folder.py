@@ -21,7 +21,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from qexp.errors import CheckpointError, ConfigError, RunError
+from qexp.errors import ConfigError, RunError
 from qexp.runner.atomic import write_json
 
 STATUS = "status.json"
@@ -115,12 +115,11 @@ def run_config(folder: Path, area: str) -> DictConfig:
     """The resolved config of the run in `folder`; `area` is the command that asks.
 
     Raises:
-        CheckpointError: it is no run's folder.
-        ConfigError: the config is damaged.
+        ConfigError: it is no run's folder, or the config is damaged.
     """
     path = folder / "config.yaml"
     if not path.is_file():
-        raise CheckpointError(f"{area}: '{folder}' is not a run folder. List runs with: qexp ls")
+        raise ConfigError(f"{area}: '{folder}' is not a run folder. List runs with: qexp ls")
     how = f"Bring it back: {folder / '.hydra' / 'config.yaml'} has its values, not resolved."
     return read_config(path, how, area)
 
