@@ -121,6 +121,17 @@ def test_the_axis_is_whole_where_many_points_lie_low_or_none_lies_far() -> None:
     assert floor([*even, Point("b", "W2A2", 1, 10.0)]) == pytest.approx(80 - 0.15 * 7)
 
 
+def test_a_label_keeps_off_the_marks_of_other_points() -> None:
+    figure, (axis,) = report_plot.panels(1)
+    axis.plot([0, 1, 2], [0, 1, 2], "o")
+    axis.plot([1.1], [1.05], "o")  # where the first place lies
+    figure.draw_without_rendering()
+    places = ((5, 0, "left"), (-5, 0, "right"))
+    report_plot._write(axis, "W2A2", (1, 1), places)
+    report_plot._write(axis, "W2A4", (1, 1), places)  # nothing but that is left
+    assert [text.get_ha() for text in axis.texts] == ["right", "left"]
+
+
 def test_a_width_is_labelled_once_at_its_most_accurate_point(drawn: list[Any]) -> None:
     steps = [Point(f"m{i}", "W2A2", 10.0 * i, 80 + i) for i in range(4)]
     pareto({"size": steps}, io.BytesIO(), format="png")

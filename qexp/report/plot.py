@@ -179,23 +179,35 @@ def label_front(axis: Any, points: Sequence[Point]) -> list[str]:
 def _write(
     axis: Any, text: str, at: tuple[float, float], places: Sequence[tuple[int, int, str]]
 ) -> None:
-    """Write `text` at the first of `places` around the point `at` that is free; else nowhere."""
+    """Write `text` at one of `places` around the point `at`: where no text stands, over as few
+    marks as can be, the first of such places; nowhere if there is none."""
     unit = axis.figure.dpi / 72  # pixels in a point
     inside = axis.get_window_extent()
     taken = [t.get_window_extent().extents for t in axis.texts]
     x, y = axis.transData.transform(at)
+    marks = [
+        mark
+        for line in axis.lines
+        if line.get_marker() not in ("None", "", None)
+        for mark in axis.transData.transform(line.get_xydata())
+    ]
     wide, high = LETTER * len(text) * unit, SMALL * unit
+    free: list[tuple[int, tuple[int, int, str]]] = []
     for right, up, side in places:
         left = x + right * unit - wide * {"left": 0.0, "center": 0.5, "right": 1.0}[side]
         low = y + up * unit
         box = (left, low, left + wide, low + high)
         if left < inside.x0 or box[2] > inside.x1 or any(_meet(box, b) for b in taken):
             continue
+        near = 2 * unit  # what a mark has around its middle
+        over = [_meet(box, (mx - near, my - near, mx + near, my + near)) for mx, my in marks]
+        free.append((sum(over), (right, up, side)))
+    if free:
+        _, (right, up, side) = min(free, key=lambda place: place[0])
         axis.annotate(
             text, at, textcoords="offset points", xytext=(right, up), ha=side,
             fontsize=SMALL - 1, color="#444444",
         )  # fmt: skip
-        return
 
 
 def _meet(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
