@@ -21,7 +21,9 @@ from qexp.errors import ConfigError, RunError
 from qexp.models.digest import weights_sha256
 from qexp.quant.codebook import Codebook
 from qexp.quant.dorefa import PACT
-from qexp.recipes import outcome
+from qexp.quant.lsq import LSQ
+from qexp.quant.quantizer import Quantizer
+from qexp.recipes import outcome, picture
 from qexp.recipes import qat as qat_module
 from qexp.recipes.evaluate import evaluate_run
 from qexp.recipes.loss import training_loss
@@ -283,6 +285,31 @@ def test_the_last_tenth_of_the_steps_has_fixed_codebooks(tmp_path: Path, float_r
         train(tiny(tmp_path, *options, "dataset.train_images=160"))  # ten steps
     per_step = len(seen) // 10
     assert [all(seen[i * per_step : (i + 1) * per_step]) for i in range(10)] == [True] * 9 + [False]
+
+
+def test_a_codebook_that_is_uniform_by_chance_is_followed_with_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def layer(*levels: float) -> SimpleNamespace:
+        grid = SimpleNamespace(bits=2, num_levels=3, levels=lambda: torch.tensor([levels]))
+        return SimpleNamespace(weight_quantizer=grid)
+
+    layers = {"a": layer(-1, 0, 1), "b": layer(-1, 0, 2)}
+    monkeypatch.setattr(picture, "quant_layers", lambda model: layers)
+    assert picture.codebooks(torch.nn.Module()) == {"a": [-1, 0, 1], "b": [-1, 0, 2]}
+    del layers["b"]
+    assert picture.codebooks(torch.nn.Module()) == {}
+
+
+def test_an_activation_quantizer_without_thresholds_has_no_panel_and_its_run_ends(
+    tmp_path: Path, float_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LSQ, "thresholds", Quantizer.thresholds)
+    options = ["quantizer=lsq", f"model.checkpoint={float_run}", "recipe.epochs=1"]
+    result, folder = train(tiny(tmp_path, *options, "recipe.plots=true"))
+    assert "top1" in result
+    assert (folder / "weights.png").is_file()
+    assert not (folder / "activations.png").exists()
 
 
 def test_codebooks_are_drawn_from_where_calibration_put_them(

@@ -116,11 +116,13 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
     def levels(self) -> Tensor:
-        """Sorted levels, [L] or per output channel [C_out, L]. Weight quantizers only."""
+        """Sorted levels, [L] or per output channel [C_out, L]; of an activation quantizer, which
+        may leave them out, for plots alone."""
         raise NotImplementedError
 
     def thresholds(self) -> Tensor:
-        """Sorted decision borders between codes, [L-1], for plots."""
+        """Sorted decision borders between codes, [L-1]: of activation quantizers, for plots alone;
+        a class that leaves them out has no panel in activations.png."""
         raise NotImplementedError
 
     def progress(self, fraction: float) -> None:

@@ -7,6 +7,7 @@ that it fits into the checkpoint and a resumed run draws the same pictures.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -40,8 +41,11 @@ def weights(model: nn.Module) -> Before:
 
 @torch.no_grad()
 def codebooks(model: nn.Module) -> dict[str, list[float]]:
-    """Levels of every per-tensor weight grid that is not uniform: those that may drift."""
-    found = {}
+    """Levels of every per-tensor weight grid, if any of them is not uniform: those may drift.
+
+    All of them, since a codebook of three levels may be uniform by chance, in one epoch or more.
+    """
+    found, drifting = {}, False
     for name, layer in quant_layers(model).items():
         quantizer = layer.weight_quantizer
         if quantizer.bits >= 32 or quantizer.num_levels > DRAWN_LEVELS:
@@ -49,9 +53,10 @@ def codebooks(model: nn.Module) -> dict[str, list[float]]:
         levels = quantizer.levels().detach().float().cpu()
         levels = levels.reshape(-1, levels.shape[-1])
         gaps = levels[0].diff()
-        if len(levels) == 1 and not torch.allclose(gaps, gaps[:1].expand_as(gaps), rtol=1e-3):
+        if len(levels) == 1:
             found[name] = levels[0].tolist()
-    return found
+            drifting |= not torch.allclose(gaps, gaps[:1].expand_as(gaps), rtol=1e-3)
+    return found if drifting else {}
 
 
 @torch.no_grad()
@@ -87,7 +92,8 @@ def draw(
 
     def look(name: str, kind: str, x: Tensor, quantizer: Quantizer) -> None:
         if kind == "act":
-            acts.append(_activation(name, quantizer, x))
+            with suppress(NotImplementedError):  # a class may have no thresholds
+                acts.append(_activation(name, quantizer, x))
             if (context := quantizer.context(x)) is not None:
                 factors.append(plot.FactorPlot(name, context.flatten().cpu()))
 
