@@ -129,7 +129,7 @@ def run_name(*, _root_: DictConfig) -> str:
     quantizer, policy = _root_.get("quantizer") or {}, _root_.get("bitwidth") or {}
     if quantizer.get("weight") is None and quantizer.get("act") is None:
         return str(quantizer.get("name"))
-    name = mixed_name() or str(quantizer.get("name"))
+    name = mixed_name(quantizer) or str(quantizer.get("name"))
     if policy.get("name") not in (None, "uniform"):
         budget = policy.get("budget")
         return f"{name}-{policy.get('name')}" + (f"{budget:g}" if budget is not None else "")
@@ -138,16 +138,20 @@ def run_name(*, _root_: DictConfig) -> str:
     return f"{name}-w{w}a{a}"
 
 
-def mixed_name() -> str | None:
-    """`weight+act` when the command line replaced a part of the chosen method."""
+def mixed_name(quantizer: Mapping[Any, Any]) -> str | None:
+    """`weight+act` when the command line replaced a part of the chosen method; `method+part` for
+    a method that reconstructs, of which more than its parts remains."""
     from hydra.core.hydra_config import HydraConfig
 
     if not HydraConfig.initialized():
         return None
     keys = {override.partition("=")[0] for override in task_overrides()}
-    if not keys & {"quantizer/weight", "quantizer/act"}:
+    parts = ("quantizer/weight", "quantizer/act")
+    if not keys & {*parts}:
         return None
     choices = HydraConfig.get().runtime.choices
+    if quantizer.get("reconstruct"):
+        return "+".join([choices["quantizer"], *(choices[part] for part in parts if part in keys)])
     return f"{choices['quantizer/weight']}+{choices['quantizer/act']}"
 
 

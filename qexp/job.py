@@ -92,7 +92,7 @@ def _run(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
     began = time.perf_counter()
     with distributed.together(cfg.device) as world:
         resume = resume or (world.leads and _take_up(cfg))
-        label = config.mixed_name()
+        label = config.mixed_name(cfg.quantizer)
         with open_run(Path(cfg.folder), cfg, resume=resume, label=label) as run:
             sweep.began(run.dir)
             set_threads(cfg.threads)  # put back when the run ends

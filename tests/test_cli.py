@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import standin
 import torch
+from compose import TINY, TINY_PTQ
 from conftest import Qexp
 
 from qexp import __version__, sweep
@@ -222,6 +223,16 @@ def test_a_key_that_one_job_lacks_is_told_with_that_jobs_keys(qexp: Qexp) -> Non
     assert said.err == (
         "config: no key 'quantizer.weight.levels' (lsq has: count, init, per_channel).\n"
     )
+
+
+def test_a_method_that_reconstructs_keeps_its_name_when_a_part_of_it_is_replaced(
+    qexp: Qexp,
+) -> None:
+    for method in ("brecq", "qdrop"):
+        words = (*TINY_PTQ, f"quantizer={method}", "quantizer/act=lsq", "dry_run=true")
+        assert f"/{method}+lsq-w4a4/" in qexp("train", *words).out
+    words = (*TINY, "quantizer=asq", "quantizer/act=lsq", "dry_run=true")
+    assert "/post+lsq-w4a4/" in qexp("train", *words).out
 
 
 def test_ctrl_c_ends_the_sweep(tiny: Qexp) -> None:
