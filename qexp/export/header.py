@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from qexp.export.bits import MAX_WIDTH
-from qexp.export.coding import CODERS, Coding
+from qexp.export.coding import Coding
 from qexp.export.inputs import KINDS, Input
 
 FORMAT = "qexp-packed"
@@ -23,7 +23,6 @@ MAX_ITEMS = 10_000  # layers, norms, grids: far above any classifier, far below 
 BUILT_IN = ("qexp.models.", "torchvision.models.")  # built without the user's word for them
 MAX_SIZE = 65_536  # of a dimension, and of the number of classes
 FORMS = ("affine", "table", "codebook")
-WEIGHT_KINDS = {kind for kind, _, _ in CODERS.values()}
 
 
 class FormatError(ValueError):
@@ -191,13 +190,13 @@ def _coding(value: Any) -> Coding:
     width = _whole(value["width"], "width", 1, MAX_WIDTH)
     levels = _whole(value["levels"], "levels", 1, 2**width)
     grid = tuple(_number(v, "grid") for v in _items(value.get("grid", []), "grid"))
-    form, kind = _text(value["form"], "form"), _text(value["kind"], "kind")
-    if form not in FORMS or kind not in WEIGHT_KINDS:
-        raise FormatError("it has weights of an unknown kind")
+    form = _text(value["form"], "form")
+    if form not in FORMS:
+        raise FormatError("it has weights of an unknown form")
     if len(grid) != (levels if form == "table" else 0):
         raise FormatError("it has a grid of another length than its levels")
     return Coding(
-        kind=kind,
+        kind=_text(value["kind"], "kind"),
         form=form,  # type: ignore[arg-type]
         bits=_whole(value["bits"], "bits", 1, 16),
         width=width,
