@@ -6,15 +6,10 @@ import io
 from typing import Any
 
 import pytest
-from qexp.report_html import most_accurate
-from qexp.report_plot import MOST, Curve, Point, floor, front, label_front, learning, looks, pareto
-from qexp.report_runs import RunRecord
-from qexp.report_tables import make_tables
 
-from qexp import report_plot
 from qexp.report import plot as report_plot
 from qexp.report.html import most_accurate
-from qexp.report.plot import MOST, Curve, Point, front, label_front, learning, looks, pareto
+from qexp.report.plot import MOST, Curve, Point, floor, front, label_front, learning, looks, pareto
 from qexp.report.runs import RunRecord
 from qexp.report.tables import make_tables
 
