@@ -6,7 +6,8 @@
 A table lies between `<!-- table:NAME -->` and `<!-- /table -->` and shows the runs below
 `results/NAME/`: a row a method, a column a bit-width, one table a protocol. With `full` after the
 name it has the columns of `qexp report` instead. `results/NAME/command.txt` holds the command that
-made the runs. Every number links to its run's folder; what was not run says `missing`.
+made the runs. Every number links to its run's folder; what was not run says `missing`, mixed widths
+that were not `n/a`.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ MARK = re.compile(
 TOLD = ("recipe", "epochs", "batch_size", "optimizer", "lr", "schedule", "amp", "images",
         "iterations", "first_last", "distill.weight", "bn_reestimate")  # fmt: skip
 MISSING = "missing"
+MIXED = "mixed"  # column of the rows without one width
 PAGES = ("README.md", "docs/results.md")
 
 
@@ -107,16 +109,16 @@ def pivot(table: Table, start: Path, apart: Sequence[str] = ()) -> str:
         apart: keys of the protocol in which the tables of one folder differ.
     """
     quantized = [row for row in table.rows if not row.first.is_float] or table.rows
-    widths = list(dict.fromkeys(column(row) for row in quantized))
+    widths = sorted(dict.fromkeys(map(column, quantized)), key=MIXED.__eq__)  # MIXED is the last
     names = sorted({row.name for row in quantized})
     papers = [row for row in quantized if row.paper]
     head = ["method", *widths, *(["published"] if papers else [])]
     lines = [headline(table, start, apart), "", markdown_row(head), "|" + " --- |" * len(head)]
     for name in names:
         own = [row for row in quantized if row.name == name]
-        texts = [
-            "; ".join(cell(r, start) for r in own if column(r) == w) or MISSING for w in widths
-        ]
+        cells = ("; ".join(cell(r, start) for r in own if column(r) == w) for w in widths)
+        absent = ("n/a" if w == MIXED else MISSING for w in widths)
+        texts = [text or none for text, none in zip(cells, absent, strict=True)]
         quoted = "; ".join(f"{r.bits} {r.paper.top1:g}" for r in own if r.paper)
         lines.append(markdown_row([name, *texts, *([quoted or "n/a"] if papers else [])]))
     notes = dict.fromkeys(f"{row.first.method} {row.bits} {cited(row.paper)}" for row in papers)
@@ -170,8 +172,8 @@ def sampled(protocol: Mapping[str, Any]) -> str:
 
 
 def column(row: Row) -> str:
-    """`W4A4`, or `mixed` for a row without one width."""
-    return row.bits if row.first.uniform else "mixed"
+    """`W4A4`, or MIXED for a row without one width."""
+    return row.bits if row.first.uniform else MIXED
 
 
 def cell(row: Row, start: Path) -> str:

@@ -170,6 +170,15 @@ def test_a_table_of_float_networks_alone_has_its_numbers(project: Path) -> None:
     assert "| fp32 | [92.30](results/demo/d) |" in text
 
 
+def test_mixed_widths_stand_last_and_are_asked_of_no_other_method(project: Path) -> None:
+    widths = {"bits": {"weight_by_param": 3.0, "act_by_layer": 3.44}}
+    _result(project, "m", 0, method="lsq", policy="sensitivity", top1=88.0, **widths)
+    text = _script().rebuild((project / "README.md").read_text(), project)
+    assert "| method | W4A4 | W2A2 | mixed | published |" in text
+    assert "| lsq | missing | [85.50](results/demo/b) | W3A3.44 sensitivity: [88.00]" in text
+    assert "[1](results/demo/a1)</sub> | missing | n/a |" in text
+
+
 def test_readme_tables_split_protocols_and_link_every_number(project: Path) -> None:
     text = _script().rebuild((project / "README.md").read_text(), project)
     assert "protocol `aaaa`): epochs 10" in text
