@@ -51,9 +51,12 @@ Departs from the paper and code:
  1. N counts the features of one sample (`count: sample`), as our LSQ; the code's N counts the batch
     too (`count: tensor`).
  2. scale * beta is kept >= 1.2e-7 in the forward; gradients pass that guard. The code clamps
-    |scale| alone, and calibrates on one batch of the validation split.
+    |scale| alone, so that a step below zero comes back as large as it was (here it stays at the
+    guard until its gradient lifts it), and calibrates on one batch of the validation split.
  3. The code starts the adapters of Linear layers from the framework's default; here beta = 1.
  4. `statistics` is ours: a control without learned parameters, constant in backward.
+ 5. The code's weight decay, 1e-4, acts on step and adapter as on the weights, and so on the bias
+    that holds beta at 1: `recipe.quantizer_weight_decay`, 0 by default.
 Unknown: the paper's first and last layers (the code keeps them in float) and its result tables.
 """
 

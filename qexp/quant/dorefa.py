@@ -39,7 +39,9 @@ Departs from the papers:
  4. `init: mse`. alpha = 6 fits training from scratch with a penalty that shrinks it; on a trained
     network at 2 bits its step of 2 rounds most inputs to zero.
  5. alpha and clip are kept >= n * 1.2e-7 in the forward; alpha's gradient passes the guard.
- 6. No penalty on alpha by default (above).
+ 6. No penalty on alpha by default (above). From `mse` it is small beside the clip's own gradient:
+    ResNet-20, W2A2, first 30 steps, 2e-4 * alpha is 1.6e-4 to 4.7e-4, the mean of dL/dalpha -0.18
+    to 0.003, its deviation 0.06 to 0.3 (by hand, not kept).
  7. At 1 bit the released DoReFa code has sign(w) * mean|w| with the identity as gradient; here it
     is the formula above.
 """
