@@ -143,7 +143,7 @@ def test_every_border_runs(keywords: dict[str, Any], monkeypatch: pytest.MonkeyP
     assert (theirs - ours).abs().amax(1).median() < 1e-4
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "mnasnet0_5"])
 def test_networks_of_torchvision_run(name: str) -> None:
     torch.manual_seed(0)
     model = getattr(torchvision.models, name)(num_classes=5).eval()

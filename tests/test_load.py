@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
 
 from qexp.errors import CheckpointError
 from qexp.models.digest import network_sha256
 from qexp.models.load import load_state, load_weights
 from qexp.models.resnet import ResNet
+from qexp.recipes.optimize import WeightAverage
 
 DATA = Path(__file__).parent.parent / "data"
 
@@ -78,6 +80,18 @@ def test_batch_norm_counters_may_be_absent(tmp_path: Path) -> None:
     state = {k: v for k, v in ResNet(8, 10).state_dict().items() if "num_batches" not in k}
     torch.save(state, tmp_path / "old.pt")
     load_state(ResNet(8, 10), tmp_path / "old.pt")
+
+
+def test_a_module_that_insists_on_its_version_loads(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, other = (torchvision.models.mnasnet0_5(num_classes=3) for _ in range(2))
+    torch.save(model.state_dict(), tmp_path / "x.pt")
+    load_state(other, tmp_path / "x.pt")
+    average = WeightAverage(model, 0.5)
+    with average.applied(other):
+        pass
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, other.state_dict()[key]), key
 
 
 @pytest.mark.skipif(not (DATA / "checkpoints").is_dir(), reason="needs data/checkpoints")

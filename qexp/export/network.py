@@ -23,6 +23,7 @@ from qexp.export import inputs
 from qexp.export.header import FormatError, Header, LayerEntry
 from qexp.export.packed import Packed
 from qexp.models.build import build_model
+from qexp.models.load import load_tensors_
 from qexp.quant.convert import replace_, second_names
 from qexp.quant.modules import QuantConv2d, QuantLinear, leave_fast_path_
 from qexp.quant.quantizer import Identity, Quantizer
@@ -213,4 +214,4 @@ def _load(model: nn.Module, state: dict[str, Tensor]) -> None:
         if value.is_floating_point() != ours[name].is_floating_point():
             raise FormatError(f"tensor {name[:80]!r} is {value.dtype}")
     # The model has no storage to copy into: it takes the tensors themselves.
-    model.load_state_dict(state, assign=True)
+    load_tensors_(model, state, assign=True)

@@ -8,12 +8,14 @@ cannot run code. Nothing is copied into the model unless every key and shape fit
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from qexp.errors import CheckpointError, did_you_mean
 from qexp.models.build import resolve
@@ -53,8 +55,21 @@ def load_state(model: nn.Module, path: str | Path) -> str:
         CheckpointError: missing, truncated, not a checkpoint, or of another model.
     """
     path = Path(path)
-    model.load_state_dict(fitting_state(model, path))
+    load_tensors_(model, fitting_state(model, path))
     return weights_sha256(path)
+
+
+def load_tensors_(model: nn.Module, state: Mapping[str, Tensor], *, assign: bool = False) -> None:
+    """`model.load_state_dict` of tensors in the layout that `model` has now.
+
+    A plain dict lacks torch's version marks, which a module may insist on (torchvision's MNASNet).
+    They are given as the model has them; batch norms get none, and may so lack their counter.
+    """
+    norms = {name for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    marks: Any = getattr(model.state_dict(), "_metadata", {})
+    marked: Any = OrderedDict(state)
+    marked._metadata = {name: mark for name, mark in marks.items() if name not in norms}
+    model.load_state_dict(marked, assign=assign)
 
 
 def check_weights(model: nn.Module, target: str, checkpoint: str) -> None:
@@ -113,8 +128,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
         )
     if all(name.startswith("module.") for name in content):
         content = {name.removeprefix("module."): value for name, value in content.items()}
-    # A plain dict: without torch's version mark, batch norms of old files may lack their counter.
-    return dict(content)
+    return dict(content)  # without torch's version marks: see `load_tensors_`
 
 
 def all_tensors(content: Mapping[Any, Any]) -> bool:

@@ -21,6 +21,7 @@ from torch import nn
 from qexp.errors import CheckpointError, ConfigError, QexpError, one_line, origin
 from qexp.models.build import build_model
 from qexp.models.digest import averaged
+from qexp.models.load import load_tensors_
 from qexp.quant.convert import Bits, Swap, quantize_
 from qexp.quant.plan import Method
 from qexp.quant.trace import Layer, trace
@@ -243,7 +244,7 @@ def restore(
         layers = with_signs(trace(model, dataset.input_shape), state.get("signed", {}))
         quantize_(model, layers, bits, **factories(cfg))
     try:
-        model.load_state_dict(averaged(state) or state["model"])
+        load_tensors_(model, averaged(state) or state["model"])
     except RuntimeError as error:
         raise CheckpointError(
             f"checkpoint: its tensors do not fit the network of its own config ({error}). "

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from qexp.errors import CheckpointError
 from qexp.models.digest import weights_sha256
-from qexp.models.load import describe_difference
+from qexp.models.load import describe_difference, load_tensors_
 from qexp.quant.adaround import AdaRound
 from qexp.quant.convert import Bits, quant_layers
 from qexp.quant.fold import fold_bn_
@@ -65,7 +65,7 @@ def load_folded(model: nn.Module, state: Mapping[str, Any], source: str) -> str:
     fold_bn_(model)
     if difference := describe_difference(model, state["float"]):
         raise CheckpointError(f"checkpoint: {source} does not fit the model: {difference}")
-    model.load_state_dict(state["float"])
+    load_tensors_(model, state["float"])
     return weights_sha256(Path(source))
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from qexp.models.load import load_tensors_
 from qexp.quant.convert import quantizer_parameters
 from qexp.recipes.settings import Settings
 
@@ -167,13 +168,13 @@ class WeightAverage:
     def applied(self, model: nn.Module, *, keep: bool = False) -> Iterator[None]:
         """Give `model` the averaged state inside the block; `keep` what the block changes of it."""
         now = {k: v.detach().clone() for k, v in model.state_dict().items()}
-        model.load_state_dict(self.state)
+        load_tensors_(model, self.state)
         try:
             yield
             if keep:
                 self.state = {k: v.detach().clone() for k, v in model.state_dict().items()}
         finally:
-            model.load_state_dict(now)
+            load_tensors_(model, now)
 
     def state_dict(self) -> dict[str, Tensor | int | dict[str, Tensor]]:
         """For the checkpoint."""

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from qexp import plot_ptq
 from qexp.errors import RunError
+from qexp.models.load import load_tensors_
 from qexp.quant.adaround import AdaRound
 from qexp.quant.bias import correct_bias_
 from qexp.quant.convert import (
@@ -89,7 +90,7 @@ def ptq(cfg: DictConfig, run: Run) -> dict[str, Any]:
             warn_clipped(run, calibrate_(model, data.images[: s.act_images]))
         check_calibrated(model)
     else:
-        model.load_state_dict(saved["model"])
+        load_tensors_(model, saved["model"])
         network.sensitivity = saved.get("sensitivity", {})
 
     # Unit by unit.

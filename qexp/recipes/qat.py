@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from qexp.errors import ConfigError
+from qexp.models.load import load_tensors_
 from qexp.quant.convert import Bits, calibrate_, check_calibrated, quantizers, shared_weights
 from qexp.quant.quantizer import Quantizer
 from qexp.quant.rebits import rebits_
@@ -104,7 +105,7 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
     average = WeightAverage(model, s.ema) if s.ema else None
     state = _first_state(model, dataset, s, device)
     if saved is not None:
-        model.load_state_dict(saved["model"])
+        load_tensors_(model, saved["model"])
         restore_(optimizer, saved["optimizer"])
         if average is not None:
             average.load_state_dict(saved["average"])
@@ -163,7 +164,7 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
     if not leads:
         return {}
     if average is not None:
-        model.load_state_dict(average.state)
+        load_tensors_(model, average.state)
     fields = outcome.protocol(cfg, asdict(s), dataset, start.record(), run.segments)
     measured = outcome.measured(state, dataset, s.epochs)
     fp32_top1 = measured["top1"] if build.is_float(cfg) and s.from_scratch else start.top1
