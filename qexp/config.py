@@ -100,6 +100,13 @@ class Train:
 
 
 @dataclasses.dataclass
+class Place:
+    """Where a run's data set lies now: `dataset` of `qexp eval` and `qexp export`."""
+
+    root: str | None = None
+
+
+@dataclasses.dataclass
 class Eval:
     """`configs/eval.yaml`."""
 
@@ -109,6 +116,7 @@ class Eval:
     device: str
     engine: Literal["float", "integer", "table", "reference", "triton"]
     trust: bool
+    dataset: Place = dataclasses.field(default_factory=Place)
 
 
 def configs_dir() -> Path:

@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 
 from qexp import config, sweep
 from qexp.errors import ConfigError, origin
-from qexp.runner.folder import read_status
+from qexp.runner.folder import run_state
 
 
 class Job:
@@ -135,8 +135,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         f"loss {score['loss']:.4f} | {score['images_per_s']:.0f} img/s | "
         f"{Path(score['run'], score['checkpoint'])}"
     )
-    state = read_status(Path(score["run"])).get("state", "done") if score["run"] else "done"
-    if state != "done":
+    if (state := run_state(Path(score["run"]))) != "done":
         print(f"warning: that run is {state}, not done", file=sys.stderr)
     return {"status": "done", "top1": score["top1"], "folder": score["run"]}
 

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import Qexp
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from qexp.config import configs_dir
 from qexp.engine.network import integer_network
 from qexp.errors import CheckpointError, ConfigError
 from qexp.export import bits
@@ -38,6 +41,7 @@ from qexp.quant.n2uq import N2UQ, N2UQWeight
 from qexp.quant.nearest import Nearest
 from qexp.quant.power import POST, POT, APoT, POSTReleased
 from qexp.quant.trace import trace
+from qexp.runner.atomic import write_bytes
 
 pytest.importorskip("safetensors")
 
@@ -508,6 +512,77 @@ def test_an_exported_run_evaluates_to_the_same_top1(
     assert "Give the run it was trained in: run=FOLDER" in alone.err
 
 
+def test_a_file_away_from_its_run_is_scored_without_a_word_about_a_run(
+    qexp: Qexp, run_folder: Path, tmp_path: Path
+) -> None:
+    assert qexp("export", f"run={run_folder}").code == 0
+    file = (run_folder / "model.safetensors").rename(tmp_path / "x.safetensors")
+    said = qexp("eval", f"run={run_folder}", f"checkpoint={file}", "device=cpu")
+    assert (said.code, said.err) == (0, "")
+
+
+def test_a_run_without_its_status_is_exported(qexp: Qexp, run_folder: Path) -> None:
+    (run_folder / "status.json").unlink()
+    said = qexp("export", f"run={run_folder}")
+    assert (said.code, said.err) == (0, "")
+
+
+def test_a_run_of_another_normalisation_does_not_score_a_file(
+    qexp: Qexp, run_folder: Path, tmp_path: Path
+) -> None:
+    assert qexp("export", f"run={run_folder}").code == 0
+    packed = read(run_folder / "model.safetensors")
+    data = {**packed.header.data, "std": [0.5] * 3}
+    write(Packed(replace(packed.header, data=data), packed.tensors), tmp_path / "x.safetensors")
+    said = qexp("eval", f"run={run_folder}", f"checkpoint={tmp_path}/x.safetensors", "device=cpu")
+    assert said.code == 1
+    assert "is for images of another mean and std" in said.err
+    assert said.err.count("\n") == 1
+
+
+def test_a_file_that_cannot_be_written_is_one_line_and_leaves_nothing(
+    qexp: Qexp, run_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "x.safetensors").mkdir()
+    said = qexp("export", f"run={run_folder}", f"file={tmp_path}/x.safetensors")
+    assert said.code == 2
+    assert said.err.startswith("export: file must be a name in a folder that exists")
+    said = qexp("export", f"run={run_folder}", "file=/proc/x.safetensors")
+    assert said.code == 1
+    assert said.err.startswith("export: '/proc/x.safetensors' cannot be written (")
+    assert said.err.endswith("Set file=... to another place.\n")
+    with pytest.raises(IsADirectoryError):
+        write_bytes(tmp_path / "x.safetensors", b"")
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_the_data_set_of_a_run_may_have_moved(qexp: Qexp, run_folder: Path, tmp_path: Path) -> None:
+    from test_image_folder import write_folder
+
+    write_folder(tmp_path / "moved", classes=("a", "b", "c", "d"))
+    path = run_folder / "config.yaml"
+    node = OmegaConf.load(path)
+    node.dataset = OmegaConf.load(configs_dir() / "dataset" / "imagefolder.yaml")
+    node.dataset.update(root=str(tmp_path / "gone"), crop=8, resize=12, workers=0)
+    OmegaConf.save(node, path)
+    said = qexp("export", f"run={run_folder}")
+    assert "Set dataset.root=..." in said.err
+    moved = f"dataset.root={tmp_path / 'moved'}"
+    for arguments in (
+        ("export", f"run={run_folder}", moved),
+        ("eval", f"run={run_folder}", "device=cpu", moved),
+        ("eval", f"run={run_folder}", "checkpoint=model.safetensors", "device=cpu", moved),
+    ):
+        said = qexp(*arguments)
+        assert (said.code, said.err) == (0, ""), arguments
+
+
+def test_a_data_set_without_files_has_no_place(qexp: Qexp, run_folder: Path) -> None:
+    said = qexp("eval", f"run={run_folder}", "dataset.root=x", "device=cpu")
+    assert said.code == 2
+    assert said.err == "config: dataset.root=x: synthetic has no files. Leave it out.\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -522,6 +597,12 @@ def test_wrong_arguments_are_one_line(qexp: Qexp, arguments: tuple[str, ...], me
     assert said.code in (1, 2)
     assert message in said.err
     assert said.err.count("\n") == 1
+
+
+def test_an_onnx_file_is_not_scored(qexp: Qexp) -> None:
+    said = qexp("eval", "run=x", "checkpoint=model.onnx")
+    assert said.code == 2
+    assert said.err.startswith("eval: qexp eval scores no ONNX file")
 
 
 def test_a_missing_package_is_named(qexp: Qexp, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,12 +13,13 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from qexp import config
-from qexp.errors import CheckpointError, ConfigError
+from qexp.errors import CheckpointError, ConfigError, RunError
 from qexp.export.compare import difference
 from qexp.quant.accounting import account
 from qexp.quant.convert import check_calibrated
 from qexp.quant.trace import trace
-from qexp.runner.folder import read_status, run_config
+from qexp.runner.atomic import write_bytes
+from qexp.runner.folder import run_config, run_state
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Export:
     format: Literal["packed", "onnx", "onnx_int8"]
     adapters: Literal["float32", "float16"]
     file: str | None
+    dataset: config.Place = field(default_factory=config.Place)
 
 
 def export(cfg: DictConfig) -> dict[str, Any]:
@@ -47,16 +49,18 @@ def export(cfg: DictConfig) -> dict[str, Any]:
         raise ConfigError("export: no run given. Try: qexp export run=outputs/.../<run folder>")
     folder = Path(cfg.run)
     run_config(folder, "export")
-    if (state := read_status(folder).get("state", "done")) != "done":
+    if (state := run_state(folder)) != "done":
         raise CheckpointError(
             f"export: {folder} is {state}, not done. Finish it with: qexp resume {folder}"
         )
-    model, dataset, trained = load_run(folder, cfg.checkpoint, "cpu", "export")
+    model, dataset, trained = load_run(
+        folder, cfg.checkpoint, "cpu", "export", OmegaConf.select(cfg, "dataset.root")
+    )
     check_calibrated(model)
     writer, suffix = FORMATS[cfg.format]
     path = Path(cfg.file) if cfg.file else folder / f"model{suffix}"
     ending = "." + suffix.rpartition(".")[2]
-    if path.suffix != ending or not path.parent.is_dir():
+    if path.suffix != ending or not path.parent.is_dir() or path.is_dir():
         raise ConfigError(f"export: file must be a name in a folder that exists, like x{ending}.")
     return writer(model.eval(), dataset, trained, path, cfg)
 
@@ -77,10 +81,12 @@ def _packed(
 ) -> dict[str, Any]:
     from qexp.export.inputs import ADAPTER, ADAPTER_DTYPES
     from qexp.export.network import allowed, restore
-    from qexp.export.packed import write
+    from qexp.export.packed import to_bytes
 
     packed = pack_run(model, dataset, trained, ADAPTER_DTYPES[cfg.adapters])
-    size = write(packed, path)
+    blob = to_bytes(packed)
+    _save(path, blob)
+    size = len(blob)
     data = sum(t.numel() * t.element_size() for t in packed.tensors.values())
     fp32 = account(model, trace(model, dataset.input_shape)).fp32_bytes
     print(
@@ -142,15 +148,22 @@ def _onnx_int8(
 
 
 def _written(model: nn.Module, dataset: Any, path: Path, blob: bytes) -> dict[str, Any]:
-    from qexp.runner.atomic import write_bytes
-
-    write_bytes(path, blob)
+    _save(path, blob)
     fp32 = account(model, trace(model, dataset.input_shape)).fp32_bytes
     print(
         f"onnx: {path} | {len(blob):,} bytes | {len(blob) / fp32:.3f} of the float network's "
         f"{fp32:,} | images [N, {', '.join(map(str, dataset.input_shape))}] -> logits"
     )
     return {"file": str(path), "bytes": len(blob), "fp32_bytes": fp32}
+
+
+def _save(path: Path, blob: bytes) -> None:
+    try:
+        write_bytes(path, blob)
+    except OSError as error:
+        raise RunError(
+            f"export: '{path}' cannot be written ({error.strerror}). Set file=... to another place."
+        ) from error
 
 
 def pack_run(
@@ -167,13 +180,14 @@ def pack_run(
         keywords=keywords,
         num_classes=dataset.num_classes,
         input_shape=tuple(dataset.input_shape),
-        data={
-            "name": str(trained.dataset.name),
-            "mean": [float(v) for v in trained.dataset.get("mean") or ()],
-            "std": [float(v) for v in trained.dataset.get("std") or ()],
-        },
+        data={"name": str(trained.dataset.name), **_moments(trained)},
         adapters=adapters,
     )
+
+
+def _moments(cfg: DictConfig) -> dict[str, list[float]]:
+    """`mean` and `std` of a run's data set."""
+    return {key: [float(v) for v in cfg.dataset.get(key) or ()] for key in ("mean", "std")}
 
 
 FORMATS: dict[str, tuple[Callable[..., dict[str, Any]], str]] = {
@@ -195,6 +209,7 @@ def load_packed(
     *,
     trust: bool = False,
     engine: str = "float",
+    root: str | None = None,
 ) -> tuple[nn.Module, Any]:
     """`(network, data set)` of a packed file.
 
@@ -202,6 +217,7 @@ def load_packed(
         run: a run's folder, whose data set is used; without one, the data
             set that the file names, with the file's normalisation.
         engine: `float`, or one of `qexp.engine`; see `engine_device`.
+        root: as `load_run`.
 
     Raises:
         CheckpointError: a file that is refused, or that does not fit the data set.
@@ -211,7 +227,7 @@ def load_packed(
     from qexp.export.header import FormatError
     from qexp.export.network import restore
     from qexp.export.packed import read, refusal
-    from qexp.recipes.build import make_dataset
+    from qexp.recipes.build import make_dataset, moved_to
 
     packed = read(path)
     try:
@@ -222,9 +238,11 @@ def load_packed(
     except FormatError as error:
         raise refusal(path, error) from error
     if run is None:
-        dataset = _named_dataset(packed.header.data, device)
+        dataset = _named_dataset(packed.header.data, device, root)
     else:
-        dataset = make_dataset(run_config(run, "export"), device)
+        own = run_config(run, "export")
+        moved_to(root, own.dataset)
+        dataset = make_dataset(own, device)
     shape = (dataset.num_classes, tuple(dataset.input_shape))
     if shape != (packed.header.num_classes, packed.header.input_shape):
         raise CheckpointError(
@@ -232,12 +250,19 @@ def load_packed(
             f"{list(packed.header.input_shape)}, the data set has {shape[0]} of {list(shape[1])}. "
             "Give the run it was trained in: run=FOLDER"
         )
+    if run and packed.header.data != {**packed.header.data, **_moments(run_config(run, "export"))}:
+        raise CheckpointError(
+            f"export: '{path}' is for images of another mean and std than {run} has. Give the run "
+            "it was trained in: run=FOLDER"
+        )
     return model.to(device), dataset
 
 
-def _named_dataset(data: Any, device: torch.device) -> Any:
+def _named_dataset(data: Any, device: torch.device, root: str | None) -> Any:
     """One of our data sets, with the file's normalisation: a file names no code and no path."""
     from hydra.utils import instantiate
+
+    from qexp.recipes.build import moved_to
 
     ours = {p.stem: p for p in sorted((config.configs_dir() / "dataset").glob("*.yaml"))}
     names = {str(OmegaConf.select(OmegaConf.load(p), "name")): p for p in ours.values()}
@@ -247,6 +272,7 @@ def _named_dataset(data: Any, device: torch.device) -> Any:
             "sets. Give the run it was trained in: run=FOLDER"
         )
     node: Any = OmegaConf.load(names[data["name"]])
+    moved_to(root, node)
     for key in ("mean", "std"):
         if len(data[key]) != len(node.get(key) or ()):
             raise CheckpointError(f"export: the file's {key} is not that of '{data['name']}'.")

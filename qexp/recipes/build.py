@@ -199,8 +199,23 @@ def policy_context(cfg: DictConfig, model: nn.Module, dataset: Any, epochs: int)
     }
 
 
+def moved_to(root: str | None, dataset: DictConfig) -> None:
+    """Set the folder of a data set's files, in its config; None: they are where it says.
+
+    Raises:
+        ConfigError: it has no files.
+    """
+    if root is None:
+        return
+    if "root" not in dataset:
+        raise ConfigError(
+            f"config: dataset.root={root}: {dataset.get('name')} has no files. Leave it out."
+        )
+    dataset.root = root
+
+
 def load_run(
-    folder: Path, name: str, device: str, area: str = "run"
+    folder: Path, name: str, device: str, area: str = "run", root: str | None = None
 ) -> tuple[nn.Module, Any, DictConfig]:
     """The trained network of a run folder, its data set and its config.
 
@@ -208,12 +223,14 @@ def load_run(
 
     Args:
         area: the command that asks, for its messages.
+        root: of the data set's files, where they have moved.
 
     Raises:
         ConfigError: no such folder or file.
         CheckpointError: a damaged one.
     """
     cfg = run_config(folder, area)
+    moved_to(root, cfg.dataset)
     target = pick_device(device)
     if not (path := folder / name).is_file():
         raise ConfigError(f"{area}: no file '{path}'. Give checkpoint=last.pt or best.pt.")

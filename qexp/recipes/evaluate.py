@@ -69,6 +69,11 @@ def evaluate_run(cfg: DictConfig) -> dict[str, Any]:
     name = str(cfg.get("checkpoint", "last.pt"))
     if name.endswith(".safetensors"):
         return _evaluate_file(cfg, name)
+    if name.endswith(".onnx"):
+        raise ConfigError(
+            "eval: qexp eval scores no ONNX file, qexp export compares it with the run. Score the "
+            "packed file: qexp export run=FOLDER, then checkpoint=model.safetensors."
+        )
     if cfg.get("engine", "float") != "float":
         raise ConfigError(
             f"eval: engine={cfg.engine} runs a packed file. Write one with qexp export run=FOLDER, "
@@ -77,7 +82,7 @@ def evaluate_run(cfg: DictConfig) -> dict[str, Any]:
     if not cfg.get("run"):
         raise ConfigError("eval: no run given. Try: qexp eval run=outputs/.../<run folder>")
     folder = Path(cfg.run)
-    model, dataset, trained = load_run(folder, name, cfg.device, "eval")
+    model, dataset, trained = load_run(folder, name, cfg.device, "eval", _root(cfg))
     score = evaluate(model, dataset.eval_batches(cfg.split))
     return _measured(cfg, score, folder, name, OmegaConf.select(trained, "dataset.name"))
 
@@ -92,9 +97,14 @@ def _evaluate_file(cfg: DictConfig, name: str) -> dict[str, Any]:
     path = Path(name) if folder is None or Path(name).is_file() else folder / name
     engine = cfg.get("engine", "float")
     device = engine_device(engine, cfg.device)
-    model, dataset = load_packed(path, folder, device, trust=bool(cfg.get("trust")), engine=engine)
+    trust = bool(cfg.get("trust"))
+    model, dataset = load_packed(path, folder, device, trust=trust, engine=engine, root=_root(cfg))
     score = evaluate(model, dataset.eval_batches(cfg.split))
     return _measured(cfg, score, path.parent, path.name, dataset.name)
+
+
+def _root(cfg: DictConfig) -> str | None:
+    return OmegaConf.select(cfg, "dataset.root")
 
 
 def _measured(

@@ -23,10 +23,10 @@ def write_bytes(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)  # on a full disk the half file would keep its space
         raise
-    os.replace(temporary, path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

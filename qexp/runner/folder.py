@@ -137,6 +137,11 @@ def read_status(folder: Path) -> dict[str, Any]:
     return status
 
 
+def run_state(folder: Path) -> str:
+    """`state` of a run; `done` of a folder without `status.json`, as copies of runs may be."""
+    return str(read_status(folder).get("state")) if (folder / STATUS).is_file() else "done"
+
+
 def refuse_running(folder: Path, status: dict[str, Any]) -> None:
     """Refuse to go on with a run whose process may be at work; `status` is of `read_status`.
 
