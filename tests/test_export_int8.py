@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ from test_export import SHAPE, images, network, packed_of, run_folder
 from test_export_onnx import run
 from torch import Tensor, nn
 
+from qexp.errors import ConfigError
+from qexp.export.inputs import KINDS, Kind
 from qexp.quant.convert import Bits, calibrate_, quantize_
 from qexp.quant.lsq import LSQ
 from qexp.quant.modules import QuantConv2d
+from qexp.quant.quantizer import Quantizer
 from qexp.quant.trace import trace
 
 onnx = pytest.importorskip("onnx")
@@ -24,6 +28,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 from qexp.export.onnx_grid import eight_bits, fold  # noqa: E402
 from qexp.export.onnx_int8 import to_onnx_int8  # noqa: E402
+from qexp.export.onnx_network import to_onnx  # noqa: E402
 from qexp.export.packed import pack_network  # noqa: E402
 from qexp.export.runtime import session  # noqa: E402
 
@@ -147,6 +152,37 @@ def test_a_module_named_relu_is_what_its_class_says() -> None:
     with torch.no_grad():
         ours, theirs = model(images()), run(to_onnx_int8(packed, images())[0], images())
     assert (ours - theirs).abs().max() < 0.05 * ours.abs().max()
+
+
+class Clipped(Quantizer):
+    """Inputs of one's own, whose step has no `scale`."""
+
+    def __init__(self, bits: int, *, signed: bool = True, shape: Sequence[int] = ()) -> None:
+        super().__init__(bits, signed=signed, shape=shape)
+        self.top = nn.Parameter(torch.tensor(1.0))
+
+    def calibrate(self, x: Tensor) -> None:
+        self.calibrated.fill_(True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x / self.top * self.qmax).round().clamp(self.qmin, self.qmax) * self.top / self.qmax
+
+
+@pytest.mark.parametrize("write", [to_onnx, to_onnx_int8])
+def test_inputs_of_ones_own_are_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, write: Callable[..., Any]
+) -> None:
+    monkeypatch.setitem(KINDS, "clipped", Kind(Clipped, lambda q: {}, lambda q: ("top",)))
+    model = NamedRelu(10).eval()
+    layers = trace(model, SHAPE)
+    quantize_(model, layers, {layer.name: Bits(8, 8) for layer in layers}, LSQ, Clipped)
+    calibrate_(model, images())
+    packed = pack_network(
+        model, target=f"{__name__}.NamedRelu", keywords={}, num_classes=10, input_shape=SHAPE,
+        data={"name": "synthetic", "mean": [0.5] * 3, "std": [0.25] * 3},
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="layer 'conv' has inputs of Clipped, which ONNX nodes"):
+        write(packed, *([images()] if write is to_onnx_int8 else []))
 
 
 def test_what_quantizers_read_is_not_rounded_again() -> None:

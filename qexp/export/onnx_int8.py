@@ -31,7 +31,7 @@ from qexp.engine.network import weight_of
 from qexp.export.network import restore
 from qexp.export.onnx_grid import Chain, Grid, eight_bits, fold, grid_of, norm_of
 from qexp.export.onnx_network import Writer
-from qexp.export.onnx_operands import columns, factor, quantized_input, window_of
+from qexp.export.onnx_operands import check_input, columns, factor, quantized_input, window_of
 from qexp.export.packed import Packed
 from qexp.quant.asq import ASQ
 from qexp.quant.calibrate import mse_scale
@@ -220,6 +220,7 @@ class _Writer(Writer):
     def _input(self, source: fx.Node, layer: Any, name: str) -> tuple[str, Tensor, str | None]:
         """`(dequantized codes, step, factor of each sample or None)`."""
         graph, q = self.graph, layer.act_quantizer
+        check_input(q, name)
         grid = grid_of(q)
         if source in self.codes:
             return self._dequantized(self.codes[source], grid), grid.step, None

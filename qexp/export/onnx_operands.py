@@ -105,16 +105,24 @@ def quantized_input(
     Raises:
         ConfigError: a quantizer that has no ONNX form.
     """
+    check_input(quantizer, name)
     standard = quantizer.bits in (4, 8) and 0 < weight_bits <= quantizer.bits
     if standard and type(quantizer) is LSQ:
         return _standard(graph, quantizer, x)
-    for cls, emit in INPUTS.items():
-        if type(quantizer) is cls:
-            return emit(graph, quantizer, x)
-    raise ConfigError(
-        f"export: layer '{name}' has inputs of {type(quantizer).__name__}, which format=onnx "
-        "cannot write. Use format=packed."
-    )
+    return INPUTS[type(quantizer)](graph, quantizer, x)
+
+
+def check_input(quantizer: Quantizer, name: str) -> None:
+    """Refuse the inputs of layer `name` if they have no ONNX form.
+
+    Raises:
+        ConfigError: so.
+    """
+    if type(quantizer) not in INPUTS:
+        raise ConfigError(
+            f"export: layer '{name}' has inputs of {type(quantizer).__name__}, which ONNX nodes "
+            "are not written for. Use format=packed."
+        )
 
 
 def _standard(graph: Graph, q: LSQ, x: str) -> str:
