@@ -64,10 +64,23 @@ def learn(
     seed: int,
     tick: Callable[[int], object],
 ) -> dict[str, list[float]]:
-    """The optimisation of one unit; returns its trace.
+    """The optimisation of one unit: Adam on |run(x) - y|^p and the rounding's regulariser.
 
-    At `MARKS` equal parts: the mean reconstruction `loss` of the part, and the share of the
-    rounding variables that is `decided` at its end (none: empty).
+    Args:
+        run: the unit, quantized, from its input to its output.
+        layers: quantized layers of the unit.
+        groups: what is learned, by the name that `sweep.lr` has a rate for.
+        arrays: of all images [n, ...]: the unit's input in the quantized network, its input and
+            its output in the float one.
+        channels: of the output, over which the error is summed.
+        fisher: weight of each element of the output's error [n, ...]; None: 1.
+        sweep: the pass that this is: rounding, or steps.
+        seed: of the minibatches and of what is dropped.
+        tick: called after each iteration.
+
+    Returns:
+        Its trace at `MARKS` equal parts: the mean reconstruction `loss` of the part, and the share
+        of the rounding variables that is `decided` at its end (none: empty).
     """
     device = next(iter(groups.values()))[0].device
     draw = torch.Generator().manual_seed(seed)

@@ -118,6 +118,8 @@ def reconstruct_unit(
     Args:
         model: quantized, calibrated network, up to this unit already reconstructed.
         reference: the float network.
+        sweep: what is learned now: the rounding, or afterwards the steps.
+        store: of recorded inputs and outputs; emptied first.
         later: names of the layers behind this unit (for the Fisher weights).
         seed: of this unit and pass.
         batch_size: images a forward pass when inputs and outputs are recorded.
@@ -125,6 +127,9 @@ def reconstruct_unit(
 
     Returns:
         What happened, or {} if the unit has nothing to learn.
+
+    Raises:
+        RunError: what was learned, or its loss, is not finite.
     """
     layers = [quant_layers(model)[name] for name in unit.layers if name in quant_layers(model)]
     groups = learned_parameters(layers, sweep.learned)

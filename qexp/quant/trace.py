@@ -74,6 +74,10 @@ def trace(model: nn.Module, input_shape: Sequence[int], batch: int = 2) -> list[
     Args:
         model: a float network.
         input_shape: [C, H, W] of one image.
+        batch: images of noise.
+
+    Raises:
+        ConfigError: a layer that runs more than once, or is called by keyword.
     """
     seen: dict[str, tuple[nn.Module, Tensor, Tensor]] = {}
     handles = []
