@@ -4,7 +4,7 @@
 one line each. There is one mechanism for all of it: a mapping is compared with a signature, key by
 key, type by type. The signature is
 
-  * for the top level, a dataclass below (`Train`, `Eval`);
+  * for the top level, a dataclass of `schema` (`Train`, `Eval`);
   * for a node with `_target_`, that of the class or function it names;
   * for a recipe, the dataclass `Settings` of its module, whose `check()` holds the ranges.
 
@@ -15,13 +15,12 @@ never come here.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import inspect
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -45,78 +44,6 @@ RESERVED = {"model": {"name", "checkpoint"}}
 # Groups whose target is a function of the whole config, with its keys in its module's `Settings`.
 RECIPES = {"recipe", "float"}
 MARKERS = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
-
-
-@dataclasses.dataclass
-class Outer:
-    """`configs/quantizer/outer`: what the first and the last layer get."""
-
-    weight: Mapping[str, Any] | None
-    act: Mapping[str, Any] | None
-
-
-@dataclasses.dataclass
-class Quantizer:
-    """`configs/quantizer`; each part is checked against its own target."""
-
-    name: str
-    weight: Mapping[str, Any] | None
-    act: Mapping[str, Any] | None
-    outer: Outer | None = None
-    reconstruct: Mapping[str, Any] | None = None
-
-
-@dataclasses.dataclass
-class Sweep:
-    """What `launch=gpus` reads."""
-
-    gpus: int | None = None
-    jobs_per_gpu: int = 1
-
-
-@dataclasses.dataclass
-class Train:
-    """`configs/train.yaml`: the top-level knobs, typed; the groups are checked on their own."""
-
-    bits: int
-    seed: int
-    device: str
-    compile: Literal["off", "kernels", "model", "graphs", "auto"]
-    threads: int | None
-    out: str
-    folder: str
-    dry_run: bool
-    force: bool
-    max_steps: int | None
-    dataset: Mapping[str, Any]
-    model: Mapping[str, Any]
-    recipe: Mapping[str, Any]
-    float: Mapping[str, Any]
-    quantizer: Quantizer
-    bitwidth: Mapping[str, Any]
-    saved: Literal["all", "inputs", "blocks"] = "all"
-    sync_bn: bool = False
-    sweep: Sweep = dataclasses.field(default_factory=Sweep)
-
-
-@dataclasses.dataclass
-class Place:
-    """Where a run's data set lies now: `dataset` of `qexp eval` and `qexp export`."""
-
-    root: str | None = None
-
-
-@dataclasses.dataclass
-class Eval:
-    """`configs/eval.yaml`."""
-
-    run: str | None
-    checkpoint: str
-    split: Literal["test", "val", "train"]
-    device: str
-    engine: Literal["float", "integer", "table", "reference", "triton"]
-    trust: bool
-    dataset: Place = dataclasses.field(default_factory=Place)
 
 
 def configs_dir() -> Path:

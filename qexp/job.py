@@ -17,7 +17,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from qexp import config, sweep
+from qexp import config, schema, sweep
 from qexp.errors import ConfigError, origin
 from qexp.runner.folder import run_state
 
@@ -54,7 +54,7 @@ class Job:
 
 def train(cfg: DictConfig) -> dict[str, Any]:
     """`qexp train`: check, then print the plan (`dry_run`), or do the run if it is not done."""
-    config.check(cfg, config.Train)
+    config.check(cfg, schema.Train)
     if done := sweep.done(cfg):
         return done
     if cfg.dry_run:
@@ -65,7 +65,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 
 def resume_run(cfg: DictConfig) -> dict[str, Any]:
     """`qexp resume`: the run in `cfg.folder` goes on."""
-    config.check(cfg, config.Train)
+    config.check(cfg, schema.Train)
     return _run(cfg, resume=True)
 
 
@@ -126,7 +126,7 @@ def _take_up(cfg: DictConfig) -> bool:
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
     """`qexp eval`: print a finished run's top-1."""
-    config.check(cfg, config.Eval)
+    config.check(cfg, schema.Eval)
     if cfg.run and not Path(cfg.run, cfg.checkpoint).is_file() and Path(cfg.checkpoint).is_file():
         cfg.checkpoint = str(Path(cfg.checkpoint).resolve())  # `run=R checkpoint=R/last.pt`
     score = _function("qexp.recipes.evaluate", "evaluate_run")(cfg)

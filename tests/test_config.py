@@ -14,8 +14,9 @@ import standin
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from qexp.config import Outer, Train, check, configs_dir, run_name
+from qexp.config import check, configs_dir, run_name
 from qexp.errors import ConfigError
+from qexp.schema import Outer, Train
 from qexp.signature import says
 
 CONFIGS = Path(__file__).parent.parent / "configs"

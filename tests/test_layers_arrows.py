@@ -29,6 +29,7 @@ LIGHT = (
     "ranges",
     "bench.words",
     "report.command",
+    "schema",
     "signature",
     "sweep",
     "tools",

@@ -16,7 +16,7 @@ from compose import tiny as compose_tiny
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from qexp import config
+from qexp import config, schema
 from qexp.errors import ConfigError, RunError
 from qexp.models.resnet import ResNet
 from qexp.quant.convert import Bits, quant_layers, quantize_
@@ -321,7 +321,7 @@ def test_a_ptq_method_selects_its_recipe_and_passes_the_check(method: str) -> No
     cfg = composed(f"quantizer={method}")
     assert cfg.recipe._target_ == "qexp.recipes.ptq.ptq"
     assert cfg.recipe.iterations == 20000
-    config.check(cfg, config.Train)
+    config.check(cfg, schema.Train)
 
 
 def test_the_users_recipe_wins_over_the_methods() -> None:
@@ -376,7 +376,7 @@ def test_every_rung_of_the_ladder_is_what_its_name_says(rung: str) -> None:
 )
 def test_a_wrong_value_is_refused_before_anything_is_built(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        config.check(composed("quantizer=aquant", override), config.Train)
+        config.check(composed("quantizer=aquant", override), schema.Train)
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from qexp.quant.convert import check_calibrated
 from qexp.quant.trace import trace
 from qexp.runner.atomic import write_bytes
 from qexp.runner.folder import run_config, run_state
+from qexp.schema import Place
 
 
 @dataclass
@@ -31,7 +32,7 @@ class Export:
     format: Literal["packed", "onnx", "onnx_int8"]
     adapters: Literal["float32", "float16"]
     file: str | None
-    dataset: config.Place = field(default_factory=config.Place)
+    dataset: Place = field(default_factory=Place)
 
 
 def export(cfg: DictConfig) -> dict[str, Any]:
