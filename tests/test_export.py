@@ -30,6 +30,7 @@ from qexp.export.packed import Packed, pack_network, read, write
 from qexp.models.resnet import ResNet
 from qexp.quant.accounting import account
 from qexp.quant.adaround import AdaRound
+from qexp.quant.additive import APoTActivation
 from qexp.quant.aquant import AQuant
 from qexp.quant.asq import ASQ
 from qexp.quant.codebook import Codebook
@@ -58,6 +59,8 @@ METHODS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "asq_statistics": (LSQ, partial(ASQ, factor="statistics")),
     "post_released": (POSTReleased, LSQ),
     "apot": (partial(APoT, normalize=True), LSQ),
+    "apot_act": (APoT, APoTActivation),
+    "pot_act": (POT, partial(APoTActivation, additive=False)),
     "adq": (Codebook, N2UQ),
     "adq_per_channel": (partial(Codebook, per_channel=True), N2UQ),
     "adq_full": (partial(Codebook, levels="full"), LSQ),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qexp.errors import ConfigError
+from qexp.quant.additive import APoTActivation
 from qexp.quant.aquant import AQuant
 from qexp.quant.asq import ASQ
 from qexp.quant.dorefa import PACT, DoReFaActivation
@@ -23,6 +24,8 @@ from qexp.quant.lsq import LSQ, LSQPlus
 from qexp.quant.n2uq import N2UQ
 from qexp.quant.nearest import Nearest
 from qexp.quant.quantizer import Quantizer
+
+LARGEST = (1 << 16) - 1  # x_int of APoT's inputs
 
 
 class Integers(NamedTuple):
@@ -40,6 +43,9 @@ def integers(quantizer: Quantizer, x: Tensor) -> Integers:
 
 def span(quantizer: Quantizer) -> tuple[int, int]:
     """Smallest and largest x_int there can be."""
+    if isinstance(quantizer, APoTActivation):
+        levels = quantizer.whole()
+        return int(levels[0]), int(levels[-1])
     zero = int(getattr(quantizer, "zero", torch.tensor(0)))
     return quantizer.qmin - zero, quantizer.qmax - zero
 
@@ -48,6 +54,8 @@ def step_of(q: Any) -> Tensor:
     """The step of an input, [] (of a sample whose factor is 1)."""
     if isinstance(q, N2UQ):
         return q.grid()[1]
+    if isinstance(q, APoTActivation):  # 1 is the largest level
+        return q.scale.clamp_min(MIN_SCALE) / q.whole()[-1]
     scale = q.alpha / q.qmax if isinstance(q, PACT) else q.scale
     return scale.clamp_min(MIN_SCALE)
 
@@ -58,6 +66,11 @@ def check_known(quantizer: Quantizer, name: str) -> None:
         raise ConfigError(
             f"engine: layer '{name}' has inputs of {type(quantizer).__name__}, which only "
             "engine=float runs."
+        )
+    if isinstance(quantizer, APoTActivation) and quantizer.whole()[-1] > LARGEST:
+        raise ConfigError(
+            f"engine: layer '{name}' has {quantizer.bits}-bit inputs on powers of two, integers of "
+            "more than 16 bits, which only engine=float runs."
         )
 
 
@@ -93,6 +106,10 @@ def _n2uq(q: Any, x: Tensor) -> Integers:
     return Integers(q.codes(x).float(), step_of(q))  # thresholds learned, levels uniform
 
 
+def _apot(q: Any, x: Tensor) -> Integers:
+    return Integers(q.whole()[q.codes(x).long() - q.qmin], step_of(q))
+
+
 def _aquant(q: Any, x: Tensor) -> Integers:
     # floor(u + 1 - B(u)), the border B where the quantizer keeps it
     return Integers(q.codes(x).float().sub_(q.zero), step_of(q))
@@ -106,5 +123,6 @@ SOURCES: dict[type[Quantizer], Callable[[Any, Tensor], Integers]] = {
     PACT: _uniform,
     Nearest: _nearest,
     N2UQ: _n2uq,
+    APoTActivation: _apot,
     AQuant: _aquant,
 }

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qexp.errors import ConfigError
+from qexp.quant.additive import APoTActivation
 from qexp.quant.aquant import DEGREE, AQuant
 from qexp.quant.asq import ASQ
 from qexp.quant.dorefa import PACT, DoReFaActivation
@@ -87,6 +88,7 @@ KINDS: dict[str, Kind] = {
     "n2uq": Kind(N2UQ, _no_keywords, _just("start", "lengths", "input_scale", "output_scale")),
     "pact": Kind(PACT, _no_keywords, _just("alpha")),
     "dorefa": Kind(DoReFaActivation, _no_keywords, _just("scale")),
+    "apot": Kind(APoTActivation, lambda q: {"additive": q.additive}, _just("scale")),
     "nearest": Kind(
         Nearest,
         lambda q: {"symmetric": q.symmetric},

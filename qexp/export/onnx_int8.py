@@ -14,7 +14,8 @@ The last two roundings, of levels and of results that are read as floats (residu
 an adapter), are the variant's error. Linear layers end in float. ASQ's factor divides the input
 and multiplies the result.
 
-Layers with a float operand, more than 8 bits or an offset (LSQ+) stay as in `onnx_network`.
+Layers with a float operand, more than 8 bits, an offset (LSQ+) or inputs of unequal steps (APoT)
+stay as in `onnx_network`.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ from torch import Tensor, fx, nn
 from qexp.engine.network import weight_of
 from qexp.export.network import restore
 from qexp.export.onnx_grid import Chain, Grid, eight_bits, fold, grid_of, norm_of
+from qexp.export.onnx_inputs import check_input, columns, factor, quantized_input, window_of
 from qexp.export.onnx_network import Writer
-from qexp.export.onnx_operands import check_input, columns, factor, quantized_input, window_of
 from qexp.export.packed import Packed
+from qexp.quant.additive import APoTActivation
 from qexp.quant.asq import ASQ
 from qexp.quant.calibrate import mse_scale
 from qexp.quant.dorefa import PACT, DoReFaActivation
@@ -107,7 +109,8 @@ class _Writer(Writer):
             return False
         known = entry.weight is not None and entry.input is not None
         quantizer = module.act_quantizer
-        return known and quantizer.bits <= 8 and not hasattr(quantizer, "offset")
+        uniform = not isinstance(quantizer, APoTActivation)
+        return known and uniform and quantizer.bits <= 8 and not hasattr(quantizer, "offset")
 
     def _chain(self, node: fx.Node) -> Chain:
         norm, relu, members = None, None, [node]

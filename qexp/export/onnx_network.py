@@ -19,13 +19,8 @@ from torch import fx, nn
 from qexp.errors import ConfigError
 from qexp.export.network import restore
 from qexp.export.onnx_graph import Graph
-from qexp.export.onnx_operands import (
-    columns,
-    quantized_input,
-    standard_bits,
-    weight,
-    window_of,
-)
+from qexp.export.onnx_inputs import columns, quantized_input, window_of
+from qexp.export.onnx_weights import standard_bits, weight
 from qexp.export.packed import Packed
 from qexp.quant.modules import QUANT_LAYERS
 

@@ -98,6 +98,10 @@ class APoTActivation(FixedGrid):
             self.scale.fill_(APOT_ALPHA)
         self.calibrated.fill_(True)
 
+    def whole(self) -> Tensor:
+        """The levels as integers, each by its code: multiples of the smallest positive one."""
+        return (self.grid / self.grid[self.grid > 0].min()).round()
+
     def forward(self, x: Tensor) -> Tensor:
         features = x[0].numel() if self.count == "sample" else x.numel()
         return project(x, self.scale, self.grid, 1.0 if self.count is None else features**-0.5)

@@ -1,17 +1,13 @@
-"""Quantized operands as ONNX: weights from their codes, inputs from their quantizers.
+"""Quantized inputs as ONNX nodes, float32: what a runtime makes of them is its affair.
 
-Weights   affine             DequantizeLinear of int4 or int8 codes
-          affine + 1/2       the same with step 1, then (code + offset) * scale
-          table, codebook    uint4 or uint8 codes, Gather from the levels
-Inputs    lsq of 4 or 8 bits QuantizeLinear, DequantizeLinear, where the weight is one too and no
-                             wider: onnxruntime requantizes a float weight it finds beside a
-                             quantized input, and has no kernel for uint4 times int8
-          others             Div, Round, Clip, Mul
-          asq                the same, the step of each sample from the adapter's own nodes
-          n2uq               the number of thresholds below x, times the step
-          aquant             floor(u + 1 - B(u)); per row on im2col columns (`columns`)
-
-The result is float32 either way: what a runtime makes of it is its affair.
+lsq of 4 or 8 bits QuantizeLinear, DequantizeLinear, where the weight is one too and no wider:
+                   onnxruntime requantizes a float weight it finds beside a quantized input, and
+                   has no kernel for uint4 times int8
+others             Div, Round, Clip, Mul
+asq                the same, the step of each sample from the adapter's own nodes
+n2uq               the number of thresholds below x, times the step
+apot               the number of midpoints below x / clip, Gather from the levels
+aquant             floor(u + 1 - B(u)); per row on im2col columns (`columns`)
 """
 
 from __future__ import annotations
@@ -23,75 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from qexp.errors import ConfigError
-from qexp.export.header import LayerEntry
 from qexp.export.onnx_graph import Graph
-from qexp.export.packed import Packed
+from qexp.quant.additive import APoTActivation
 from qexp.quant.aquant import AQuant
 from qexp.quant.asq import ASQ, MIN_FACTOR
 from qexp.quant.dorefa import PACT, DoReFaActivation
-from qexp.quant.functional import MIN_SCALE
+from qexp.quant.functional import MIN_SCALE, midpoints
 from qexp.quant.lsq import LSQ, LSQPlus
 from qexp.quant.n2uq import N2UQ
 from qexp.quant.nearest import Nearest
 from qexp.quant.quantizer import Identity, Quantizer
-
-# ---------------------------------------------------------------------------------------------
-# Weights
-
-
-def weight(graph: Graph, packed: Packed, entry: LayerEntry) -> str:
-    """The weight of a layer, float32, computed from its codes."""
-    assert entry.weight is not None
-    how = packed.header.weights[entry.weight]
-    codes = packed.codes(entry)
-    parts = {k: v for k, v in packed.part(f"{entry.name}.w").items() if k != "codes"}
-    name = f"{entry.name}.codes"
-    if how.form == "affine":
-        return _affine(graph, codes, parts, how, name)
-    stored = graph.integers(codes - how.qmin, bits=how.width, signed=False, name=name)
-    index = graph.op("Cast", stored, to=6)  # int32
-    if how.form == "codebook" and parts["codebook"].shape[0] > 1:
-        rows = graph.op("Reshape", index, graph.constant([codes.shape[0], -1]))
-        levels = graph.op("GatherElements", graph.constant(parts["codebook"]), rows, axis=1)
-        return graph.op("Reshape", levels, graph.constant(list(codes.shape)))
-    if how.form == "codebook":
-        return graph.op("Gather", graph.constant(parts["codebook"][0]), index)
-    levels = graph.op("Gather", graph.constant(torch.tensor(how.grid)), index)
-    w = graph.op("Mul", levels, graph.constant(_by_row(parts["scale"], codes)))
-    return graph.op("Mul", w, graph.constant(parts["gain"][0])) if "gain" in parts else w
-
-
-def _by_row(value: Tensor, codes: Tensor) -> Tensor:
-    return value.reshape(-1, *[1] * (codes.dim() - 1))
-
-
-def _affine(graph: Graph, codes: Tensor, parts: dict[str, Tensor], how: Any, name: str) -> str:
-    scale = parts["scale"]
-    stored = graph.integers(codes, bits=how.width, signed=True, name=name)
-    if how.offset:
-        x_int = graph.op("DequantizeLinear", stored, graph.constant(1.0))
-        shifted = graph.op("Add", x_int, graph.constant(how.offset))
-        return graph.op("Mul", shifted, graph.constant(_by_row(scale, codes)))
-    zero = parts.get("zero")
-    per_row = max(len(scale), 1 if zero is None else len(zero)) > 1
-    count = codes.shape[0]
-    inputs = [stored, graph.constant(scale.expand(count) if per_row else scale[0])]
-    if zero is not None:
-        zeros = zero.expand(count) if per_row else zero[0]
-        inputs.append(graph.integers(zeros.int(), bits=how.width, signed=True))
-    return graph.op("DequantizeLinear", *inputs, **({"axis": 0} if per_row else {}))
-
-
-# ---------------------------------------------------------------------------------------------
-# Inputs
-
-
-def standard_bits(packed: Packed, entry: LayerEntry) -> int:
-    """Width of the integers that DequantizeLinear makes a layer's weight of; 0 if it does not."""
-    if entry.weight is None:
-        return 0
-    how = packed.header.weights[entry.weight]
-    return how.width if how.form == "affine" and not how.offset else 0
 
 
 def quantized_input(
@@ -100,7 +37,7 @@ def quantized_input(
     """x_hat of the value `x`.
 
     Args:
-        weight_bits: `standard_bits` of the layer.
+        weight_bits: `onnx_weights.standard_bits` of the layer.
 
     Raises:
         ConfigError: a quantizer that has no ONNX form.
@@ -213,12 +150,25 @@ def _column(graph: Graph) -> str:
 
 
 def _n2uq(graph: Graph, q: Any, x: str) -> str:
+    count = _above(graph, x, q.thresholds(), float(q.qmin))
+    return graph.op("Mul", count, graph.constant(q.grid()[1]))
+
+
+def _above(graph: Graph, x: str, thresholds: Tensor, start: float) -> str:
+    """`start` and the number of thresholds that x is above, float32."""
     # One comparison a threshold: a sum of m tensors, not one tensor with m times the elements.
-    count = graph.constant(float(q.qmin))
-    for threshold in q.thresholds():
+    count = graph.constant(start)
+    for threshold in thresholds:
         above = graph.op("Greater", x, graph.constant(threshold))
         count = graph.op("Add", graph.op("Cast", above, to=1), count)
-    return graph.op("Mul", count, graph.constant(q.grid()[1]))
+    return count
+
+
+def _apot(graph: Graph, q: Any, x: str) -> str:
+    clip = graph.constant(q.scale.clamp_min(MIN_SCALE))
+    code = _above(graph, graph.op("Div", x, clip), midpoints(q.grid), 0.0)
+    levels = graph.op("Gather", graph.constant(q.grid), graph.op("Cast", code, to=6))  # int32
+    return graph.op("Mul", levels, clip)
 
 
 def columns(graph: Graph, conv: nn.Conv2d, x: str) -> str:
@@ -295,5 +245,6 @@ INPUTS: dict[type[Quantizer], Callable[[Graph, Any, str], str]] = {
     Nearest: _nearest,
     ASQ: _asq,
     N2UQ: _n2uq,
+    APoTActivation: _apot,
     AQuant: _aquant,
 }
