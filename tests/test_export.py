@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import Qexp
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from qexp.config import configs_dir
 from qexp.engine.network import integer_network
-from qexp.errors import CheckpointError, ConfigError
+from qexp.errors import CheckpointError, ConfigError, DataError
 from qexp.export import bits
 from qexp.export.coding import CODERS, decode, encode
 from qexp.export.header import FormatError, parse
@@ -42,6 +42,8 @@ from qexp.quant.n2uq import N2UQ, N2UQWeight
 from qexp.quant.nearest import Nearest
 from qexp.quant.power import POST, POT, APoT, POSTReleased
 from qexp.quant.trace import trace
+from qexp.recipes.absent import without_images
+from qexp.runner import checkpoint
 from qexp.runner.atomic import write_bytes
 
 pytest.importorskip("safetensors")
@@ -559,16 +561,24 @@ def test_a_file_that_cannot_be_written_is_one_line_and_leaves_nothing(
     assert not list(tmp_path.glob(".*.tmp"))
 
 
+def _on_images(run_folder: Path, root: Path, dataset: str = "imagefolder", **keywords: Any) -> None:
+    """Let a run's config say that its images are files below `root`."""
+    path = run_folder / "config.yaml"
+    node = OmegaConf.load(path)
+    node.dataset = OmegaConf.load(configs_dir() / "dataset" / f"{dataset}.yaml")
+    node.dataset.update(root=str(root), **keywords)
+    OmegaConf.save(node, path)
+
+
+SMALL = {"crop": 8, "resize": 12, "workers": 0}
+
+
 def test_the_data_set_of_a_run_may_have_moved(qexp: Qexp, run_folder: Path, tmp_path: Path) -> None:
     from test_image_folder import write_folder
 
     write_folder(tmp_path / "moved", classes=("a", "b", "c", "d"))
-    path = run_folder / "config.yaml"
-    node = OmegaConf.load(path)
-    node.dataset = OmegaConf.load(configs_dir() / "dataset" / "imagefolder.yaml")
-    node.dataset.update(root=str(tmp_path / "gone"), crop=8, resize=12, workers=0)
-    OmegaConf.save(node, path)
-    said = qexp("export", f"run={run_folder}")
+    _on_images(run_folder, tmp_path / "gone", **SMALL)
+    said = qexp("eval", f"run={run_folder}", "device=cpu")
     assert "Set dataset.root=..." in said.err
     moved = f"dataset.root={tmp_path / 'moved'}"
     for arguments in (
@@ -578,6 +588,45 @@ def test_the_data_set_of_a_run_may_have_moved(qexp: Qexp, run_folder: Path, tmp_
     ):
         said = qexp(*arguments)
         assert (said.code, said.err) == (0, ""), arguments
+
+
+@pytest.mark.parametrize("name", ["last.pt", "best.pt"])
+def test_a_network_is_packed_without_its_images(
+    qexp: Qexp, run_folder: Path, tmp_path: Path, name: str
+) -> None:
+    assert qexp("export", f"run={run_folder}", f"checkpoint={name}").code == 0
+    expected = read(run_folder / "model.safetensors")
+    (run_folder / "model.safetensors").unlink()
+    _on_images(run_folder, tmp_path / "gone", **SMALL)
+    node = OmegaConf.load(run_folder / "config.yaml")
+    node.dataset.update(name="synthetic", mean=[0.5] * 3, std=[0.25] * 3)  # as in the first file
+    OmegaConf.save(node, run_folder / "config.yaml")
+    for words in (("adapters=float16",), ("format=onnx",), ("format=onnx_int8",)):  # compare images
+        said = qexp("export", f"run={run_folder}", f"checkpoint={name}", *words)
+        assert said.code == 1
+        assert said.err.startswith("data: synthetic not found under ")
+        assert not list(run_folder.glob("model.*"))
+    said = qexp("export", f"run={run_folder}", f"checkpoint={name}")
+    assert (said.code, said.err) == (0, "")
+    again = read(run_folder / "model.safetensors")
+    assert again.header == expected.header
+    torch.testing.assert_close(again.tensors, expected.tensors, rtol=0, atol=0)
+
+
+def test_images_are_asked_for_where_neither_checkpoint_nor_class_know_the_sizes(
+    qexp: Qexp, run_folder: Path, tmp_path: Path
+) -> None:
+    path = run_folder / "last.pt"
+    state = checkpoint.load(path)
+    assert state.pop("sizes") == {"num_classes": 4, "input_shape": [3, 8, 8]}
+    checkpoint.save(path, state)
+    _on_images(run_folder, tmp_path / "gone", **SMALL)
+    said = qexp("export", f"run={run_folder}")
+    assert (said.code, said.err.startswith("data: ")) == (1, True)
+    cfg = OmegaConf.create({"dataset": {"_target_": "qexp.data.folder.ImageNet", "crop": 64}})
+    assert isinstance(cfg, DictConfig)
+    known = without_images(cfg, {}, DataError("data: gone"))
+    assert (known.num_classes, known.input_shape) == (1000, (3, 64, 64))
 
 
 def test_a_data_set_without_files_has_no_place(qexp: Qexp, run_folder: Path) -> None:

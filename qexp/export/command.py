@@ -54,8 +54,9 @@ def export(cfg: DictConfig) -> dict[str, Any]:
         raise CheckpointError(
             f"export: {folder} is {state}, not done. Finish it with: qexp resume {folder}"
         )
+    root = OmegaConf.select(cfg, "dataset.root")
     model, dataset, trained = load_run(
-        folder, cfg.checkpoint, "cpu", "export", OmegaConf.select(cfg, "dataset.root")
+        folder, cfg.checkpoint, "cpu", "export", root, imageless=True
     )
     check_calibrated(model)
     writer, suffix = FORMATS[cfg.format]
@@ -85,6 +86,8 @@ def _packed(
     from qexp.export.packed import to_bytes
 
     packed = pack_run(model, dataset, trained, ADAPTER_DTYPES[cfg.adapters])
+    rounded = cfg.adapters != "float32" and any(n.endswith(f".a.{ADAPTER}") for n in packed.tensors)
+    images = _compared(dataset) if rounded else None
     blob = to_bytes(packed)
     _save(path, blob)
     size = len(blob)
@@ -97,8 +100,8 @@ def _packed(
     if not allowed(packed.header.target):
         print(f"packed: {packed.header.target} is your own model: qexp eval needs trust=true")
     written = {"file": str(path), "bytes": size, "data_bytes": data, "fp32_bytes": fp32}
-    if cfg.adapters != "float32" and any(n.endswith(f".a.{ADAPTER}") for n in packed.tensors):
-        found = difference(model, restore(packed, trust=True), _compared(dataset))
+    if images is not None:
+        found = difference(model, restore(packed, trust=True), images)
         print(f"packed: adapters in {cfg.adapters}: {found}")
         written |= {"adapters": cfg.adapters, **found._asdict()}
     return written

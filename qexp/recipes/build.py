@@ -18,13 +18,14 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from qexp.errors import CheckpointError, ConfigError, QexpError, one_line, origin
+from qexp.errors import CheckpointError, ConfigError, DataError, QexpError, one_line, origin
 from qexp.models.build import build_model
 from qexp.models.digest import averaged
 from qexp.models.load import load_tensors_
 from qexp.quant.convert import Bits, Swap, quantize_
 from qexp.quant.plan import Method
 from qexp.quant.trace import Layer, trace
+from qexp.recipes.absent import without_images
 from qexp.recipes.signs import load_run_state, with_signs
 from qexp.runner.device import pick_device
 from qexp.runner.distributed import world
@@ -215,7 +216,13 @@ def moved_to(root: str | None, dataset: DictConfig) -> None:
 
 
 def load_run(
-    folder: Path, name: str, device: str, area: str = "run", root: str | None = None
+    folder: Path,
+    name: str,
+    device: str,
+    area: str = "run",
+    root: str | None = None,
+    *,
+    imageless: bool = False,
 ) -> tuple[nn.Module, Any, DictConfig]:
     """The trained network of a run folder, its data set and its config.
 
@@ -224,18 +231,26 @@ def load_run(
     Args:
         area: the command that asks, for its messages.
         root: of the data set's files, where they have moved.
+        imageless: where the data set is not here, take its sizes alone (`Absent`).
 
     Raises:
         ConfigError: no such folder or file.
         CheckpointError: a damaged one.
+        DataError: images missing or damaged.
     """
     cfg = run_config(folder, area)
     moved_to(root, cfg.dataset)
     target = pick_device(device)
     if not (path := folder / name).is_file():
         raise ConfigError(f"{area}: no file '{path}'. Give checkpoint=last.pt or best.pt.")
-    dataset = make_dataset(cfg, target)
     state = load_run_state(path)
+    dataset: Any
+    try:
+        dataset = make_dataset(cfg, target)
+    except DataError as error:
+        if not imageless:
+            raise
+        dataset = without_images(cfg, state, error)
     model = restore(cfg, state, dataset, target)
     return model, dataset, cfg
 

@@ -129,7 +129,7 @@ def _staged(network: Network) -> bool:
 
 def weights_only(content: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a checkpoint that evaluation needs: no optimizer, no counters."""
-    names = ("model", "bits", "signed", "average", "epoch", "start", "folded")
+    names = ("model", "bits", "signed", "sizes", "average", "epoch", "start", "folded")
     return {k: content[k] for k in names}
 
 

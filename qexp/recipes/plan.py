@@ -12,7 +12,6 @@ import copy
 from collections.abc import Sequence
 
 import torch
-from hydra.utils import get_class
 from omegaconf import DictConfig
 
 from qexp.data.card import Card
@@ -20,6 +19,7 @@ from qexp.errors import DataError
 from qexp.quant.accounting import Account, account
 from qexp.quant.fold import fold_bn_
 from qexp.recipes import build
+from qexp.recipes.absent import published
 from qexp.recipes.cost import reconstruction, training
 from qexp.recipes.outcome import stay_in_float
 from qexp.recipes.precheck import nominal_bits, precheck, unsaved
@@ -78,13 +78,10 @@ def _card(cfg: DictConfig) -> Card:
     try:
         dataset = build.make_dataset(cfg, torch.device("cpu"))
     except DataError as error:
-        known = getattr(get_class(cfg.dataset._target_), "card", None)
-        if known is None:
+        if (known := published(cfg)) is None:
             raise
-        channels, side, _ = known.input_shape
-        side = cfg.dataset.get("crop", side)
         print(f"note: {error} The plan uses the data set's published sizes.")
-        return known._replace(input_shape=(channels, side, side))
+        return known
     test = dataset.protocol().get("test_images", 0)
     return Card(dataset.num_classes, dataset.input_shape, dataset.train_size, test)
 

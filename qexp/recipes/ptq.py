@@ -39,6 +39,7 @@ from qexp.quant.modules import QUANT_LAYERS
 from qexp.quant.plan import passes
 from qexp.quant.reconstruct import Data
 from qexp.recipes import build, outcome, settings
+from qexp.recipes.absent import sizes
 from qexp.recipes.compilation import choose, compile_for, eager_afterwards
 from qexp.recipes.evaluate import evaluate
 from qexp.recipes.ptq_settings import Settings
@@ -101,6 +102,7 @@ def ptq(cfg: DictConfig, run: Run) -> dict[str, Any]:
             "model": model.state_dict(),
             "bits": {k: list(v) for k, v in network.bits.items()},
             "signed": signs(network.layers),
+            "sizes": sizes(dataset),
             "sensitivity": network.sensitivity,
             "folded": True,
             "kinds": {n: type(q).__name__ for n, q in quantizers(model).items()},

@@ -33,6 +33,7 @@ from qexp.quant.convert import Bits, calibrate_, check_calibrated, quantizers, s
 from qexp.quant.quantizer import Quantizer
 from qexp.quant.rebits import rebits_
 from qexp.recipes import build, outcome, picture
+from qexp.recipes.absent import sizes
 from qexp.recipes.compilation import compile_for, eager_afterwards
 from qexp.recipes.evaluate import Score, evaluate
 from qexp.recipes.handover import take_over_
@@ -128,6 +129,7 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
             "average": average.state_dict() if average else None,
             "bits": {k: list(v) for k, v in network.bits.items()},
             "signed": signs(network.layers),
+            "sizes": sizes(dataset),
             "sensitivity": network.sensitivity,
             "start": start.record(),
             "folded": start.folded,
