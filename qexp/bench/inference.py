@@ -45,10 +45,10 @@ from qexp.bench.engines import (
 )
 from qexp.bench.floor import in_turn
 from qexp.bench.output import write_folder
-from qexp.bench.settings import fields_of
+from qexp.bench.settings import fields_of, no_count, no_option
 from qexp.bench.table import device_name
 from qexp.bench.train import composed
-from qexp.errors import ConfigError, did_you_mean
+from qexp.errors import ConfigError
 from qexp.export.compare import Difference, difference
 from qexp.models.build import build_model
 from qexp.quant.convert import calibrate_
@@ -93,17 +93,7 @@ class InferenceSettings:
         device = pick_device(found["device"])
         if found["engines"] == [None]:
             found["engines"] = engines_of(device)
-        known = [*FLOATS, *ENGINES]
-        problems = [
-            f"config: engines={name} is not an option. Use {', '.join(known)}."
-            + did_you_mean(str(name), known)
-            for name in found["engines"]
-            if name not in known
-        ]
-        for key in ("batch", "repeats", "warmup", "image_size", "threads"):
-            for value in found[key] if isinstance(found[key], list) else [found[key]]:
-                if value is not None and (not isinstance(value, int) or value < 1):
-                    problems.append(f"config: {key} must be a positive integer, got {value!r}.")
+        problems = no_option("engines", found["engines"], [*FLOATS, *ENGINES]) + no_count(found)
         if problems:
             raise ConfigError("\n".join(problems))
         for name in found["engines"]:

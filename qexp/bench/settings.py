@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -26,6 +27,30 @@ def fields_of(kind: type, cfg: DictConfig) -> dict[str, Any]:
             value = [value]
         found[field.name] = value
     return found
+
+
+def no_option(key: str, values: Iterable[Any], options: Sequence[str]) -> list[str]:
+    """A line for each of `values` that is none of `options`."""
+    return [
+        f"config: {key}={value} is not an option. Use {', '.join(options)}."
+        + did_you_mean(str(value), options)
+        for value in values
+        if value not in options
+    ]
+
+
+def no_count(settings: Mapping[str, Any]) -> list[str]:
+    """A line for each value that must count something, if there is one, and does not."""
+    values = [
+        (key, value)
+        for key in ("batch", "repeats", "warmup", "image_size", "threads")
+        for value in (settings[key] if isinstance(settings[key], list) else [settings[key]])
+    ]
+    return [
+        f"config: {key} must be a positive integer, got {value!r}."
+        for key, value in values
+        if value is not None and (not isinstance(value, int) or value < 1)
+    ]
 
 
 @dataclass(frozen=True)
@@ -66,23 +91,14 @@ class Settings:
     def check(self) -> None:
         """Raise a ConfigError with all that is wrong."""
         problems = [
-            f"config: {key}={value} is not an option. Use {', '.join(options)}."
-            + did_you_mean(str(value), options)
-            for key, options, values in (
-                ("compile", MODES, self.compile),
-                ("dtype", tuple(DTYPES), self.dtype),
-                ("saved", SAVED, [self.saved]),
-            )
-            for value in values
-            if value not in options
+            *no_option("compile", self.compile, MODES),
+            *no_option("dtype", self.dtype, tuple(DTYPES)),
+            *no_option("saved", [self.saved], SAVED),
         ]
         for key in ("quantizers", "models", "compile", "dtype"):
             if not getattr(self, key):
                 problems.append(f"config: {key} is empty. Name at least one.")
-        for key in ("batch", "repeats", "warmup", "image_size", "threads"):
-            value = getattr(self, key)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                problems.append(f"config: {key} must be a positive integer, got {value!r}.")
+        problems += no_count(vars(self))
         if problems:
             raise ConfigError("\n".join(problems))
 
