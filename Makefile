@@ -10,7 +10,7 @@ help:            ## this list
 run: $(VENV)/.installed   ## quantize a network to 4 bits on the embedded data: minutes, no network
 	$(BIN)/qexp train quantizer=asq bits=4
 
-test: $(VENV)/.tested     ## the fast tests: about three minutes on two cores
+test: $(VENV)/.tested     ## the fast tests: ten minutes on two cores that other work shares
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 lint: $(VENV)/.tested     ## style
