@@ -74,6 +74,8 @@ def test_every_published_case_of_the_apot_readme_is_found_by_its_key() -> None:
     found = match(PAPERS, method="apot", model="resnet20", w_bits=4.0, a_bits=4.0, **case)
     assert found is not None
     assert (found.top1, found.float_top1, found.verified) == (92.45, 92.96, "yes")
+    case_of_theirs = {"method": "apot_released", "model": "resnet20", **case}
+    assert match(PAPERS, w_bits=4.0, a_bits=4.0, **case_of_theirs) == found
     assert match(PAPERS, method="apot", model="resnet20", w_bits=8.0, a_bits=8.0, **case) is None
     assert match(PAPERS, method="fp32", model="resnet20", w_bits=32.0, a_bits=32.0, **case) is None
 

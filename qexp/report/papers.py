@@ -42,6 +42,7 @@ CHOICES = {
     "policy": ("uniform", "mixed"),
     "distillation": ("yes", "no", ""),
 }
+RELEASED = "_released"
 NEAR = 0.02  # bits: two averages of a mixed policy that papers would print as one
 PACKAGE = Path(__file__).parents[1]
 PLACES = (Path("results/papers.csv"), PACKAGE / "papers.csv", PACKAGE.parent / "results/papers.csv")
@@ -143,8 +144,12 @@ def match(
     mixed: bool,
     distilled: bool,
 ) -> Paper | None:
-    """The published number of exactly this case, best source first; None when there is none."""
-    key = (method, model, dataset, "mixed" if mixed else "uniform")
+    """The published number of exactly this case, best source first; None when there is none.
+
+    Args:
+        method: `X_released`, a method as its authors' code has it, is X's own.
+    """
+    key = (method.removesuffix(RELEASED), model, dataset, "mixed" if mixed else "uniform")
     if w_bits is None or a_bits is None or method == "fp32":  # no paper owns a float network
         return None
     same = [p for p in papers if (p.method, p.model, p.dataset, p.policy) == key]
