@@ -18,6 +18,7 @@ from qexp.export.compare import difference
 from qexp.quant.accounting import account
 from qexp.quant.convert import check_calibrated
 from qexp.quant.trace import trace
+from qexp.recipes.absent import Absent
 from qexp.runner.atomic import write_bytes
 from qexp.runner.folder import run_config, run_state
 from qexp.schema import Place
@@ -114,8 +115,10 @@ def _onnx(
     from qexp.export.onnx_network import to_onnx
 
     blob = to_onnx(pack_run(model, dataset, trained)).SerializeToString()
-    if importlib.util.find_spec("onnxruntime") is None:
-        print("onnx: not compared with the run, for lack of the package onnxruntime")
+    runs = importlib.util.find_spec("onnxruntime") is not None
+    if not runs or isinstance(dataset, Absent):
+        lacking = "its images" if runs else "the package onnxruntime"
+        print(f"onnx: not compared with the run, for lack of {lacking}")
         return _written(model, dataset, path, blob)
     from qexp.export.runtime import session
 
