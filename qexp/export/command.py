@@ -244,12 +244,13 @@ def load_packed(
             model = integer_network(packed, engine, trust=trust)
     except FormatError as error:
         raise refusal(path, error) from error
-    if run is None:
-        dataset = _named_dataset(packed.header.data, device, root)
+    data = packed.header.data
+    trained = None if run is None else run_config(run, "export")
+    if trained is None:
+        dataset = _named_dataset(data, device, root)
     else:
-        own = run_config(run, "export")
-        moved_to(root, own.dataset)
-        dataset = make_dataset(own, device)
+        moved_to(root, trained.dataset)
+        dataset = make_dataset(trained, device)
     shape = (dataset.num_classes, tuple(dataset.input_shape))
     if shape != (packed.header.num_classes, packed.header.input_shape):
         raise CheckpointError(
@@ -257,7 +258,7 @@ def load_packed(
             f"{list(packed.header.input_shape)}, the data set has {shape[0]} of {list(shape[1])}. "
             "Give the run it was trained in: run=FOLDER"
         )
-    if run and packed.header.data != {**packed.header.data, **_moments(run_config(run, "export"))}:
+    if trained is not None and data != {**data, **_moments(trained)}:
         raise CheckpointError(
             f"export: '{path}' is for images of another mean and std than {run} has. Give the run "
             "it was trained in: run=FOLDER"

@@ -41,7 +41,8 @@ Departs from the papers:
  5. alpha and clip are kept >= n * 1.2e-7 in the forward; alpha's gradient passes the guard.
  6. No penalty on alpha by default (above). From `mse` it is small beside the clip's own gradient:
     ResNet-20, W2A2, first 30 steps, 2e-4 * alpha is 1.6e-4 to 4.7e-4, the mean of dL/dalpha -0.18
-    to 0.003, its deviation 0.06 to 0.3 (by hand, not kept).
+    to 0.003, its deviation 0.06 to 0.3 (by hand, not kept). After ten epochs W2A2 has 86.60 with
+    it, 86.21 without (results/cifar10_qat_short, seed 0).
  7. At 1 bit the released DoReFa code has sign(w) * mean|w| with the identity as gradient; here it
     is the formula above.
 """
