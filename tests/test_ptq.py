@@ -413,8 +413,8 @@ def test_imagenet_networks_run_through_on_the_cpu(tmp_path: Path, model: str, me
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux starts its mark anew")
 def test_each_units_memory_is_its_own(tmp_path: Path) -> None:
-    size = ("dataset.image_size=32", "model.width=1", "dataset.train_images=160")
-    cfg = tiny(tmp_path, "quantizer=qdrop", *size, "recipe.images=128", "recipe.iterations=2")
+    size = ("dataset.image_size=32", "model.width=1", "dataset.train_images=480")
+    cfg = tiny(tmp_path, "quantizer=qdrop", *size, "recipe.images=448", "recipe.iterations=2")
     result, _ = quantized(cfg)
     units = {row["unit"]: row for row in result["reconstruction"]["units"]}
     first, last = units["layer1.0"], units["layer3.0"]
