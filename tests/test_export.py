@@ -26,7 +26,7 @@ from qexp.export import bits
 from qexp.export.coding import CODERS, decode, encode
 from qexp.export.header import FormatError, parse
 from qexp.export.network import allowed, restore
-from qexp.export.packed import Packed, pack_network, read, write
+from qexp.export.packed import Packed, pack_network, read, to_bytes, write
 from qexp.models.resnet import ResNet
 from qexp.quant.accounting import account
 from qexp.quant.adaround import AdaRound
@@ -541,7 +541,7 @@ def test_a_run_of_another_normalisation_does_not_score_a_file(
     write(Packed(replace(packed.header, data=data), packed.tensors), tmp_path / "x.safetensors")
     said = qexp("eval", f"run={run_folder}", f"checkpoint={tmp_path}/x.safetensors", "device=cpu")
     assert said.code == 1
-    assert "is for images of another mean and std" in said.err
+    assert "is for images of another std than" in said.err
     assert said.err.count("\n") == 1
 
 
@@ -595,8 +595,9 @@ def test_a_network_is_packed_without_its_images(
     qexp: Qexp, run_folder: Path, tmp_path: Path, name: str
 ) -> None:
     assert qexp("export", f"run={run_folder}", f"checkpoint={name}").code == 0
-    expected = read(run_folder / "model.safetensors")
-    (run_folder / "model.safetensors").unlink()
+    file = run_folder / {"last.pt": "model.safetensors", "best.pt": "best.safetensors"}[name]
+    expected = read(file)
+    file.unlink()
     _on_images(run_folder, tmp_path / "gone", **SMALL)
     node = OmegaConf.load(run_folder / "config.yaml")
     node.dataset.update(name="synthetic", mean=[0.5] * 3, std=[0.25] * 3)  # as in the first file
@@ -605,13 +606,13 @@ def test_a_network_is_packed_without_its_images(
         said = qexp("export", f"run={run_folder}", f"checkpoint={name}", word)
         assert said.code == 1
         assert said.err.startswith("data: synthetic not found under ")
-        assert not list(run_folder.glob("model.*"))
+        assert not list(run_folder.glob("*.onnx")) + list(run_folder.glob("*.safetensors"))
     said = qexp("export", f"run={run_folder}", f"checkpoint={name}", "format=onnx")
     assert said.out.startswith("onnx: not compared with the run, for lack of its images\n")
     said = qexp("export", f"run={run_folder}", f"checkpoint={name}")
     assert (said.code, said.err) == (0, "")
-    again = read(run_folder / "model.safetensors")
-    assert again.header == expected.header
+    again = read(file)
+    assert again.header == replace(expected.header, data=expected.header.data | {"resize": 12})
     torch.testing.assert_close(again.tensors, expected.tensors, rtol=0, atol=0)
 
 
@@ -620,7 +621,8 @@ def test_images_are_asked_for_where_neither_checkpoint_nor_class_know_the_sizes(
 ) -> None:
     path = run_folder / "last.pt"
     state = checkpoint.load(path)
-    assert state.pop("sizes") == {"num_classes": 4, "input_shape": [3, 8, 8]}
+    sizes = {"num_classes": 4, "input_shape": [3, 8, 8], "class_names": []}
+    assert state.pop("sizes") == sizes
     checkpoint.save(path, state)
     _on_images(run_folder, tmp_path / "gone", **SMALL)
     said = qexp("export", f"run={run_folder}")
@@ -629,6 +631,94 @@ def test_images_are_asked_for_where_neither_checkpoint_nor_class_know_the_sizes(
     assert isinstance(cfg, DictConfig)
     known = without_images(cfg, {}, DataError("data: gone"))
     assert (known.num_classes, known.input_shape) == (1000, (3, 64, 64))
+
+
+PHOTOS = ("a", "b", "c", "d")
+
+
+def _photos(run_folder: Path, root: Path, names: tuple[str, ...] = PHOTOS) -> None:
+    """A run that was trained on photographs of these classes, which lie in `root`."""
+    from test_image_folder import write_folder
+
+    write_folder(root, classes=PHOTOS)
+    _on_images(run_folder, root, **SMALL)
+    for name in ("last.pt", "best.pt"):
+        state = checkpoint.load(run_folder / name)
+        state["sizes"]["class_names"] = list(names)
+        checkpoint.save(run_folder / name, state)
+
+
+def test_a_file_says_how_a_photograph_is_cut_and_what_its_label_is_called(
+    qexp: Qexp, run_folder: Path, tmp_path: Path
+) -> None:
+    _photos(run_folder, tmp_path / "photos")
+    assert qexp("export", f"run={run_folder}").code == 0
+    data = read(run_folder / "model.safetensors").header.data
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    wanted = {"name": "imagefolder", "mean": mean, "std": std, "resize": 12, "classes": [*PHOTOS]}
+    assert data == wanted
+    onnx = pytest.importorskip("onnx")
+    assert qexp("export", f"run={run_folder}", "format=onnx").code == 0
+    props = onnx.load(run_folder / "model.onnx").metadata_props
+    assert {p.key: json.loads(p.value) for p in props} == wanted
+    (tmp_path / "photos").rename(tmp_path / "gone")
+    assert qexp("export", f"run={run_folder}", f"file={tmp_path}/x.safetensors").code == 0
+    assert read(tmp_path / "x.safetensors").header.data == wanted
+
+
+def test_labels_of_other_classes_are_not_scored(
+    qexp: Qexp, run_folder: Path, tmp_path: Path
+) -> None:
+    _photos(run_folder, tmp_path / "photos")
+    assert qexp("export", f"run={run_folder}").code == 0
+    file = ("eval", f"run={run_folder}", f"checkpoint={run_folder}/model.safetensors", "device=cpu")
+    assert qexp(*file).code == 0
+    for part in ("train", "val"):
+        (tmp_path / "photos" / part / "d").rename(tmp_path / "photos" / part / "b2")
+    said = qexp(*file)
+    assert (said.code, said.err.count("\n")) == (1, 1)
+    assert "is for images of another list of classes than" in said.err
+    said = qexp("eval", f"run={run_folder}", "device=cpu")
+    assert (said.code, said.err.count("\n")) == (1, 1)
+    assert "(label 2 is 'b2', there it was 'c')" in said.err
+    assert qexp("export", f"run={run_folder}").err.startswith("checkpoint: ")
+
+
+def test_a_resize_of_its_own_is_the_files(qexp: Qexp, run_folder: Path, tmp_path: Path) -> None:
+    _photos(run_folder, tmp_path / "photos")
+    assert qexp("export", f"run={run_folder}").code == 0
+    alone = ("eval", f"checkpoint={run_folder}/model.safetensors", "device=cpu")
+    node = OmegaConf.load(run_folder / "config.yaml")
+    node.dataset.resize = 16
+    OmegaConf.save(node, run_folder / "config.yaml")
+    said = qexp(*alone, f"run={run_folder}")
+    assert (said.code, "is for images of another resize than" in said.err) == (1, True)
+
+
+def test_two_files_of_a_network_are_the_same_bytes(tmp_path: Path) -> None:
+    packed = packed_of(network("lsq"))
+    assert len({to_bytes(packed) for _ in range(20)}) == 1
+    blob = to_bytes(packed)
+    length = int.from_bytes(blob[:8], "little")
+    assert length % 8 == 0
+    assert [*json.loads(blob[8 : 8 + length])["__metadata__"]] == ["qexp", "sha256"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"classes": ["a"] * 9}, "it names another number of classes than it has"),
+        ({"classes": ["a\n"] * 10}, "a class must be a name"),
+        ({"classes": "abcdefghij"}, "classes must be a list"),
+        ({"resize": 0}, "resize must be an integer from 1"),
+        ({"crop": 8}, "its data must have the fields"),
+    ],
+)
+def test_a_header_with_odd_data_is_refused(change: dict, message: str) -> None:
+    header = packed_of(network("lsq")).header
+    text = replace(header, data={**header.data, **change}).to_json()
+    with pytest.raises(FormatError, match=message):
+        parse(text)
 
 
 def test_a_data_set_without_files_has_no_place(qexp: Qexp, run_folder: Path) -> None:

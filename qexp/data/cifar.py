@@ -36,7 +36,7 @@ class CIFAR10(InMemory):
         for part in parts:  # data [N, 32, 32, 3]
             pixels = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
             images += [pixels, torch.tensor(part.targets)]
-        return Images(*images)
+        return Images(*images, classes=tuple(parts[0].classes))  # type: ignore[misc]
 
 
 @dataclass(kw_only=True)

@@ -15,6 +15,8 @@ from qexp.data.memory import Images, InMemory
 from qexp.data.torchvision_files import read_torchvision
 
 MINI = Path(__file__).with_name("fashion_mini.npz")
+CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker",
+           "Bag", "Ankle boot")  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -33,6 +35,7 @@ class FashionMini(InMemory):
             parts["train_labels"].long(),
             parts["test_images"][:, None],
             parts["test_labels"].long(),
+            CLASSES,
         )
 
 
@@ -58,4 +61,4 @@ class FashionMNIST(InMemory):
         images: list[Tensor] = []
         for part in parts:
             images += [part.data[:, None], part.targets.long()]
-        return Images(*images)
+        return Images(*images, classes=CLASSES)  # type: ignore[misc]

@@ -98,6 +98,7 @@ class Folder:
         test = open_folder(self.root, "val", self.name)
         check_classes(train, test, self.classes, self.root)
         self.num_classes = len(train.classes)
+        self.class_names = tuple(train.classes)
         labels = torch.tensor(train.targets)
         self._train, val = split_train(labels, self.val_fraction, self.subset)
         self.train_size, self.has_val = len(self._train), len(val) > 0

@@ -28,12 +28,16 @@ from qexp.errors import ConfigError
 
 
 class Images(NamedTuple):
-    """What a data set reads: images uint8 [N, C, H, W], labels int64 [N] in [0, classes)."""
+    """What a data set reads: images uint8 [N, C, H, W], labels int64 [N] in [0, classes).
+
+    `classes` are the labels' names, in their order; empty where nobody gave them any.
+    """
 
     train_images: Tensor
     train_labels: Tensor
     test_images: Tensor
     test_labels: Tensor
+    classes: tuple[str, ...] = ()
 
 
 @dataclass(kw_only=True)
@@ -79,6 +83,7 @@ class InMemory(ABC):
         channels, self._height, self._width = images.train_images.shape[1:]
         self.input_shape = (channels, self._height, self._width)
         self.num_classes = int(images.train_labels.max()) + 1
+        self.class_names = images.classes
         self._mean = per_channel("mean", self.mean, channels, self.name).to(self.device)
         self._std = per_channel("std", self.std, channels, self.name).to(self.device)
         train, val = split_train(images.train_labels, self.val_fraction, self.subset)

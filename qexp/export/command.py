@@ -18,7 +18,7 @@ from qexp.export.compare import difference
 from qexp.quant.accounting import account
 from qexp.quant.convert import check_calibrated
 from qexp.quant.trace import trace
-from qexp.recipes.absent import Absent
+from qexp.recipes.absent import Absent, class_names
 from qexp.runner.atomic import write_bytes
 from qexp.runner.folder import run_config, run_state
 from qexp.schema import Place
@@ -61,7 +61,8 @@ def export(cfg: DictConfig) -> dict[str, Any]:
     )
     check_calibrated(model)
     writer, suffix = FORMATS[cfg.format]
-    path = Path(cfg.file) if cfg.file else folder / f"model{suffix}"
+    stem = "model" if cfg.checkpoint == "last.pt" else Path(cfg.checkpoint).stem
+    path = Path(cfg.file) if cfg.file else folder / f"{stem}{suffix}"
     ending = "." + suffix.rpartition(".")[2]
     if path.suffix != ending or not path.parent.is_dir() or path.is_dir():
         raise ConfigError(f"export: file must be a name in a folder that exists, like x{ending}.")
@@ -187,14 +188,17 @@ def pack_run(
         keywords=keywords,
         num_classes=dataset.num_classes,
         input_shape=tuple(dataset.input_shape),
-        data={"name": str(trained.dataset.name), **_moments(trained)},
+        data=_data(trained, dataset),
         adapters=adapters,
     )
 
 
-def _moments(cfg: DictConfig) -> dict[str, list[float]]:
-    """`mean` and `std` of a run's data set."""
-    return {key: [float(v) for v in cfg.dataset.get(key) or ()] for key in ("mean", "std")}
+def _data(cfg: DictConfig, dataset: Any) -> dict[str, Any]:
+    """`Header.data` of a run's data set."""
+    moments = {key: [float(v) for v in cfg.dataset.get(key) or ()] for key in ("mean", "std")}
+    found = {"name": str(cfg.dataset.name), **moments, "resize": cfg.dataset.get("resize")}
+    found["classes"] = list(class_names(dataset))
+    return {key: value for key, value in found.items() if value or key in ("mean", "std")}
 
 
 FORMATS: dict[str, tuple[Callable[..., dict[str, Any]], str]] = {
@@ -258,10 +262,13 @@ def load_packed(
             f"{list(packed.header.input_shape)}, the data set has {shape[0]} of {list(shape[1])}. "
             "Give the run it was trained in: run=FOLDER"
         )
-    if trained is not None and data != {**data, **_moments(trained)}:
+    names = list(class_names(dataset)) or data.get("classes")
+    found = {"classes": names} if trained is None else _data(trained, dataset)
+    differing = [key for key in data if key != "name" and found.get(key, data[key]) != data[key]]
+    if other := ["list of classes" if key == "classes" else key for key in differing]:
         raise CheckpointError(
-            f"export: '{path}' is for images of another mean and std than {run} has. Give the run "
-            "it was trained in: run=FOLDER"
+            f"export: '{path}' is for images of another {' and '.join(other)} than "
+            f"{run or data['name']} has. Give the run it was trained in: run=FOLDER"
         )
     return model.to(device), dataset
 
@@ -285,4 +292,6 @@ def _named_dataset(data: Any, device: torch.device, root: str | None) -> Any:
         if len(data[key]) != len(node.get(key) or ()):
             raise CheckpointError(f"export: the file's {key} is not that of '{data['name']}'.")
         node[key] = data[key]
+    if "resize" in data and "resize" in node:
+        node.resize = data["resize"]
     return instantiate(node, _convert_="all", device=device, batch_size=BATCH, seed=0)

@@ -46,7 +46,9 @@ class Header:
     Attributes:
         target, keywords: the float network: a dotted name and its keywords.
         input_shape: [C, H, W] of one image.
-        data: `name`, `mean`, `std` of the data set it was trained on.
+        data: `name`, `mean`, `std` of the data set it was trained on; of photographs also
+            `resize`, the shorter side before the central crop; `classes`, the labels' names,
+            where the data set has them.
         norms: batch norms that are stored as a gain and a bias; the network has no others.
     """
 
@@ -97,6 +99,8 @@ def parse(text: str) -> Header:
         layers=tuple(_layer(e) for e in _items(plain["layers"], "layers")),
         norms=tuple(_text(n, "norms") for n in _items(plain["norms"], "norms")),
     )
+    if len(header.data.get("classes", ())) not in (0, header.num_classes):
+        raise FormatError("it names another number of classes than it has")
     names = [entry.name for entry in header.layers] + list(header.norms)
     if len(set(names)) != len(names):
         raise FormatError("it names a layer twice")
@@ -128,9 +132,9 @@ def _whole(value: Any, where: str, low: int, high: int) -> int:
     return value
 
 
-def _items(value: Any, where: str) -> Sequence[Any]:
-    if not isinstance(value, list) or len(value) > MAX_ITEMS:
-        raise FormatError(f"{where} must be a list of at most {MAX_ITEMS} items")
+def _items(value: Any, where: str, most: int = MAX_ITEMS) -> Sequence[Any]:
+    if not isinstance(value, list) or len(value) > most:
+        raise FormatError(f"{where} must be a list of at most {most} items")
     return value
 
 
@@ -179,9 +183,16 @@ def _scalar(value: Any, where: str, most: int) -> None:
 
 
 def _data(value: Any) -> dict[str, Any]:
-    _keys(value, {"name", "mean", "std"}, "data")
-    moments = {k: [_number(v, k) for v in _items(value[k], k)] for k in ("mean", "std")}
-    return {"name": _text(value["name"], "data.name"), **moments}
+    optional = frozenset({"resize", "classes"})
+    _keys(value, {"name", "mean", "std", *optional}, "data", optional)
+    data = {k: [_number(v, k) for v in _items(value[k], k)] for k in ("mean", "std")}
+    data = {"name": _text(value["name"], "data.name"), **data}
+    if "resize" in value:
+        data["resize"] = _whole(value["resize"], "resize", 1, MAX_SIZE)
+    if "classes" in value:
+        names = _items(value["classes"], "classes", MAX_SIZE)
+        data["classes"] = [_text(name, "a class") for name in names]
+    return data
 
 
 def _coding(value: Any) -> Coding:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,8 +53,14 @@ class Graph:
         self.constants[name] = helper.make_tensor(name, kind, list(codes.shape), raw, raw=True)
         return name
 
-    def model(self, inputs: Sequence[int], output: str, classes: int) -> onnx.ModelProto:
-        """The checked model: `images` [N, C, H, W] -> `logits` [N, classes]."""
+    def model(
+        self, inputs: Sequence[int], output: str, classes: int, data: Mapping[str, Any]
+    ) -> onnx.ModelProto:
+        """The checked model: `images` [N, C, H, W] -> `logits` [N, classes].
+
+        Args:
+            data: what its images are (`Header.data`); becomes its metadata, values as JSON.
+        """
         self.nodes.append(helper.make_node("Identity", [output], ["logits"], name="logits"))
         image = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["N", *inputs])
         logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", classes])
@@ -64,6 +71,7 @@ class Graph:
             graph, opset_imports=[helper.make_opsetid("", OPSET)], producer_name="qexp"
         )
         model.ir_version = IR_VERSION
+        helper.set_model_props(model, {key: json.dumps(value) for key, value in data.items()})
         onnx.checker.check_model(model, full_check=True)
         return model
 

@@ -14,8 +14,8 @@ The last two roundings, of levels and of results that are read as floats (residu
 an adapter), are the variant's error. Linear layers end in float. ASQ's factor divides the input
 and multiplies the result.
 
-Layers with a float operand, more than 8 bits, an offset (LSQ+) or inputs of unequal steps (APoT)
-stay as in `onnx_network`.
+Layers with a float operand, more than 8 bits, an offset (LSQ+), inputs of unequal steps (APoT), or
+a Linear over more than rows stay as in `onnx_network`.
 """
 
 from __future__ import annotations
@@ -109,8 +109,9 @@ class _Writer(Writer):
             return False
         known = entry.weight is not None and entry.input is not None
         quantizer = module.act_quantizer
-        uniform = not isinstance(quantizer, APoTActivation)
-        return known and uniform and quantizer.bits <= 8 and not hasattr(quantizer, "offset")
+        uniform = not (isinstance(quantizer, APoTActivation) or hasattr(quantizer, "offset"))
+        rows = not isinstance(module, nn.Linear) or len(self.shape(node)) == 1  # Gemm has no more
+        return known and uniform and rows and quantizer.bits <= 8
 
     def _chain(self, node: fx.Node) -> Chain:
         norm, relu, members = None, None, [node]
@@ -197,7 +198,6 @@ class _Writer(Writer):
         return isinstance(q, ASQ) and q.factor != "frozen" and q.dequantize == "scaled"
 
     # -----------------------------------------------------------------------------------------
-    # Writing
 
     def module(self, node: fx.Node) -> str:
         """What a module makes of its input; a chain is written at its layer."""

@@ -1,30 +1,29 @@
 """A packed network as an ONNX model: its graph read off by torch.fx, one node after the other.
 
-The operations are those of the networks here and of torchvision's ResNets and MobileNets; another
-one is named in a ConfigError. Batch norms are a product and a sum per channel, as in the packed
-file. The batch is dynamic.
+The operations are those of the networks here and of torchvision's CNNs (`onnx_ops.py`); another one
+is named in a ConfigError. Batch norms are a product and a sum per channel, as in the packed file.
+The batch is dynamic, an image's size is the run's.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import onnx
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
 
 from qexp.errors import ConfigError
+from qexp.export import onnx_ops as ops
 from qexp.export.network import restore
 from qexp.export.onnx_graph import Graph
 from qexp.export.onnx_inputs import columns, quantized_input, window_of
 from qexp.export.onnx_weights import standard_bits, weight
 from qexp.export.packed import Packed
 from qexp.quant.modules import QUANT_LAYERS
-
-FAR = 2**31 - 1  # the end of a slice that has none
 
 
 class _Tracer(fx.Tracer):
@@ -50,9 +49,11 @@ class Writer:
         self.packed = packed
         self.modules: dict[str, Any] = dict(model.named_modules())
         self.entries = {entry.name: entry for entry in packed.header.layers}
+        self.model = model
         self.traced = _Tracer().trace(model)
         self.graph = Graph()
         self.values: dict[fx.Node, str] = {}
+        self.shapes: dict[fx.Node, list[int]] = {}  # of results, without N, once one was asked for
 
     def write(self) -> onnx.ModelProto:
         header = self.packed.header
@@ -61,13 +62,15 @@ class Writer:
                 continue  # written together with a node before it
             if node.op == "placeholder":
                 self.values[node] = "images"
+            elif node.op == "get_attr":
+                self.values[node] = self._attribute(str(node.target))
             elif node.op == "call_module":
                 self.values[node] = self.module(node)
             elif node.op in ("call_function", "call_method"):
                 self.values[node] = self._call(node)
             elif node.op == "output":
                 return self.graph.model(
-                    header.input_shape, self.values[node.args[0]], header.num_classes
+                    header.input_shape, self.values[node.args[0]], header.num_classes, header.data
                 )
         raise ConfigError("export: the network has no output that format=onnx can write.")
 
@@ -79,41 +82,28 @@ class Writer:
         name, x = str(node.target), self.values[node.args[0]]  # type: ignore[index]
         module, graph = self.modules[name], self.graph
         if isinstance(module, (nn.Conv2d, nn.Linear)):
-            return self._layer(name, module, x)
-        if isinstance(module, nn.BatchNorm2d):
-            gain, bias = (t.reshape(-1, 1, 1) for t in (module.weight, module.bias))
-            return graph.op("Add", graph.op("Mul", x, graph.constant(gain)), graph.constant(bias))
-        if isinstance(module, (nn.Identity, nn.Dropout)):
-            return x
-        if isinstance(module, nn.ReLU6):
-            # Not Clip: onnxruntime fuses that with a 4-bit QuantizeLinear, and fails.
-            return graph.op("Min", graph.op("Relu", x), graph.constant(6.0))
-        if isinstance(module, nn.ReLU):
-            return graph.op("Relu", x)
-        if isinstance(module, nn.MaxPool2d) and not module.ceil_mode and module.dilation == 1:
-            kernel, stride, pad = (
-                _pair(v) for v in (module.kernel_size, module.stride, module.padding)
-            )
-            return graph.op("MaxPool", x, kernel_shape=kernel, strides=stride, pads=pad * 2)
-        if isinstance(module, nn.AdaptiveAvgPool2d) and _pair(module.output_size) == [1, 1]:
-            return graph.op("GlobalAveragePool", x)
-        if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1):
-            return graph.op("Flatten", x)
-        raise _unknown(type(module).__name__)
+            return self._layer(name, module, x, node)
+        if isinstance(module, nn.AdaptiveAvgPool2d):
+            return ops.adaptive_pool(graph, x, module.output_size, size=self.shape(node)[-2:])
+        if type(module) in ops.MODULES:
+            return ops.MODULES[type(module)](graph, module, x)
+        raise ops.unknown(type(module).__name__)
 
-    def _layer(self, name: str, module: Any, x: str) -> str:
+    def _layer(self, name: str, module: Any, x: str, node: fx.Node) -> str:
         graph, entry = self.graph, self.entries.get(name)
         by_row = isinstance(module, QUANT_LAYERS) and module.act_quantizer.on_columns
         if isinstance(module, QUANT_LAYERS):
             x = columns(graph, module, x) if by_row else x  # type: ignore[arg-type]
             bits = 0 if entry is None else standard_bits(self.packed, entry)
-            x = quantized_input(graph, module.act_quantizer, x, name, bits)
+            x = quantized_input(graph, module.act_quantizer, ops.anchored(graph, x), name, bits)
         if entry is not None and entry.weight is not None:
             w = weight(graph, self.packed, entry)
         else:
             w = graph.constant(module.weight, f"{name}.weight")
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and len(self.shape(node)) == 1:
             y = graph.op("Gemm", x, w, transB=1)
+        elif isinstance(module, nn.Linear):
+            y = graph.op("MatMul", x, graph.op("Transpose", w, perm=[1, 0]))
         elif by_row:
             shape = [module.out_channels, -1, 1, 1]
             w = graph.op("Reshape", w, graph.constant(shape))
@@ -127,22 +117,41 @@ class Writer:
         return graph.op("Add", y, graph.constant(bias, f"{name}.bias"))
 
     # -----------------------------------------------------------------------------------------
-    # Functions and methods
+    # Functions, methods, parameters
+
+    def _attribute(self, name: str) -> str:
+        value = self.model
+        for part in name.split("."):
+            value = getattr(value, part)
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            raise ops.unknown(f"the attribute '{name}'")
+        return self.graph.constant(value, name)
 
     def _call(self, node: fx.Node) -> str:
-        emit = CALLS.get(node.target)
-        if emit is None:
-            raise _unknown(str(getattr(node.target, "__name__", node.target)))
-        inputs = [self.values.get(a, a) if isinstance(a, fx.Node) else a for a in node.args]
+        if node.target is F.adaptive_avg_pool2d:
+            emit = partial(ops.adaptive_pool, size=self.shape(node)[-2:])
+        elif (emit := ops.CALLS.get(node.target)) is None:
+            raise ops.unknown(str(getattr(node.target, "__name__", node.target)))
+        args: Any = fx.map_arg(node.args, self._value)
+        kwargs: Any = fx.map_arg(node.kwargs, self._value)
         _check_in_place(node)
         try:
-            return emit(self.graph, *inputs, **node.kwargs)
+            return emit(self.graph, *args, **kwargs)
         except TypeError as error:  # an argument that the operation is written without
-            raise _unknown(f"{node.format_node()}") from error
+            raise ops.unknown(f"{node.format_node()}") from error
 
+    def _value(self, node: fx.Node) -> Any:
+        return self.values[node]
 
-def _unknown(what: str) -> ConfigError:
-    return ConfigError(f"export: format=onnx does not know {what}. Use format=packed.")
+    def shape(self, node: fx.Node) -> list[int]:
+        """Shape of a node's first input without the batch, for images of the header's size."""
+        if not self.shapes:
+            image = torch.zeros(1, *self.packed.header.input_shape)
+            ShapeProp(fx.GraphModule(self.model, self.traced)).propagate(image)
+            for n in self.traced.nodes:
+                if isinstance(meta := n.meta.get("tensor_meta"), TensorMetadata):
+                    self.shapes[n] = list(meta.shape[1:])
+        return self.shapes[node.all_input_nodes[0]]
 
 
 def _check_in_place(node: fx.Node) -> None:
@@ -160,71 +169,3 @@ def _check_in_place(node: fx.Node) -> None:
             f"export: '{node.name}' changes in place what '{written.name}' gave, which is read "
             "again. Write it without in-place operations, or use format=packed."
         )
-
-
-def _pair(value: Any) -> list[int]:
-    return [value, value] if isinstance(value, int) else list(value)
-
-
-def _relu(graph: Graph, x: str, inplace: bool = False) -> str:
-    return graph.op("Relu", x)
-
-
-def _add(graph: Graph, x: str, y: str) -> str:
-    return graph.op("Add", x, y)
-
-
-def _flatten(graph: Graph, x: str, start_dim: int = 1) -> str:
-    if start_dim != 1:
-        raise _unknown(f"flatten from dimension {start_dim}")
-    return graph.op("Flatten", x)
-
-
-def _mean(graph: Graph, x: str, dim: Any, keepdim: bool = False) -> str:
-    axes = graph.constant([dim] if isinstance(dim, int) else list(dim))
-    return graph.op("ReduceMean", x, axes, keepdims=int(keepdim))
-
-
-def _pool(graph: Graph, x: str, output_size: Any) -> str:
-    if _pair(output_size) != [1, 1]:
-        raise _unknown(f"adaptive_avg_pool2d to {output_size}")
-    return graph.op("GlobalAveragePool", x)
-
-
-def _pad(graph: Graph, x: str, pad: Any, mode: str = "constant", value: float = 0.0) -> str:
-    if mode != "constant" or len(pad) != 6:
-        raise _unknown(f"pad {pad} of mode {mode}")
-    left, right, top, bottom, before, after = pad  # last dimension first
-    sizes = [0, before, top, left, 0, after, bottom, right]
-    return graph.op("Pad", x, graph.constant(sizes), graph.constant(float(value or 0.0)))
-
-
-def _slice(graph: Graph, x: str, index: Any) -> str:
-    parts = index if isinstance(index, tuple) else (index,)
-    if not all(isinstance(p, slice) for p in parts):
-        raise _unknown(f"index {index}")
-    lists = (
-        [p.start or 0 for p in parts],
-        [FAR if p.stop is None else p.stop for p in parts],
-        list(range(len(parts))),
-        [p.step or 1 for p in parts],
-    )
-    return graph.op("Slice", x, *(graph.constant(v) for v in lists))
-
-
-CALLS: dict[Any, Callable[..., str]] = {
-    F.relu: _relu,
-    torch.relu: _relu,
-    "relu": _relu,
-    operator.add: _add,
-    operator.iadd: _add,
-    torch.add: _add,
-    "add": _add,
-    torch.flatten: _flatten,
-    "flatten": _flatten,
-    "mean": _mean,
-    torch.mean: _mean,
-    F.adaptive_avg_pool2d: _pool,
-    F.pad: _pad,
-    operator.getitem: _slice,
-}

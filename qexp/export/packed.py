@@ -215,14 +215,24 @@ def write(packed: Packed, path: Path) -> int:
 
 
 def to_bytes(packed: Packed) -> bytes:
-    """The packed file."""
+    """The packed file; of the same network the same bytes."""
     from safetensors.torch import save
 
     text = packed.header.to_json()
     tensors = {name: value.contiguous() for name, value in packed.tensors.items()}
     blob = save(tensors)
     digest = _digest(text, blob)
-    return save(tensors, metadata={"qexp": text, "sha256": digest})
+    return _ordered(save(tensors, metadata={"qexp": text, "sha256": digest}))
+
+
+def _ordered(blob: bytes) -> bytes:
+    """The same file with its JSON in one order: safetensors writes metadata in a random one."""
+    length = int.from_bytes(blob[:8], "little")
+    plain = json.loads(blob[8 : 8 + length])
+    metadata = dict(sorted(plain.pop("__metadata__").items()))
+    text = json.dumps({"__metadata__": metadata, **plain}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + blob[8 + length :]
 
 
 def _digest(text: str, blob: bytes) -> str:

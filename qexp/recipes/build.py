@@ -25,7 +25,7 @@ from qexp.models.load import load_tensors_
 from qexp.quant.convert import Bits, Swap, quantize_
 from qexp.quant.plan import Method
 from qexp.quant.trace import Layer, trace
-from qexp.recipes.absent import without_images
+from qexp.recipes.absent import check_class_names, without_images
 from qexp.recipes.signs import load_run_state, with_signs
 from qexp.runner.device import pick_device
 from qexp.runner.distributed import world
@@ -235,7 +235,7 @@ def load_run(
 
     Raises:
         ConfigError: no such folder or file.
-        CheckpointError: a damaged one.
+        CheckpointError: a damaged one, or of other classes than the data set's.
         DataError: images missing or damaged.
     """
     cfg = run_config(folder, area)
@@ -251,6 +251,7 @@ def load_run(
         if not imageless:
             raise
         dataset = without_images(cfg, state, error)
+    check_class_names(dataset, state, folder)
     model = restore(cfg, state, dataset, target)
     return model, dataset, cfg
 
