@@ -12,6 +12,7 @@ raised into one line and an exit code: 0 done, 1 the run failed, 2 bad command o
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -111,6 +112,9 @@ def _dispatch(argv: list[str]) -> int:
         return _completion(argv[1:])
     if argv[0] in TOOLS:
         return _tool(argv[0])(argv[1:])
+    if argv[1:2] in (["-h"], ["--help"]) and (names := _commands_below(argv[0])):
+        print("\n".join(f"usage: qexp {name} [key=value ...]" for name in names))
+        return 0
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a `_target_` may be the user's, in the folder he works in
     name, rest = command_of(argv)
@@ -146,18 +150,20 @@ def command_of(argv: Sequence[str]) -> tuple[str, list[str]]:
         if name in COMMANDS:
             return name, list(argv[words:])
     first = argv[0]
-    kinds = [name.split()[1] for name in COMMANDS if name.startswith(f"{first} ")]
-    if kinds:
-        given = argv[1] if len(argv) > 1 else ""
-        choices = " or ".join(f"qexp {first} {kind}" for kind in kinds)
-        if given in ("", "-h", "--help"):
+    if names := _commands_below(first):
+        choices = " or ".join(f"qexp {name}" for name in names)
+        if len(argv) == 1:
             raise ConfigError(f"qexp: say which: {choices}.")
-        raise ConfigError(f"qexp: unknown command '{first} {given}'. Use {choices}.")
-    known = [*dict.fromkeys(name.split()[0] for name in COMMANDS), *TOOLS]
-    hint = did_you_mean(first, known)
+        raise ConfigError(f"qexp: unknown command '{first} {argv[1]}'. Use {choices}.")
+    hint = did_you_mean(first, [*dict.fromkeys(n.split()[0] for n in COMMANDS), *TOOLS])
     if "=" in first:
         hint = f" Did you mean 'qexp train {shlex.join(argv)}'?"
     raise ConfigError(f"qexp: unknown command '{first}'.{hint or ' Run qexp for the list.'}")
+
+
+def _commands_below(word: str) -> list[str]:
+    """`bench train` and `bench inference` of `bench`; nothing of a whole command."""
+    return [name for name in COMMANDS if name.startswith(f"{word} ")]
 
 
 def run_task(name: str, argv: Sequence[str]) -> int:
@@ -247,8 +253,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[str
 
 
 def _is_dry(overrides: Sequence[str]) -> bool:
-    words = ("dry_run=true", "dry_run=1", "dry_run=yes")
-    return any(o.lstrip("+").lower() in words for o in overrides)
+    return any(re.fullmatch(r"\+*dry_run=(true|1|yes)", o, re.IGNORECASE) for o in overrides)
 
 
 def _tool(name: str) -> Callable[[list[str]], int]:

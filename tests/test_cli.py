@@ -39,6 +39,11 @@ def test_alone_it_lists_the_commands_and_two_examples(qexp: Qexp) -> None:
 
 
 def test_help_of_train_shows_groups_and_keys(qexp: Qexp) -> None:
+    said = qexp("bench", "--help")
+    assert said.code == 0
+    assert said.out.startswith(
+        "usage: qexp bench train [key=value ...]\nusage: qexp bench inference"
+    )
     said = qexp("train", "--help", "bits=3")
     assert said.code == 0
     assert "bitwidth: " in said.out

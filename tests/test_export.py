@@ -295,7 +295,7 @@ def test_an_unknown_quantizer_is_named() -> None:
 def test_only_models_may_be_named(target: str, tmp_path: Path) -> None:
     assert not allowed(target)
     packed = packed_of(network("lsq"))
-    with pytest.raises(CheckpointError, match="neither of qexp nor a classifier"):
+    with pytest.raises(ConfigError, match="neither of qexp nor a classifier"):
         restore(Packed(parse(changed(packed, target=target)), packed.tensors))
 
 

@@ -86,12 +86,12 @@ def restore(packed: Packed, *, trust: bool = False) -> nn.Module:
         trust: build a model from outside `qexp.models` and `torchvision.models` too.
 
     Raises:
-        CheckpointError: a model that is not allowed.
+        ConfigError: a model of somebody's own, without `trust`.
         FormatError: header and tensors do not make one network.
     """
     header = packed.header
     if not trust and not allowed(header.target):
-        raise CheckpointError(
+        raise ConfigError(
             f"export: the file names the model '{header.target[:80]}', which is neither of qexp "
             "nor a classifier of torchvision.models. If you trust it: trust=true"
         )
