@@ -21,7 +21,7 @@ from qexp.report.variants import ABSENT, QUANTIZED_ONLY, commonest, differences
 
 BUDGET = ("epochs", "images", "iterations")  # said of every protocol that has them
 # What a key stood for before results recorded it.
-BEFORE = {"act_sample": "stride"}
+BEFORE = {"act_sample": "stride", "augment": False}
 ALWAYS = ("lr", "amp", "act_sample")  # said where they differ; others only where out of the usual
 NAMED = 8  # keys of a heading; the table of differences has all
 SECTIONS = ("dataset", "recipe")  # of a config, what makes the protocol
