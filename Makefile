@@ -23,8 +23,9 @@ type: $(VENV)/.tested     ## types
 bench: $(VENV)/.installed ## cost of a training step against float
 	$(BIN)/qexp bench train
 
-table: $(VENV)/.installed ## rebuild the tables of README.md and docs/results.md from results/
+table: $(VENV)/.installed ## rebuild the tables and the figure of README.md and docs/results.md
 	$(BIN)/python scripts/make_tables.py
+	$(BIN)/python scripts/plot_results.py
 
 clean:           ## remove what was built; runs, data and results stay
 	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .hypothesis

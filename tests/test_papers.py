@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,29 @@ def test_make_tables_check_fails_until_the_readme_is_rebuilt(project: Path) -> N
     assert text.endswith("<!-- /table -->\nend\n")
     (project / "results/demo/b/result.json").unlink()
     assert script.main(["--check", "--root", str(project)]) == 1
+
+
+def test_the_figure_was_drawn_from_what_results_say() -> None:
+    assert _script("plot_results").main(["--check"]) == 0, "run: make table"
+
+
+def test_the_figure_is_drawn_anew_where_a_number_moved(tmp_path: Path) -> None:
+    script = _script("plot_results")
+    (tmp_path / "docs").mkdir()
+    for name in script.SHOWN:
+        shutil.copytree(ROOT / "results" / name, tmp_path / "results" / name)
+    assert script.main(["--check", "--root", str(tmp_path)]) == 1
+    assert script.main(["--root", str(tmp_path)]) == 0
+    assert script.main(["--check", "--root", str(tmp_path)]) == 0
+    path = tmp_path / "results/cifar10_qat_short/lsq-w4a4-s0/result.json"
+    result = json.loads(path.read_text())
+    path.write_text(json.dumps(result | {"top1": result["top1"] + 0.1}))
+    assert script.main(["--check", "--root", str(tmp_path)]) == 1
+    floats, dots = script.read(tmp_path)
+    (moved,) = (d for d in dots if (d.method, d.bits) == ("lsq", "W4A4"))
+    assert (moved.top1, moved.std, moved.n) == (round(result["top1"] + 0.1, 2), None, 1)
+    assert set(floats.values()) == {91.73}
+    assert len({(d.table, d.method, d.bits) for d in dots}) == len(dots)
 
 
 def test_links_lead_from_the_folder_of_the_page(project: Path) -> None:
