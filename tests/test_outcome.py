@@ -74,7 +74,10 @@ class Run:
 
     def scalar(self, *given: Any) -> None: ...
 
-    info = warn = scalar
+    warn = scalar
+
+    def info(self, line: str) -> None:
+        self.line = line
 
 
 def closed(run: Run, state: dict[str, Any], test: float, val: float | None, **made: Any) -> bool:
@@ -85,7 +88,14 @@ def closed(run: Run, state: dict[str, Any], test: float, val: float | None, **ma
     scores = (Score(test, 0.5, 1.0), None if val is None else Score(val, 0.5, 1.0))
     rates = torch.optim.SGD(network.model.parameters(), lr=0.1)
     still = SimpleNamespace(stuck=lambda model: [])
-    return outcome.log_epoch(run, network, state, rates, *scores, 3, still)  # type: ignore[arg-type]
+    return outcome.log_epoch(run, network, state, rates, *scores, 3, still, 1.5)  # type: ignore[arg-type]
+
+
+def test_the_time_left_is_that_of_the_epochs_left() -> None:
+    run = Run()
+    state: dict[str, Any] = {"history": [], "best": {"selected": -1.0, "top1": -1.0, "epoch": -1}}
+    closed(run, state | {"epoch": 1}, 50.0, None)
+    assert run.line.endswith("| eta 0:04")  # 1.5 epochs of 2 s and 1 s of scoring
 
 
 @pytest.mark.parametrize("held_out", [False, True])

@@ -63,8 +63,13 @@ def log_epoch(
     val: Score | None,
     epochs: int,
     movement: Movement,
+    left: float,
 ) -> bool:
     """Close an epoch: history, metrics.jsonl, TensorBoard, one line, warnings.
+
+    Args:
+        epochs: of the schedule.
+        left: epochs still to train; fewer than the schedule has where `max_steps` ends it.
 
     Returns whether it is the best epoch so far: on the validation split, else on test.
     """
@@ -90,7 +95,7 @@ def log_epoch(
     for key, value in row.items():
         if isinstance(value, float):
             run.scalar(key, value, epoch)
-    eta = minutes((epochs - epoch) * (state["train_s"] + state["test_s"]))
+    eta = minutes(left * (state["train_s"] + state["test_s"]))
     run.info(
         f"epoch {epoch:03d}/{epochs} | loss {row['loss']:.4f} | top-1 {test.top1:.2f} "
         f"(best {state['best']['top1']:.2f} @ {state['best']['epoch']:03d}) | "

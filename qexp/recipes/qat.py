@@ -156,7 +156,10 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
         val = _score(model, average, dataset, "val") if dataset.has_val else None
         state["test_s"] = time.perf_counter() - began
         state["epoch"] = epoch + 1
-        best = outcome.log_epoch(run, network, state, optimizer, test, val, s.epochs, movement)
+        left = max(0.0, steps / dataset.steps_per_epoch - state["epoch"])
+        best = outcome.log_epoch(
+            run, network, state, optimizer, test, val, s.epochs, movement, left
+        )
         if leads:
             log_quantizers(run, model, images[:OBSERVED_IMAGES], epoch + 1)
         state["step"] = 0
