@@ -83,6 +83,10 @@ class InPlace(nn.Module):
             y = nn.functional.relu(y, inplace=True) + y
         elif self.way == "alpha":
             y = torch.add(y, y, alpha=2)
+        elif self.way == "batch view":
+            return self.linear(y.view(8, y.size(0), -1).transpose(0, 1).mean(2))
+        elif self.way == "batch sum":
+            y = y.view(y.shape[0] * 1, 8, -1, 1)
         elif self.way.startswith("flatten"):
             return self.linear(self.flatten(y.mean((2, 3), keepdim=True)).flatten(1))
         elif self.way == "alone":
@@ -96,6 +100,8 @@ class InPlace(nn.Module):
         ("relu read again", "'relu' changes in place what 'conv' gave"),
         ("alpha", "format=onnx does not know .*alpha"),
         ("flatten rows", "format=onnx does not know flatten from dimension 1 to 2"),
+        ("batch view", "does not know a view with the batch behind the first dimension"),
+        ("batch sum", "format=onnx does not know .*mul"),
         ("flatten all", ""),
         ("alone", ""),
     ],
@@ -181,6 +187,7 @@ NETWORKS = {
     "mobilenet_v3_small": 64,
     "efficientnet_b0": 64,
     "regnet_y_400mf": 32,
+    "shufflenet_v2_x0_5": 32,
     "googlenet": 64,
 }
 
@@ -251,6 +258,34 @@ def test_pools_gates_and_joins_run() -> None:
     x = torch.randn(8, 3, 16, 16)
     model = Pools(5).eval()
     compared(model, x, f"{__name__}.Pools")
+
+
+class Sizes(nn.Module):
+    """Views, chunks and pools whose sizes come from the image, even and uneven."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.stem, self.next = nn.Conv2d(3, 7, 3, padding=1), nn.Conv2d(3, 6, 1)
+        self.uneven, self.larger = nn.AdaptiveAvgPool2d((3, 7)), nn.AdaptiveAvgPool2d(9)
+        self.last = nn.Conv2d(6, 4, 1)
+        self.linear = nn.Linear(4 * 9 * 9, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, middle, rest = torch.relu(self.stem(x)).chunk(3, -3)  # 3, 3 and 1 channels
+        x = self.next(first * rest + middle)
+        n, c, h, w = x.shape
+        x = self.last(torch.transpose(x.view(n, 2, c // 2, h, w), 1, 2).reshape((n, c, h, w)))
+        x = self.larger(self.uneven(x.contiguous()))
+        return self.linear(x.view(x.size(0), x.size(1) * 9 * 9))
+
+
+def test_sizes_of_the_image_become_constants_and_the_batch_stays_open() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 10, 16)
+    model = Sizes(5).eval()
+    packed = compared(model, x, f"{__name__}.Sizes")
+    with torch.no_grad():
+        torch.testing.assert_close(run(to_onnx(packed), x[:3]), model(x[:3]))
 
 
 def test_an_exported_run_scores_the_same_in_onnxruntime(

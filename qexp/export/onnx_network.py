@@ -7,17 +7,18 @@ The batch is dynamic, an image's size is the run's.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import onnx
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
 
 from qexp.errors import ConfigError
 from qexp.export import onnx_ops as ops
+from qexp.export import onnx_shapes as shapes
 from qexp.export.network import restore
 from qexp.export.onnx_graph import Graph
 from qexp.export.onnx_inputs import columns, quantized_input, window_of
@@ -52,7 +53,7 @@ class Writer:
         self.model = model
         self.traced = _Tracer().trace(model)
         self.graph = Graph()
-        self.values: dict[fx.Node, str] = {}
+        self.values: dict[fx.Node, Any] = {}  # sizes and chunks: tuples, numbers
         self.shapes: dict[fx.Node, list[int]] = {}  # of results, without N, once one was asked for
 
     def write(self) -> onnx.ModelProto:
@@ -84,10 +85,10 @@ class Writer:
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             return self._layer(name, module, x, node)
         if isinstance(module, nn.AdaptiveAvgPool2d):
-            return ops.adaptive_pool(graph, x, module.output_size, size=self.shape(node)[-2:])
+            return shapes.adaptive_pool(graph, x, module.output_size, size=self.shape(node))
         if type(module) in ops.MODULES:
             return ops.MODULES[type(module)](graph, module, x)
-        raise ops.unknown(type(module).__name__)
+        raise shapes.unknown(type(module).__name__)
 
     def _layer(self, name: str, module: Any, x: str, node: fx.Node) -> str:
         graph, entry = self.graph, self.entries.get(name)
@@ -124,21 +125,27 @@ class Writer:
         for part in name.split("."):
             value = getattr(value, part)
         if not isinstance(value, Tensor) or not value.is_floating_point():
-            raise ops.unknown(f"the attribute '{name}'")
+            raise shapes.unknown(f"the attribute '{name}'")
         return self.graph.constant(value, name)
 
-    def _call(self, node: fx.Node) -> str:
-        if node.target is F.adaptive_avg_pool2d:
-            emit = partial(ops.adaptive_pool, size=self.shape(node)[-2:])
-        elif (emit := ops.CALLS.get(node.target)) is None:
-            raise ops.unknown(str(getattr(node.target, "__name__", node.target)))
+    def _call(self, node: fx.Node) -> Any:
         args: Any = fx.map_arg(node.args, self._value)
         kwargs: Any = fx.map_arg(node.kwargs, self._value)
         _check_in_place(node)
+        target: Any = node.target
+        emit: Callable[..., Any]
+        if shapes.on_sizes(target, args):
+            emit = partial(shapes.computed, target)
+        elif target in shapes.CALLS:
+            emit = partial(shapes.CALLS[target], size=self.shape(node))
+        elif target in ops.CALLS:
+            emit = ops.CALLS[target]
+        else:
+            raise shapes.unknown(str(getattr(target, "__name__", target)))
         try:
             return emit(self.graph, *args, **kwargs)
         except TypeError as error:  # an argument that the operation is written without
-            raise ops.unknown(f"{node.format_node()}") from error
+            raise shapes.unknown(f"{node.format_node()}") from error
 
     def _value(self, node: fx.Node) -> Any:
         return self.values[node]

@@ -1,7 +1,7 @@
 """What the modules, functions and methods of float networks become in ONNX.
 
-Those of the CNNs of torchvision.models, beside the quantized layers (`onnx_network.py`). A size
-that depends on the image (adaptive pools) is that of `Header.input_shape`.
+Those of the CNNs of torchvision.models, beside the quantized layers (`onnx_network.py`) and what
+depends on a tensor's shape (`onnx_shapes.py`).
 """
 
 from __future__ import annotations
@@ -15,21 +15,11 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops.stochastic_depth import StochasticDepth, stochastic_depth
 
-from qexp.errors import ConfigError
 from qexp.export.onnx_graph import Graph
+from qexp.export.onnx_shapes import pair, unknown, view
 
 LOWEST = torch.finfo(torch.float32).min
 FAR = 2**31 - 1  # the end of a slice that has none
-
-
-def unknown(what: str) -> ConfigError:
-    """The error for what has no ONNX form here."""
-    return ConfigError(f"export: format=onnx does not know {what}. Use format=packed.")
-
-
-def pair(value: Any) -> list[int]:
-    """[height, width] of what torch takes as one number or two."""
-    return [value, value] if isinstance(value, int) else list(value)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -186,29 +176,12 @@ def _window(kernel: Any, stride: Any, padding: Any, ceil_mode: bool) -> dict[str
 def anchored(graph: Graph, x: str) -> str:
     """`x`, behind an operation that it stays behind.
 
-    onnxruntime moves a QuantizeLinear to before a pool or a permutation, and has neither for
+    onnxruntime moves a QuantizeLinear to before a pool, a permutation or a view, and has neither for
     4-bit integers: it then refuses the file.
     """
-    if not x.startswith(("maxpool_", "transpose_", "slice_")):
+    if not x.startswith(("maxpool_", "transpose_", "slice_", "reshape_")):
         return x
     return graph.op("Max", x, graph.constant(LOWEST))
-
-
-def adaptive_pool(graph: Graph, x: str, output_size: Any, *, size: Sequence[int]) -> str:
-    """An adaptive average pool of planes [..., H, W] of `size`.
-
-    Raises:
-        ConfigError: windows of several sizes.
-    """
-    wanted = [n if w is None else w for n, w in zip(size, pair(output_size), strict=True)]
-    if wanted == [1, 1]:
-        return graph.op("GlobalAveragePool", x)
-    if wanted == list(size):
-        return x
-    if any(n % w for n, w in zip(size, wanted, strict=True)):
-        raise unknown(f"adaptive_avg_pool2d from {list(size)} to {wanted}")
-    kernel = [n // w for n, w in zip(size, wanted, strict=True)]
-    return graph.op("AveragePool", x, kernel_shape=kernel, strides=kernel)
 
 
 def _layer_norm(
@@ -287,6 +260,10 @@ CALLS: dict[Any, Callable[..., str]] = {
     "flatten": _flatten,
     torch.permute: _permute,
     "permute": _permute,
+    torch.reshape: view,
+    "reshape": view,
+    "view": view,
+    "contiguous": lambda graph, x: x,
     torch.cat: _cat,
     "mean": _mean,
     torch.mean: _mean,
