@@ -196,7 +196,8 @@ NETWORKS = {
 def test_networks_of_torchvision_run(name: str) -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 3, NETWORKS[name], NETWORKS[name])
-    keywords = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
+    google = {"aux_logits": False, "init_weights": False, "transform_input": True}
+    keywords = google if name == "googlenet" else {}
     model = settled(getattr(torchvision.models, name)(num_classes=5, **keywords), x)
     compared(model, x, f"torchvision.models.{name}", **keywords)
 
@@ -268,6 +269,7 @@ class Sizes(nn.Module):
         self.stem, self.next = nn.Conv2d(3, 7, 3, padding=1), nn.Conv2d(3, 6, 1)
         self.uneven, self.larger = nn.AdaptiveAvgPool2d((3, 7)), nn.AdaptiveAvgPool2d(9)
         self.last = nn.Conv2d(6, 4, 1)
+        self.row, self.column = nn.Linear(9, 9), nn.Conv2d(4, 4, 1)
         self.linear = nn.Linear(4 * 9 * 9, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -276,6 +278,7 @@ class Sizes(nn.Module):
         n, c, h, w = x.shape
         x = self.last(torch.transpose(x.view(n, 2, c // 2, h, w), 1, 2).reshape((n, c, h, w)))
         x = self.larger(self.uneven(x.contiguous()))
+        x = x + self.row(x[:, :, -1]).unsqueeze(2) + self.column(x[:, :, :, 2].unsqueeze(-1))
         return self.linear(x.view(x.size(0), x.size(1) * 9 * 9))
 
 

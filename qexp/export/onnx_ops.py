@@ -116,15 +116,23 @@ def _pad(graph: Graph, x: str, pad: Any, mode: str = "constant", value: float = 
 
 def _slice(graph: Graph, x: str, index: Any) -> str:
     parts = index if isinstance(index, tuple) else (index,)
-    if not all(isinstance(p, slice) for p in parts):
+    whole = [type(p) is int for p in parts]
+    if whole[0] or not all(w or isinstance(p, slice) for w, p in zip(whole, parts, strict=True)):
         raise unknown(f"index {index}")
+    parts = [slice(p, p + 1 or FAR) if w else p for w, p in zip(whole, parts, strict=True)]
     lists = (
         [p.start or 0 for p in parts],
         [FAR if p.stop is None else p.stop for p in parts],
         list(range(len(parts))),
         [p.step or 1 for p in parts],
     )
-    return graph.op("Slice", x, *(graph.constant(v) for v in lists))
+    x = graph.op("Slice", x, *(graph.constant(v) for v in lists))
+    axes = [axis for axis, w in enumerate(whole) if w]
+    return graph.op("Squeeze", x, graph.constant(axes)) if axes else x
+
+
+def _unsqueeze(graph: Graph, x: str, dim: int) -> str:
+    return graph.op("Unsqueeze", x, graph.constant([dim]))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -176,10 +184,10 @@ def _window(kernel: Any, stride: Any, padding: Any, ceil_mode: bool) -> dict[str
 def anchored(graph: Graph, x: str) -> str:
     """`x`, behind an operation that it stays behind.
 
-    onnxruntime moves a QuantizeLinear to before a pool, a permutation or a view, and has neither for
+    onnxruntime moves a QuantizeLinear to before a pool or a permutation, and has neither for
     4-bit integers: it then refuses the file.
     """
-    if not x.startswith(("maxpool_", "transpose_", "slice_", "reshape_")):
+    if not x.startswith(("maxpool_", "transpose_", "slice_")):
         return x
     return graph.op("Max", x, graph.constant(LOWEST))
 
@@ -272,4 +280,6 @@ CALLS: dict[Any, Callable[..., str]] = {
     F.layer_norm: _layer_norm,
     F.pad: _pad,
     operator.getitem: _slice,
+    torch.unsqueeze: _unsqueeze,
+    "unsqueeze": _unsqueeze,
 }
