@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qexp.errors import CheckpointError
 from qexp.models.digest import network_sha256
-from qexp.models.load import load_state, load_weights
+from qexp.models.load import check_weights, load_state, load_weights
 from qexp.models.resnet import ResNet
 from qexp.recipes.optimize import WeightAverage
 
@@ -201,3 +201,32 @@ def test_weights_in_the_hub_cache_load_without_network(
     torch.save(source.state_dict(), tmp_path / "checkpoints" / "resnet18-f37072fd.pth")
     load_weights(target, RESNET18, name)
     assert torch.equal(source.weight, target.weight)
+
+
+def test_heads_that_a_network_is_built_without_are_left_in_the_file(tmp_path: Path) -> None:
+    def google(aux_logits: bool) -> nn.Module:
+        return torchvision.models.googlenet(
+            num_classes=3, aux_logits=aux_logits, init_weights=False
+        )
+
+    whole, bare = google(True), google(False)
+    torch.save(whole.state_dict(), tmp_path / "float.pt")
+    load_state(bare, tmp_path / "float.pt")
+    kept = copy_of(whole)
+    assert all(torch.equal(value, kept[name]) for name, value in bare.state_dict().items())
+    torch.save(bare.state_dict(), tmp_path / "bare.pt")
+    assert "18 missing (aux1.conv.conv.weight, " in fails(whole, tmp_path / "bare.pt")
+    torch.save({**bare.state_dict(), "aux3.weight": torch.ones(1)}, tmp_path / "more.pt")
+    assert "1 unexpected (aux3.weight)" in fails(bare, tmp_path / "more.pt")
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_published_weights_that_scale_images_anew_need_a_network_that_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    target = f"torchvision.models.{name}"
+    build = getattr(torchvision.models, name)
+    with pytest.raises(CheckpointError, match=r"\+model\.transform_input=true"):
+        check_weights(build(init_weights=False), target, "IMAGENET1K_V1")
+    check_weights(build(init_weights=False, transform_input=True), target, "IMAGENET1K_V1")

@@ -425,7 +425,7 @@ def test_weights_that_stay_in_float_are_said(qexp: Qexp, tmp_path: Path) -> None
         "+model.inner=true",
     )
     words = [*(w for w in TINY if not w.startswith("model")), *own, "quantizer=lsq"]
-    line = "16 weights are in no convolution (2-D) or linear layer: they stay in float"
+    line = "16 weights are in no convolution (2-D) or linear layer that evaluation calls"
     assert line in qexp("train", *words, "dry_run=true").out
     said = qexp("train", *words, "recipe.epochs=1", "model.checkpoint=none", "folder=run")
     assert said.code == 0, said.err

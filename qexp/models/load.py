@@ -2,7 +2,8 @@
 
 A file may hold a plain state dict, or one under `state_dict` or `model`, with or without the
 `module.` prefix that DataParallel leaves. It is read with `weights_only=True`, so a checkpoint
-cannot run code. Nothing is copied into the model unless every key and shape fits.
+cannot run code. Nothing is copied into the model unless every key and shape fits; parts that the
+model is built without, and says so with None in their place, are left in the file.
 """
 
 from __future__ import annotations
@@ -87,6 +88,11 @@ def check_weights(model: nn.Module, target: str, checkpoint: str) -> None:
                 f"checkpoint: {checkpoint} has {classes} classes, dataset has {len(head)}. Use "
                 "the data set it was trained on, or model.checkpoint=auto."
             )
+        if getattr(model, "transform_input", None) is False:
+            raise CheckpointError(
+                f"checkpoint: {checkpoint} takes images scaled in another way, which this network "
+                "does itself with +model.transform_input=true. Set it."
+            )
         if not path.is_file():
             return
     fitting_state(model, path)
@@ -94,7 +100,7 @@ def check_weights(model: nn.Module, target: str, checkpoint: str) -> None:
 
 def fitting_state(model: nn.Module, path: Path) -> dict[str, Tensor]:
     """The state dict in a file, once every key, shape and value of it can be loaded."""
-    state = read_state(path)
+    state = _without_absent_parts(model, read_state(path))
     if difference := describe_difference(model, state):
         raise CheckpointError(f"checkpoint: {path} does not fit the model: {difference}")
     diverged = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
@@ -104,6 +110,15 @@ def fitting_state(model: nn.Module, path: Path) -> dict[str, Tensor]:
             f"{', ...' if len(diverged) > 3 else ''}). Give one from before its training diverged."
         )
     return state
+
+
+def _without_absent_parts(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`state` without modules that `model` has as None: torchvision's heads of aux_logits=false."""
+    return {
+        name: tensor
+        for name, tensor in state.items()
+        if "." not in name or getattr(model, name.partition(".")[0], model) is not None
+    }
 
 
 def read_state(path: Path) -> dict[str, Tensor]:

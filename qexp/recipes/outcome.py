@@ -49,8 +49,8 @@ def stay_in_float(others: Mapping[str, int]) -> str:
     """One line about the weights (number by name) that quantization does not reach."""
     names = ", ".join([*others][:4]) + (", ..." if len(others) > 4 else "")
     return (
-        f"{sum(others.values()):,} weights are in no convolution (2-D) or linear layer: they stay "
-        f"in float, and MACs and BOPs leave them out: {names}"
+        f"{sum(others.values()):,} weights are in no convolution (2-D) or linear layer that "
+        f"evaluation calls: they stay in float, and MACs and BOPs leave them out: {names}"
     )
 
 
