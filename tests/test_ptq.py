@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -496,3 +497,24 @@ def test_widths_that_change_while_training_are_refused(tmp_path: Path) -> None:
     cfg = tiny(tmp_path, "quantizer=qdrop", "bitwidth=progressive", "model.checkpoint=none")
     with pytest.raises(ConfigError, match="bitwidth=progressive changes widths while training"):
         quantized(cfg)
+
+
+class NormFirst(torch.nn.Sequential):
+    """DenseNet's order: each batch norm before its convolution."""
+
+    def __init__(self, num_classes: int) -> None:
+        kinds = (torch.nn.BatchNorm2d(3), torch.nn.Conv2d(3, 3, 1), torch.nn.ReLU())
+        stages = [copy.deepcopy(module) for _ in range(6) for module in kinds]
+        last = torch.nn.Linear(3, num_classes)
+        super().__init__(*stages, torch.nn.MaxPool2d(8), torch.nn.Flatten(), last)
+
+
+def test_batch_norms_that_stay_are_one_line_a_reason(tmp_path: Path) -> None:
+    cfg = tiny(tmp_path, "quantizer=nearest")
+    with open_dict(cfg):
+        cfg.model = {"name": "own", "_target_": "test_ptq.NormFirst", "checkpoint": None}
+    _, folder = quantized(cfg)
+    log = (folder / "train.log").read_text()
+    assert "folded 0 of 6 batch norms" in log
+    assert log.count("its input is not a convolution") == 1
+    assert "6 of 6 batch norms not folded (its input is not a convolution): 0, " in log

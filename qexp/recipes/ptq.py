@@ -166,10 +166,15 @@ def _fold(model: nn.Module, images: Tensor, run: Run) -> float:
             f"run: folding batch norms changed the logits by {error:.0e} of the largest. "
             "Please report the model; recipe=qat trains it without folding."
         )
-    kept = [f for f in folds if f.conv is None]
-    run.info(f"folded {len(folds) - len(kept)} of {len(folds)} batch norms (error {error:.1e})")
-    for fold in kept:
-        run.warn(f"batch norm '{fold.norm}' is not folded: {fold.note}")
+    done = sum(fold.conv is not None for fold in folds)
+    run.info(f"folded {done} of {len(folds)} batch norms (error {error:.1e})")
+    kept: dict[str, list[str]] = {}
+    for fold in folds:
+        if fold.conv is None:
+            kept.setdefault(fold.note, []).append(fold.norm)
+    for note, norms in kept.items():
+        names = ", ".join(norms[:4]) + (", ..." if len(norms) > 4 else "")
+        run.warn(f"{len(norms)} of {len(folds)} batch norms not folded ({note}): {names}")
     return error
 
 
