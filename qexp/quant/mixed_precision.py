@@ -48,7 +48,8 @@ class Sensitivity:
         candidates: weight bits to choose from.
         metric: `hutchinson`, `fisher`, `loss`, or `size` (needs no data).
         allocation: `ilp`, `greedy`, or the controls `random` and `uniform`.
-        tie: give a shortcut's convolution the bits of its block's first one.
+        tie: give a shortcut's convolution (`allocate.SHORTCUT`: named shortcut, downsample or
+            proj) the bits of its block's first one.
         act: `same` as the weights, or fixed activation bits.
         first_last: rule of the first and last layer; `same` allocates them too.
         seed: of the probes and of the random allocation.
