@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from qexp.engine import integer_network
-from qexp.errors import CheckpointError
+from qexp.errors import CheckpointError, ConfigError
 from qexp.export.header import FormatError
 from qexp.export.network import restore
 from qexp.export.packed import pack_network, read, write
@@ -125,7 +125,7 @@ def mutate_meaning(blob: bytes, dice: random.Random) -> bytes:
 
 
 def load(path: Path) -> bool:
-    """Whether the file is accepted; any error but the two that refuse it passes through."""
+    """Whether the file is accepted; any error but those that refuse it passes through."""
     try:
         packed = read(path)
         for model in (restore(packed), integer_network(packed)):
@@ -133,6 +133,8 @@ def load(path: Path) -> bool:
                 model(torch.zeros(1, *SHAPE))
     except (CheckpointError, FormatError) as error:
         return "\n" in str(error)  # refused, but not in one line
+    except ConfigError as error:  # a model that the user has not trusted, and nothing else
+        return "If you trust it: trust=true" not in str(error)
     return True
 
 
