@@ -61,7 +61,7 @@ def legend(figure: Figure, *entries: tuple[Any, str, str]) -> None:
     for style, color, label in entries:
         if style == "fill":
             handles.append(Patch(color=color, alpha=0.5, label=label))
-        elif style in ("^", "|"):
+        elif style in ("^", "|", "o"):
             handles.append(Line2D([], [], color=color, marker=style, linestyle="", label=label))
         else:
             handles.append(Line2D([], [], color=color, linestyle=style, label=label))

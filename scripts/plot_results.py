@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from qexp.figure import BLUE, GREY, ORANGE, RED, panels, save
+from qexp.figure import BLUE, GREY, ORANGE, RED, legend, panels, save
 from qexp.report.runs import read_runs
 from qexp.report.tables import make_tables
 
@@ -123,20 +123,10 @@ def draw(path: Path, floats: dict[str, float], dots: Sequence[Dot]) -> None:
         axis.set_axisbelow(True)
         axis.set_xlabel("top-1, percent")
         axis.set_title(words, fontsize=8)
-    from matplotlib.lines import Line2D
-
-    handles = [
-        Line2D([], [], color=c, marker="o", linestyle="", label=b) for b, c in WIDTHS.items()
-    ]
-    handles += [
-        Line2D(
-            [], [], color=GREY, marker="o", markerfacecolor="white", linestyle="", label="one seed"
-        ),
-        Line2D([], [], color=GREY, linestyle="--", linewidth=0.8, label="float start"),
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+    entries = [("o", color, bits) for bits, color in WIDTHS.items()]
+    legend(figure, *entries, ("--", GREY, "float start"))
     title = "CIFAR-10, ResNet-20: mean and deviation over seeds, last epoch"
-    note = "Rows stand in the order of W2A2; single seeds less than a point apart are not ranked."
+    note = "Open circles are one seed: less than a point apart, they are not ranked."
     save(figure, path, title, note, metadata={POINTS: text_of(floats, dots)})
 
 

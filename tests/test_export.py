@@ -24,6 +24,7 @@ from qexp.engine.network import integer_network
 from qexp.errors import CheckpointError, ConfigError, DataError
 from qexp.export import bits
 from qexp.export.coding import CODERS, decode, encode
+from qexp.export.command import _named_dataset
 from qexp.export.header import FormatError, parse
 from qexp.export.network import allowed, restore
 from qexp.export.packed import Packed, pack_network, read, to_bytes, write
@@ -636,7 +637,7 @@ def test_images_are_asked_for_where_neither_checkpoint_nor_class_know_the_sizes(
 PHOTOS = ("a", "b", "c", "d")
 
 
-def _photos(run_folder: Path, root: Path, names: tuple[str, ...] = PHOTOS) -> None:
+def _photos(run_folder: Path, root: Path) -> None:
     """A run that was trained on photographs of these classes, which lie in `root`."""
     from test_image_folder import write_folder
 
@@ -644,7 +645,7 @@ def _photos(run_folder: Path, root: Path, names: tuple[str, ...] = PHOTOS) -> No
     _on_images(run_folder, root, **SMALL)
     for name in ("last.pt", "best.pt"):
         state = checkpoint.load(run_folder / name)
-        state["sizes"]["class_names"] = list(names)
+        state["sizes"]["class_names"] = list(PHOTOS)
         checkpoint.save(run_folder / name, state)
 
 
@@ -684,7 +685,19 @@ def test_labels_of_other_classes_are_not_scored(
     assert qexp("export", f"run={run_folder}").err.startswith("checkpoint: ")
 
 
-def test_a_resize_of_its_own_is_the_files(qexp: Qexp, run_folder: Path, tmp_path: Path) -> None:
+def test_a_file_alone_is_scored_on_images_cut_as_it_says(tmp_path: Path) -> None:
+    from test_image_folder import write_folder
+
+    write_folder(tmp_path)
+    data = {"name": "imagefolder", "mean": [0.5] * 3, "std": [0.25] * 3, "resize": 300}
+    assert _named_dataset(data, torch.device("cpu"), str(tmp_path)).resize == 300
+    del data["resize"]
+    assert _named_dataset(data, torch.device("cpu"), str(tmp_path)).resize == 256
+
+
+def test_a_run_of_another_resize_does_not_score_a_file(
+    qexp: Qexp, run_folder: Path, tmp_path: Path
+) -> None:
     _photos(run_folder, tmp_path / "photos")
     assert qexp("export", f"run={run_folder}").code == 0
     alone = ("eval", f"checkpoint={run_folder}/model.safetensors", "device=cpu")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,11 +32,13 @@ class CIFAR10(InMemory):
 
         kind = getattr(datasets, type(self).__name__)
         parts = read_torchvision(kind, self.title, self.root, self.download, kind.base_folder)
-        images: list[Tensor] = []
-        for part in parts:  # data [N, 32, 32, 3]
-            pixels = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
-            images += [pixels, torch.tensor(part.targets)]
-        return Images(*images, classes=tuple(parts[0].classes))  # type: ignore[misc]
+        train, test = parts
+        return Images(*_tensors(train), *_tensors(test), tuple(train.classes))
+
+
+def _tensors(part: Any) -> tuple[Tensor, Tensor]:
+    pixels = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()  # data [N, 32, 32, 3]
+    return pixels, torch.tensor(part.targets)
 
 
 @dataclass(kw_only=True)

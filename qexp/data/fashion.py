@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -55,10 +55,11 @@ class FashionMNIST(InMemory):
     def read(self) -> Images:
         from torchvision import datasets
 
-        parts = read_torchvision(
+        train, test = read_torchvision(
             datasets.FashionMNIST, "Fashion-MNIST", self.root, self.download, "FashionMNIST/raw"
         )
-        images: list[Tensor] = []
-        for part in parts:
-            images += [part.data[:, None], part.targets.long()]
-        return Images(*images, classes=CLASSES)  # type: ignore[misc]
+        return Images(*_tensors(train), *_tensors(test), CLASSES)
+
+
+def _tensors(part: Any) -> tuple[Tensor, Tensor]:
+    return part.data[:, None], part.targets.long()

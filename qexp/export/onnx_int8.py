@@ -110,7 +110,7 @@ class _Writer(Writer):
         known = entry.weight is not None and entry.input is not None
         quantizer = module.act_quantizer
         uniform = not (isinstance(quantizer, APoTActivation) or hasattr(quantizer, "offset"))
-        rows = not isinstance(module, nn.Linear) or len(self.shape(node)) == 1  # Gemm has no more
+        rows = isinstance(module, QuantConv2d) or len(self.shape(node)) == 1  # Gemm has no more
         return known and uniform and rows and quantizer.bits <= 8
 
     def _chain(self, node: fx.Node) -> Chain:
@@ -188,8 +188,7 @@ class _Writer(Writer):
         found = {}
         for node, values in seen.items():
             signed = needed[node].relu is None or per_sample(node)
-            low, high = (-128, 127) if signed else (0, 255)
-            step = mse_scale(torch.cat(values), low, high)
+            step = mse_scale(torch.cat(values), *((-128, 127) if signed else (0, 255)))
             found[node] = step.clamp_max(RELU6 / 255) if needed[node].six else step
         return found
 
@@ -198,6 +197,7 @@ class _Writer(Writer):
         return isinstance(q, ASQ) and q.factor != "frozen" and q.dequantize == "scaled"
 
     # -----------------------------------------------------------------------------------------
+    # Writing
 
     def module(self, node: fx.Node) -> str:
         """What a module makes of its input; a chain is written at its layer."""

@@ -201,7 +201,7 @@ def _layer_norm(
     return graph.op("LayerNormalization", *operands, axis=axis, epsilon=eps)
 
 
-def batch_norm(graph: Graph, norm: Any, x: str) -> str:
+def _batch_norm(graph: Graph, norm: Any, x: str) -> str:
     """A packed batch norm: a product and a sum per channel."""
     gain, bias = (t.reshape(-1, 1, 1) for t in (norm.weight, norm.bias))
     return graph.op("Add", graph.op("Mul", x, graph.constant(gain)), graph.constant(bias))
@@ -223,7 +223,7 @@ def _avg_pool_of(graph: Graph, m: nn.AvgPool2d, x: str) -> str:
 
 
 MODULES: dict[type[nn.Module], Callable[[Graph, Any, str], str]] = {
-    nn.BatchNorm2d: batch_norm,
+    nn.BatchNorm2d: _batch_norm,
     nn.LayerNorm: _norm,
     nn.Identity: lambda graph, m, x: x,
     nn.Dropout: lambda graph, m, x: x,

@@ -220,19 +220,13 @@ def to_bytes(packed: Packed) -> bytes:
 
     text = packed.header.to_json()
     tensors = {name: value.contiguous() for name, value in packed.tensors.items()}
-    blob = save(tensors)
-    digest = _digest(text, blob)
-    return _ordered(save(tensors, metadata={"qexp": text, "sha256": digest}))
-
-
-def _ordered(blob: bytes) -> bytes:
-    """The same file with its JSON in one order: safetensors writes metadata in a random one."""
+    blob = save(tensors)  # would write metadata in a random order
     length = int.from_bytes(blob[:8], "little")
-    plain = json.loads(blob[8 : 8 + length])
-    metadata = dict(sorted(plain.pop("__metadata__").items()))
-    text = json.dumps({"__metadata__": metadata, **plain}, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
-    return len(text).to_bytes(8, "little") + text + blob[8 + length :]
+    metadata = {"qexp": text, "sha256": _digest(text, blob)}
+    plain = {"__metadata__": metadata, **json.loads(blob[8 : 8 + length])}
+    names = json.dumps(plain, separators=(",", ":")).encode()
+    names += b" " * (-len(names) % 8)  # the tensors begin at a multiple of 8
+    return len(names).to_bytes(8, "little") + names + blob[8 + length :]
 
 
 def _digest(text: str, blob: bytes) -> str:
