@@ -307,6 +307,26 @@ def test_autocast_leaves_the_adapter_in_float32() -> None:
     assert torch.equal(inside, q.factors(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_the_means_is_the_same_in_either_memory_order(dtype: torch.dtype) -> None:
+    quantizer = ASQ(4, signed=False, shape=(16, 3, 3)).train()
+    x = torch.randn(4, 16, 5, 5).relu().to(dtype)
+    upstream = torch.randn(4, 16, 5, 5).to(dtype)
+    quantizer.calibrate(x)
+    assert quantizer.adapter is not None
+    nn.init.normal_(quantizer.adapter[-1].weight)
+    gradients = []
+    for order in (torch.contiguous_format, torch.channels_last):
+        leaf = x.clone(memory_format=order).requires_grad_()
+        quantizer(leaf).backward(upstream.clone(memory_format=order))
+        assert leaf.grad is not None
+        assert leaf.grad.is_contiguous(memory_format=order)
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(gradients[1], gradients[0])
+    clipped = quantizer.codes(x) == 15
+    assert gradients[0][clipped].abs().max() > 0  # where only the adapter's path is left
+
+
 @pytest.mark.parametrize(
     ("own", "message"),
     [

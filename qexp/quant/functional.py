@@ -124,7 +124,7 @@ def scale_grad(x: Tensor, g: float) -> Tensor:
     return _ScaleGrad.apply(x, g)  # type: ignore[return-value]
 
 
-def _is_channels_last(x: Tensor) -> bool:
+def is_channels_last(x: Tensor) -> bool:
     return (
         x.dim() == 4
         and not x.is_contiguous()
@@ -134,7 +134,7 @@ def _is_channels_last(x: Tensor) -> bool:
 
 def as_rows(x: Tensor, rows: int) -> Tensor:
     """View `x` [N, ...] as [rows, elements] in memory order; `rows` is 1 or N."""
-    if _is_channels_last(x):
+    if is_channels_last(x):
         x = x.permute(0, 2, 3, 1)  # [N, C, H, W] -> [N, H, W, C], contiguous
     return x.reshape(rows, -1)
 
@@ -143,7 +143,7 @@ def from_rows(y: Tensor, like: Tensor) -> Tensor:
     """Undo `as_rows`: [rows, elements] -> the shape and memory format of `like`."""
     if y.shape == like.shape:
         return y
-    if _is_channels_last(like):
+    if is_channels_last(like):
         n, c, h, w = like.shape
         return y.reshape(n, h, w, c).permute(0, 3, 1, 2)
     return y.reshape(like.shape)
@@ -165,7 +165,7 @@ def in_order_of(grad: Tensor, x: Tensor) -> Tensor:
     """`grad` in the order in which `as_rows` takes `x`: a gradient may arrive in another one."""
     if torch.compiler.is_compiling() or grad.stride() == x.stride():
         return grad  # the compiler sees to it
-    if _is_channels_last(x):
+    if is_channels_last(x):
         return grad.contiguous(memory_format=torch.channels_last)
     return grad.contiguous()  # also where x is a part of a channels-last tensor: as_rows copies it
 
