@@ -7,7 +7,8 @@ A table lies between `<!-- table:NAME -->` and `<!-- /table -->` and shows the r
 `results/NAME/`: a row a method, a column a bit-width, one table a protocol. With `full` after the
 name it has the columns of `qexp report` instead. `results/NAME/command.txt` holds the command that
 made the runs. Every number links to its run's folder; what was not run says `missing`, mixed widths
-that were not `n/a`.
+that were not `n/a`. With `against METHOD` after the name it shows the differences from that row, as
+`qexp report --against`, where two seeds or more have both.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from qexp.errors import QexpError
+from qexp.report import against
 from qexp.report.cells import cited, show
 from qexp.report.markdown import markdown, markdown_row
 from qexp.report.papers import Paper, read_papers
@@ -30,7 +32,8 @@ from qexp.report.runs import read_runs
 from qexp.report.tables import make_tables
 
 MARK = re.compile(
-    r"<!-- table:(?P<name>[\w./-]+)(?P<full> full)? -->\n.*?<!-- /table -->", re.DOTALL
+    r"<!-- table:(?P<name>[\w./-]+)(?P<form> full| against \S+)? -->\n.*?<!-- /table -->",
+    re.DOTALL,
 )
 # Of the protocol, what a reader of the README needs; its hash stands for all of it.
 TOLD = ("recipe", "epochs", "batch_size", "optimizer", "lr", "schedule", "amp", "images",
@@ -78,22 +81,23 @@ def rebuild(text: str, root: Path, start: Path | None = None) -> str:
     papers = read_papers(root / "results" / "papers.csv")
 
     def table(match: re.Match[str]) -> str:
-        body = render(root, match["name"], papers, start or root, full=bool(match["full"]))
-        full = match["full"] or ""
-        return f"<!-- table:{match['name']}{full} -->\n{body}\n<!-- /table -->"
+        form = match["form"] or ""
+        body = render(root, match["name"], papers, start or root, form.strip())
+        return f"<!-- table:{match['name']}{form} -->\n{body}\n<!-- /table -->"
 
     return MARK.sub(table, text)
 
 
-def render(
-    root: Path, name: str, papers: Sequence[Paper], start: Path, *, full: bool = False
-) -> str:
-    """The Markdown of one marked table."""
+def render(root: Path, name: str, papers: Sequence[Paper], start: Path, form: str = "") -> str:
+    """The Markdown of one marked table; `form` is empty, `full`, or `against METHOD`."""
     folder = root / "results" / name
-    runs = read_runs([folder])
-    if full:
-        return markdown(make_tables(runs, papers)).strip()
-    tables = make_tables(runs, papers)
+    tables = make_tables(read_runs([folder]), papers)
+    if form == "full":
+        return markdown(tables).strip()
+    if form:
+        base = form.partition(" ")[2]
+        against.check_known(tables, base)
+        return "\n\n".join(found for table in tables if (found := seed_by_seed(table, base)))
     apart = [key for key in varying(tables) if key not in (*TOLD, "act_sample")]
     parts = [pivot(table, start, apart) for table in tables]
     command = folder / "command.txt"
@@ -130,6 +134,16 @@ def pivot(table: Table, start: Path, apart: Sequence[str] = ()) -> str:
     if len(table.commits) > 1:
         lines += ["", f"Code at {len(table.commits)} commits: {', '.join(table.commits)}."]
     return "\n".join(lines)
+
+
+def seed_by_seed(table: Table, base: str) -> str:
+    """The differences from row `base` that have an interval; empty where none has."""
+    made = [c for c in against.compare(table, base) if c.interval]
+    if not made:
+        return ""
+    note = f"**{table.subject}**, protocol `{table.protocol_hash}`, against {base}. {against.NOTE}"
+    columns = [markdown_row(against.COLUMNS), "|" + " --- |" * len(against.COLUMNS)]
+    return "\n".join([note, "", *columns, *(markdown_row(against.cells(c)) for c in made)])
 
 
 def flagged(rows: Sequence[Row]) -> str:

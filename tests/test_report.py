@@ -603,7 +603,7 @@ def test_no_runs_says_how_to_train_one(tmp_path, monkeypatch) -> None:
         (
             ["fromat=md"],
             "report: 'fromat=md' is no folder. Options of report begin with two dashes: "
-            "--out, --format, --group, --papers. Did you mean 'format'?",
+            "--out, --format, --group, --against, --papers. Did you mean 'format'?",
         ),
         (["--group", "modle"], "report: cannot group by 'modle'."),
         (["--papers", "none.csv"], "report: no file 'none.csv'."),

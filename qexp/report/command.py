@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qexp.errors import ConfigError, RunError, did_you_mean
+from qexp.report import against
 from qexp.report.cells import selected_on
 from qexp.report.markdown import markdown
 from qexp.report.papers import find_papers
@@ -24,12 +25,13 @@ from qexp.report.runs import read_runs
 from qexp.report.tables import GROUPS, make_tables
 from qexp.runner.atomic import write_bytes
 
-OPTIONS = ("out", "format", "group", "papers")
+OPTIONS = ("out", "format", "group", "against", "papers")
 FORMATS = ("md", "csv", "html")
 EXAMPLES = """\
 examples:
   qexp report                                          runs under 'outputs' as Markdown
   qexp report results/cifar10_qat_short --out t.html   one page with figures
+  qexp report results/cifar10_qat_short --against lsq  differences seed by seed, with intervals
   qexp report --group dataset,model                    all protocols in one table, flagged
 """
 
@@ -47,13 +49,15 @@ def main(argv: list[str]) -> int:
             f"report: no runs under '{where}'. Train one with: qexp train quantizer=lsq bits=4."
         )
     tables = make_tables(runs, find_papers(Path(given.papers) if given.papers else None), by)
+    if given.against is not None:
+        against.check_known(tables, given.against)
     form = given.format or _format_of(given.out)
     if form == "html":
         from qexp.report.html import page
 
-        text = page(tables, Path(given.out).parent if given.out else Path())
+        text = page(tables, Path(given.out).parent if given.out else Path(), given.against)
     else:
-        text = {"md": markdown, "csv": to_csv}[form](tables)
+        text = {"md": markdown, "csv": to_csv}[form](tables, given.against)
     _deliver(text, given.out)
     return 0
 
@@ -71,6 +75,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--group", default="dataset,model,protocol", metavar="KEYS",
         help=f"one table per value of these, comma-separated: {', '.join(GROUPS)}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--against", metavar="METHOD",
+        help="compare each row with this one at its bits, seed by seed",
     )  # fmt: skip
     parser.add_argument("--papers", metavar="FILE", help="published numbers (default: shipped)")
     return parser
@@ -125,10 +133,19 @@ def _deliver(text: str, out: str | None) -> None:
         ) from error
 
 
-def to_csv(tables: Sequence[Table]) -> str:
-    """One line a row, numbers unrounded, empty where there is none."""
+def to_csv(tables: Sequence[Table], base: str | None = None) -> str:
+    """One line a row, numbers unrounded, empty where there is none.
+
+    Args:
+        base: name of the row that the others are compared with, in columns of their own.
+    """
     out = io.StringIO()
-    lines = [_csv_row(table, row) for table in tables for row in table.rows]
+    lines = []
+    for table in tables:
+        beside = {} if base is None else {id(c.row): c for c in against.compare(table, base)}
+        for row in table.rows:
+            more = {} if base is None else against.csv_fields(beside.get(id(row)), base)
+            lines.append(_csv_row(table, row) | more)
     writer = csv.DictWriter(out, list(lines[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)

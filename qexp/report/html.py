@@ -16,7 +16,9 @@ from typing import Any
 from urllib.parse import quote
 
 from qexp.figure import number
+from qexp.report import against
 from qexp.report.cells import COLUMNS, NONE, cells
+from qexp.report.differences import Difference, differences
 from qexp.report.markdown import NOTE, WARNING, protocol_lines, size, titles
 from qexp.report.plot import MOST, Curve, Look, Point, learning, looks, pareto
 from qexp.report.protocols import Differing, differing
@@ -56,8 +58,13 @@ details { margin: .3rem 0; } summary { cursor: pointer; }
 """
 
 
-def page(tables: Sequence[Table], beside: Path) -> str:
-    """The whole page; `beside` is the folder it will lie in."""
+def page(tables: Sequence[Table], beside: Path, base: str | None = None) -> str:
+    """The whole page.
+
+    Args:
+        beside: the folder it will lie in.
+        base: name of the row that the others of each table are compared with.
+    """
     names = titles(tables)
     index = "".join(
         f'<li><a href="#t{i}">{escape(table.title)}</a>: {size(table)}</li>'
@@ -66,7 +73,7 @@ def page(tables: Sequence[Table], beside: Path) -> str:
     apart = "".join(_differing(found) for found in differing(tables))
     apart = f'<p class="warning">{WARNING}</p>{apart}' if apart else ""
     sections = zip(tables, names, strict=True)
-    body = "".join(_section(t, name, f"t{i}", beside) for i, (t, name) in enumerate(sections))
+    body = "".join(_section(t, name, f"t{i}", beside, base) for i, (t, name) in enumerate(sections))
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
@@ -89,14 +96,39 @@ def _differing(found: Differing) -> str:
     )
 
 
-def _section(table: Table, name: str, anchor: str, beside: Path) -> str:
+def _section(table: Table, name: str, anchor: str, beside: Path, base: str | None) -> str:
     notes = "<br>".join(escape(line.strip()) for line in protocol_lines(table))
     details = "".join(_details(row, beside) for row in table.rows)
+    compared = "" if base is None else _compared(table, base)
     return (
         f'<h2 id="{anchor}">{escape(name)}</h2>'
         f'<div class="wide">{_table(table.rows, beside)}</div><p class="note">{notes}</p>'
-        f"{_figures(table)}<h3>Layers and runs</h3>{details}"
+        f"{compared}{_figures(table)}<h3>Layers and runs</h3>{details}"
     )
+
+
+def _compared(table: Table, base: str) -> str:
+    """The rows beside the table's row `base`: a figure and its numbers."""
+    texts, notes = against.lines(table, base)
+    head = "".join(f'<th class="{_kind(name)}">{escape(name)}</th>' for name in against.COLUMNS)
+    kinds = [_kind(name) for name in against.COLUMNS]
+    lines = [
+        "".join(f'<td class="{k}">{escape(t)}</td>' for k, t in zip(kinds, row, strict=True))
+        for row in texts
+    ]
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    rows = (
+        f'<div class="wide"><table class="rows"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+        if texts
+        else ""
+    )
+    made = against.compare(table, base)
+    shown = [Difference(c.row.name, c.row.bits, c.top1.mean, c.interval) for c in made if c.top1]
+    title = f"{table.title}: top-1 over {base}"
+    figure = _image(differences, shown, title, looks(d.name for d in shown)) if shown else ""
+    told = "<br>".join(map(escape, notes))
+    return f'<h3>Against {escape(base)}</h3>{rows}<p class="note">{told}</p>{figure}'
 
 
 def _table(rows: Sequence[Row], beside: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from qexp.report import against
 from qexp.report.cells import COLUMNS, cells
 from qexp.report.protocols import Differing, brief, differing
 from qexp.report.rows import Table
@@ -16,8 +17,12 @@ NOTE = (
 )
 
 
-def markdown(tables: Sequence[Table]) -> str:
-    """All tables, with the protocols below each; contents first where there are several."""
+def markdown(tables: Sequence[Table], base: str | None = None) -> str:
+    """All tables, with the protocols below each; contents first where there are several.
+
+    Args:
+        base: name of the row that the others of each table are compared with.
+    """
     names = titles(tables)
     parts = [contents(tables)] if len(tables) > 1 else []
     if apart := differing(tables):
@@ -25,7 +30,16 @@ def markdown(tables: Sequence[Table]) -> str:
     for table, name in zip(tables, names, strict=True):
         lines = [f"## {plain(name)}", "", *_table(COLUMNS, [cells(row) for row in table.rows])]
         parts.append("\n".join([*lines, "", *map(plain, protocol_lines(table))]))
+        if base is not None:
+            parts.append(compared(table, base))
     return "\n\n".join([*parts, NOTE]) + "\n"
+
+
+def compared(table: Table, base: str) -> str:
+    """The rows of a table beside its row `base` (`against`)."""
+    texts, notes = against.lines(table, base)
+    shown = [*_table(against.COLUMNS, texts), ""] if texts else []
+    return "\n".join([f"### Against {plain(base)}", "", *shown, *map(plain, notes)])
 
 
 def titles(tables: Sequence[Table]) -> list[str]:

@@ -1,0 +1,184 @@
+"""Is a method really better than another? Differences of top-1 at the same bits, seed by seed.
+
+`qexp report --against lsq` sets every row beside the row `lsq` of its table (one protocol) and its
+bits. A seed draws the order of the images and what is calibrated on for both alike, so differences
+are taken seed by seed, over the seeds that both rows have (Student's t for pairs):
+
+    d_s = top1_s - base_s,   d = mean of the n d_s,   s = their sample deviation
+    interval  d -+ t(0.975, n-1) * s / sqrt(n)
+    p         of |d| or more where the methods are alike, two-sided, t = d / (s / sqrt(n)), n-1
+
+Both take differences for normal. One seed has neither, nor have differences that are all the same
+(s = 0). Of many methods a few are below 0.05 by chance; `p_holm` is what S. Holm's step-down rule
+makes of the p of all that a table compares at the same bits (Scandinavian Journal of Statistics 6,
+1979): where it is below 0.05, at most one such set in twenty holds a false finding.
+
+A float row as the base (`--against fp32`, the float network trained on with the same schedule)
+stands beside the rows of all bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qexp.errors import ConfigError, did_you_mean
+from qexp.report.cells import NONE
+from qexp.report.protocols import is_start
+from qexp.report.rows import Row, Stat, Table
+
+LEVEL = 0.95  # of the interval
+COLUMNS = (
+    "method", "bits", "top-1 - base", "95 % interval", "p", "p, Holm", "above on", "seeds",
+    "bytes", "bit operations",
+)  # fmt: skip
+NOTE = (
+    "Points of top-1 over the base at the same bits, mean ± sample deviation of the differences "
+    "seed by seed, over the seeds that both have; interval and p of Student's t for pairs; Holm: "
+    "p that allows for all methods compared at the same bits. Bytes and bit operations are ratios "
+    "to the base's."
+)
+
+
+@dataclass
+class Comparison:
+    """A row beside the base at its bits.
+
+    Attributes:
+        seeds: that both have, in order.
+        top1: statistics of the differences over `seeds`, points; None if they share no seed.
+        interval: least and greatest difference at `LEVEL`, None where it is not known.
+        p: two-sided, None where it is not known; `p_holm` allows for all of the table's rows at
+            these bits.
+        above: on how many of `seeds` the row has the higher top-1.
+    """
+
+    row: Row
+    base: Row
+    seeds: list[Any]
+    top1: Stat | None
+    interval: tuple[float, float] | None = None
+    p: float | None = None
+    p_holm: float | None = None
+    above: int = 0
+
+    def ratio(self, key: str) -> float | None:
+        """The row's mean of a field of result.json over the base's."""
+        ours, theirs = self.row.stat(key), self.base.stat(key)
+        return ours.mean / theirs.mean if ours and theirs and theirs.mean else None
+
+
+def check_known(tables: Sequence[Table], name: str) -> None:
+    """Raise a ConfigError unless a finished row is called `name`."""
+    known = sorted({row.name for table in tables for row in table.rows if row.counted})
+    if name not in known:
+        raise ConfigError(
+            f"report: no finished row is called '{name}'. Rows: {', '.join(known) or 'none'}."
+            + did_you_mean(name, known)
+        )
+
+
+def compare(table: Table, name: str) -> list[Comparison]:
+    """Every finished row of the table's protocol beside the row `name` at its bits."""
+    fit = [row for row in table.rows if row.counted and row.protocol_hash not in table.others]
+    fit = [row for row in fit if not is_start(row, table.protocol)]
+    bases = {row.bits: row for row in fit if row.name == name}
+    anywhere = next((row for row in bases.values() if row.first.is_float), None)
+    pairs = [(row, anywhere or bases.get(row.bits)) for row in fit]
+    made = [_pair(row, base) for row, base in pairs if base is not None and base is not row]
+    for bits in {c.row.bits for c in made}:
+        _allow_for_all([c for c in made if c.row.bits == bits])
+    return made
+
+
+def without_base(table: Table, name: str) -> list[str]:
+    """`adq W3A3.44 sensitivity`: rows that no base stands beside."""
+    told = {id(c.row) for c in compare(table, name)}
+    rows = [row for row in table.rows if row.name != name and id(row) not in told]
+    return [f"{row.name} {row.bits}" for row in rows]
+
+
+def _pair(row: Row, base: Row) -> Comparison:
+    ours = {run.seed: run.result["top1"] for run in row.counted}
+    theirs = {run.seed: run.result["top1"] for run in base.counted}
+    seeds = [seed for seed in ours if seed is not None and seed in theirs]
+    found = [ours[seed] - theirs[seed] for seed in seeds]
+    made = Comparison(row, base, seeds, Stat.of(found), above=sum(d > 0 for d in found))
+    if made.top1 and made.top1.std:
+        from scipy.stats import t as student
+
+        error = made.top1.std / math.sqrt(made.top1.n)
+        reach = float(student.ppf((1 + LEVEL) / 2, made.top1.n - 1)) * error
+        made.interval = made.top1.mean - reach, made.top1.mean + reach
+        made.p = 2 * float(student.sf(abs(made.top1.mean) / error, made.top1.n - 1))
+    return made
+
+
+def _allow_for_all(made: Sequence[Comparison]) -> None:
+    """Holm: the i-th least of k (from 0) times k - i, never below one before it, at most 1."""
+    ranked = sorted((c for c in made if c.p is not None), key=lambda c: c.p or 0.0)
+    least = 0.0
+    for i, comparison in enumerate(ranked):
+        assert comparison.p is not None
+        least = max(least, min(1.0, (len(ranked) - i) * comparison.p))
+        comparison.p_holm = least
+
+
+def cells(made: Comparison) -> list[str]:
+    """Its texts, in the order of `COLUMNS`."""
+    top1, n = made.top1, len(made.seeds)
+    deviation = f" ± {top1.std:.2f}" if top1 and top1.std is not None else ""
+    return [
+        made.row.name,
+        made.row.bits,
+        f"{top1.mean:+.2f}{deviation}" if top1 else NONE,
+        f"{made.interval[0]:+.2f} to {made.interval[1]:+.2f}" if made.interval else NONE,
+        probability(made.p),
+        probability(made.p_holm),
+        f"{made.above} of {n}" if n else NONE,
+        " ".join(map(str, made.seeds)) or "none in common",
+        *(_ratio(made.ratio(key)) for key in ("size_bytes", "bops")),
+    ]
+
+
+def _ratio(value: float | None) -> str:
+    return NONE if value is None else f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
+
+
+def probability(p: float | None) -> str:
+    """Two digits of what counts: `0.30`, `0.006`, `<0.001`."""
+    if p is None:
+        return NONE
+    if p < 0.001:
+        return "<0.001"
+    return f"{p:.2f}" if p >= 0.01 else f"{p:.3f}"
+
+
+def lines(table: Table, name: str) -> tuple[list[list[str]], list[str]]:
+    """The texts of a table's comparisons, and the notes below them."""
+    made = compare(table, name)
+    if not made:
+        return [], [f"Nothing here has the protocol and the bits of a finished {name}."]
+    notes = [NOTE]
+    if alone := without_base(table, name):
+        notes.append(f"Without {name} at their bits, or unfinished: {', '.join(alone)}.")
+    return [cells(c) for c in made], notes
+
+
+def csv_fields(made: Comparison | None, name: str) -> dict[str, Any]:
+    """Columns of the CSV form, numbers unrounded, empty where there is none."""
+    top1 = made and made.top1
+    low, high = (made and made.interval) or (None, None)
+    return {
+        "against": name if made else None,
+        "against_difference": top1 and top1.mean,
+        "against_std": top1 and top1.std,
+        "against_low": low,
+        "against_high": high,
+        "against_p": made and made.p,
+        "against_p_holm": made and made.p_holm,
+        "against_above": made and made.above,
+        "against_seeds": " ".join(map(str, made.seeds)) if made else None,
+    }

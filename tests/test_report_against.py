@@ -1,0 +1,174 @@
+"""`qexp report --against`: differences seed by seed, their intervals, and what is not compared."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scipy import stats
+
+from qexp.errors import ConfigError
+from qexp.report.against import compare, without_base
+from qexp.report.command import main
+from qexp.report.differences import Difference, differences
+from qexp.report.plot import looks
+from qexp.report.rows import Table
+from qexp.report.runs import read_runs
+from qexp.report.tables import make_tables
+from tests.test_report import PROTOCOL, make_run
+
+LSQ = (90.1, 90.7, 90.2)
+ASQ = (91.0, 91.2, 90.3)
+
+
+def table(root: Path, *by: str) -> Table:
+    (made,) = make_tables(read_runs([root]), [], by or ("dataset", "model", "protocol"))
+    return made
+
+
+def seeds(
+    root: Path, method: str, tops: Sequence[float], *, first: int = 0, bits: int = 4, **more: Any
+) -> None:
+    for seed, top1 in enumerate(tops, start=first):
+        name = f"{method}-w{bits}-s{seed}"
+        make_run(root, name, method=method, bits=bits, seed=seed, top1=top1, **more)
+
+
+def test_differences_are_taken_seed_by_seed_with_students_t_for_pairs(tmp_path: Path) -> None:
+    seeds(tmp_path, "lsq", LSQ)
+    seeds(tmp_path, "asq", ASQ, size_bytes=216_000)
+    (made,) = compare(table(tmp_path), "lsq")
+    expected = stats.ttest_rel(ASQ, LSQ)
+    low, high = expected.confidence_interval(0.95)
+    assert (made.row.name, made.base.name, made.seeds, made.above) == ("asq", "lsq", [0, 1, 2], 3)
+    assert made.top1 is not None
+    assert made.top1.mean == pytest.approx((0.9 + 0.5 + 0.1) / 3)
+    assert made.top1.std == pytest.approx(0.4)
+    assert made.p == pytest.approx(expected.pvalue)
+    assert made.interval == pytest.approx((low, high))
+    assert made.ratio("size_bytes") == pytest.approx(216 / 144)
+    assert made.ratio("bops") == 1
+
+
+def test_only_seeds_that_both_have_count(tmp_path: Path) -> None:
+    seeds(tmp_path, "lsq", (90.0, 91.0, 92.0))
+    seeds(tmp_path, "asq", (92.5, 92.0, 60.0), first=1)
+    seeds(tmp_path, "pact", (95.0,), first=7)
+    asq, pact = compare(table(tmp_path), "lsq")
+    assert asq.seeds == [1, 2]
+    assert asq.top1 is not None
+    assert (asq.top1.mean, asq.top1.n, asq.above) == (0.75, 2, 1)
+    assert (pact.top1, pact.seeds, pact.p, pact.above) == (None, [], None, 0)
+
+
+def test_one_seed_or_equal_differences_have_neither_interval_nor_p(tmp_path: Path) -> None:
+    seeds(tmp_path, "lsq", LSQ)
+    seeds(tmp_path, "asq", (91.0,))
+    seeds(tmp_path, "pact", LSQ)
+    for made in compare(table(tmp_path), "lsq"):
+        assert made.top1 is not None
+        assert (made.interval, made.p, made.p_holm) == (None, None, None)
+
+
+def test_holms_rule_allows_for_all_methods_at_the_same_bits(tmp_path: Path) -> None:
+    seeds(tmp_path, "lsq", LSQ)
+    seeds(tmp_path, "lsq", LSQ, bits=2)
+    seeds(tmp_path, "asq", ASQ, bits=2)
+    for i, spread in enumerate((0.01, 0.1, 0.3, 1.0)):
+        seeds(tmp_path, f"m{i}", [top1 + 0.4 + spread * s for s, top1 in enumerate(LSQ)])
+    every = compare(table(tmp_path), "lsq")
+    (other,) = (c for c in every if c.row.bits == "W2A2")
+    assert other.p_holm == other.p
+    made = sorted((c for c in every if c.row.bits == "W4A4"), key=lambda c: c.p or 1.0)
+    p = [c.p for c in made]
+    assert all(value is not None for value in p)
+    least, second, third, worst = (value or 0.0 for value in p)
+    expected = [4 * least]
+    expected.append(max(expected[-1], 3 * second))
+    expected.append(max(expected[-1], 2 * third))
+    expected.append(max(expected[-1], worst))
+    assert [c.p_holm for c in made] == pytest.approx([min(1.0, value) for value in expected])
+
+
+def test_other_widths_protocols_and_unfinished_runs_are_not_compared(tmp_path: Path) -> None:
+    seeds(tmp_path, "lsq", LSQ)
+    seeds(tmp_path, "asq", ASQ, bits=2)
+    seeds(tmp_path, "adq", ASQ)
+    make_run(tmp_path, "dead", method="pact", state="failed", error="loss is nan")
+    longer = {**PROTOCOL, "epochs": 60}
+    seeds(tmp_path, "n2uq", (93.0,), protocol=longer)
+    whole = table(tmp_path, "dataset", "model")
+    assert [c.row.name for c in compare(whole, "lsq")] == ["adq"]
+    assert sorted(without_base(whole, "lsq")) == ["asq W2A2", "n2uq W4A4", "pact W4A4"]
+
+
+def test_a_float_control_stands_beside_all_widths_and_a_start_beside_none(tmp_path: Path) -> None:
+    seeds(tmp_path, "lsq", LSQ)
+    seeds(tmp_path, "lsq", ASQ, bits=2)
+    seeds(tmp_path, "fp32", (91.6, 91.8, 91.7), bits=32)
+    made = compare(table(tmp_path), "fp32")
+    assert [(c.row.bits, c.base.name) for c in made] == [("W4A4", "fp32"), ("W2A2", "fp32")]
+    start = tmp_path / "start"
+    seeds(start, "lsq", LSQ)
+    seeds(start, "fp32", (92.0,), bits=32, protocol={**PROTOCOL, "from_scratch": True})
+    assert compare(table(start), "fp32") == []
+
+
+def test_each_form_shows_them_and_the_csv_is_as_before_without(tmp_path, capsys) -> None:
+    seeds(tmp_path, "lsq", LSQ)
+    seeds(tmp_path, "asq", ASQ)
+    assert main([str(tmp_path), "--against", "lsq"]) == 0
+    text = capsys.readouterr().out
+    assert "### Against lsq" in text
+    line = next(line for line in text.splitlines() if "0 1 2" in line)
+    assert line.startswith("| asq | W4A4 | +0.50 ± 0.40 | -0.49 to +1.49 | 0.16 | 0.16 | 3 of 3 |")
+    assert main([str(tmp_path), "--against", "lsq", "--format", "csv"]) == 0
+    with_base = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert main([str(tmp_path), "--format", "csv"]) == 0
+    without = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert without == [{k: row[k] for k in without[0]} for row in with_base]
+    asq, lsq = sorted(with_base, key=lambda row: row["method"])
+    assert float(asq["against_difference"]) == pytest.approx(0.5)
+    assert (asq["against"], asq["against_seeds"], asq["against_above"]) == ("lsq", "0 1 2", "3")
+    assert {v for k, v in lsq.items() if k.startswith("against")} == {""}
+    out = tmp_path / "page.html"
+    assert main([str(tmp_path), "--against", "lsq", "--out", str(out)]) == 0
+    page = out.read_text()
+    assert "<h3>Against lsq</h3>" in page
+    assert "top-1 over lsq" in page  # the figure's name
+    assert "+0.50 ± 0.40" in page
+
+
+def test_an_unknown_base_is_named_with_what_there_is(tmp_path: Path) -> None:
+    seeds(tmp_path, "lsq", LSQ)
+    with pytest.raises(ConfigError, match=r"no finished row is called 'lqs'.*Did you mean 'lsq'"):
+        main([str(tmp_path), "--against", "lqs"])
+
+
+def test_a_row_far_below_stands_at_the_border_and_leaves_the_others_the_axis(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: drawn.append(self))
+    rows = [
+        Difference("asq", "W2A2", 0.5, (-0.1, 30.0)),
+        Difference("adq", "W2A2", -0.4, (-0.9, 0.1)),
+        Difference("pact", "W2A2", -0.2),
+        Difference("nearest", "W2A2", -66.5, (-70.0, -63.0)),
+    ]
+    differences(rows, tmp_path / "a.png", drawn=looks(row.name for row in rows))
+    (axis,) = drawn[0].axes
+    low, high = axis.get_xlim()
+    assert -3 < low < -0.9
+    assert 0.5 < high < 3  # the interval to 30 is cut
+    assert [text.get_text().split()[-1] for text in axis.texts] == ["-66.5"]
+    names = [label.get_text() for label in axis.get_yticklabels()]
+    assert names == ["nearest", "adq", "pact", "asq"]  # upwards
+    hollow = [line for line in axis.lines if line.get_markerfacecolor() == "white"]
+    assert len(hollow) == 1
