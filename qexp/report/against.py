@@ -41,8 +41,8 @@ COLUMNS = (
 NOTE = (
     "Points of top-1 over the base at the same bits, mean ± sample deviation of the differences "
     "seed by seed, over the seeds that both have; interval and p of Student's t for pairs; Holm: "
-    "p that allows for all methods compared at the same bits. Other seeds are meant, not other test "
-    "images. Bytes and bit operations are ratios to the base's."
+    "p that allows for all methods compared at the same bits. This is about other seeds, not about "
+    "other test images. Bytes and bit operations are ratios to the base's."
 )
 
 
