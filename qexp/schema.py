@@ -78,5 +78,6 @@ class Eval:
     split: Literal["test", "val", "train"]
     device: str
     engine: Literal["float", "integer", "table", "reference", "triton"]
+    answers: str | None
     trust: bool
     dataset: Place = dataclasses.field(default_factory=Place)

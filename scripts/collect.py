@@ -3,7 +3,7 @@
     python scripts/collect.py results/fashion_methods outputs/fashion_mini-resnet8 [...]
 
 Every run below the given folders is copied to `TABLE/<name>-s<seed>[-k]/`: result.json,
-config.yaml, layers.csv, metrics.jsonl, and a status.json with its state and error.
+config.yaml, layers.csv, metrics.jsonl, answers.npz, and a status.json with its state and error.
 A run whose tree differed from its commit, or that has none, is refused: its numbers cannot be
 traced. A run that is not done is left out and named.
 """
@@ -18,9 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qexp.report.runs import read_run
+from qexp.runner.answers import ANSWERS
 from qexp.runner.folder import RESULT, STATUS, find_runs, read_json, read_status
 
-COPIED = (RESULT, "config.yaml", "layers.csv", "metrics.jsonl")
+COPIED = (RESULT, "config.yaml", "layers.csv", "metrics.jsonl", ANSWERS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from qexp.recipes.evaluate import evaluate
 from qexp.runner import distributed
 
 
@@ -54,6 +55,20 @@ def messages(world: distributed.World, folder: Path) -> None:
     distributed.own_random_numbers(seed=0, step=5)
     drawn = distributed.total(torch.rand(()) * (1 - 2 * world.rank))
     assert drawn.item() != 0  # process 1 draws other numbers than process 0
+
+
+def scores(world: distributed.World, folder: Path) -> None:
+    """Each process scores its share; both have all answers, in the order of the split."""
+    x, y = torch.arange(14.0).view(7, 2), torch.tensor([0, 1, 1, 1, 0, 1, 0])
+    net = nn.Linear(2, 2)
+    with torch.no_grad():
+        net.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+        net.bias.copy_(torch.tensor([0.0, -1.0 + 2 * world.rank]))  # process 0 answers 0, 1 says 1
+    part = slice(world.rank, None, world.size)
+    score = evaluate(net, [(x[part][:2], y[part][:2]), (x[part][2:], y[part][2:])])
+    assert score.answers is not None
+    assert score.answers.tolist() == [[0, 1, 0, 1, 0, 1, 0], y.tolist()]
+    assert score.top1 == 100 * 6 / 7
 
 
 def batch_norm(world: distributed.World, folder: Path) -> None:

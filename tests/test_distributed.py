@@ -65,6 +65,10 @@ def test_two_processes_understand_each_other(tmp_path: Path) -> None:
     in_two_processes("messages", tmp_path)
 
 
+def test_answers_of_two_processes_stand_in_the_order_of_the_split(tmp_path: Path) -> None:
+    in_two_processes("scores", tmp_path)
+
+
 def test_synchronised_batch_norm_is_that_of_the_whole_batch(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.BatchNorm2d(4))

@@ -31,6 +31,7 @@ from qexp.recipes.evaluate import evaluate_run
 from qexp.recipes.ptq import ptq
 from qexp.recipes.ptq_settings import Settings
 from qexp.runner import checkpoint
+from qexp.runner.answers import ANSWERS, read_right
 from qexp.runner.run import open_run
 
 METHODS = ("nearest", "adaround", "brecq", "qdrop", "aquant")
@@ -71,6 +72,8 @@ def test_every_method_runs_and_its_checkpoint_gives_its_top1_again(
         assert math.isfinite(unit["error"])
     node = {"run": str(folder), "checkpoint": "last.pt", "split": "test", "device": "cpu"}
     assert evaluate_run(DictConfig(node))["top1"] == result["top1"]
+    right, _ = read_right(folder / ANSWERS) or pytest.fail("no answers")
+    assert 100 * right.mean() == pytest.approx(result["top1"])
 
 
 @pytest.mark.parametrize("method", ["brecq", "aquant"])

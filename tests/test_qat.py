@@ -37,6 +37,7 @@ from qexp.recipes.optimize import (
 from qexp.recipes.qat import qat
 from qexp.recipes.settings import Distill, Settings
 from qexp.runner import checkpoint
+from qexp.runner.answers import ANSWERS, read_right
 from qexp.runner.run import open_run
 
 
@@ -95,8 +96,15 @@ def test_eval_of_a_run_gives_its_last_epoch_again(
 ) -> None:
     options = [f"model.checkpoint={float_run}", "recipe.epochs=2", *extra]
     result, folder = train(tiny(tmp_path, *options))
+    again = tmp_path / "again.npz"
     node = {"run": str(folder), "checkpoint": "last.pt", "split": "test", "device": "cpu"}
-    assert evaluate_run(DictConfig(node))["top1"] == result["top1"]
+    assert evaluate_run(DictConfig({**node, "answers": str(again)}))["top1"] == result["top1"]
+    assert again.read_bytes() == (folder / ANSWERS).read_bytes()
+    right, _ = read_right(again) or pytest.fail("no answers")
+    for wrong in ("answers.csv", "nowhere/a.npz"):
+        with pytest.raises(ConfigError, match=r"is no \.npz file in a folder that exists"):
+            evaluate_run(DictConfig({**node, "answers": str(tmp_path / wrong)}))
+    assert 100 * right.mean() == pytest.approx(result["top1"])
 
 
 @pytest.mark.parametrize("extra", [[], ["recipe.ema=0.9", "recipe.accumulate=2"]])

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from scipy import stats
 
@@ -19,6 +20,7 @@ from qexp.report.plot import looks
 from qexp.report.rows import Table
 from qexp.report.runs import read_runs
 from qexp.report.tables import make_tables
+from qexp.runner.answers import ANSWERS, read_right, write_answers
 from tests.test_report import PROTOCOL, make_run
 
 LSQ = (90.1, 90.7, 90.2)
@@ -121,6 +123,77 @@ def test_a_float_control_stands_beside_all_widths_and_a_start_beside_none(tmp_pa
     seeds(start, "lsq", LSQ)
     seeds(start, "fp32", (92.0,), bits=32, protocol={**PROTOCOL, "from_scratch": True})
     assert compare(table(start), "fp32") == []
+
+
+def answer(folder: Path, right: np.ndarray, labels: np.ndarray) -> None:
+    write_answers(folder / ANSWERS, np.where(right, labels, labels + 1), labels)
+
+
+def test_the_deviation_over_images_is_mcnemars_of_one_seed_and_falls_with_more(
+    tmp_path: Path,
+) -> None:
+    draw = np.random.default_rng(0)
+    labels = draw.integers(0, 10, 2000)
+    tops: dict[str, list[np.ndarray]] = {"lsq": [], "asq": []}
+    for seed in range(3):
+        for method, share in (("lsq", 0.90), ("asq", 0.92)):
+            right = draw.random(2000) < share
+            tops[method].append(right)
+            name = f"{method}-{seed}"
+            folder = make_run(
+                tmp_path, name, method=method, seed=seed, top1=100 * float(right.mean())
+            )
+            answer(folder, right, labels)
+    (made,) = compare(table(tmp_path), "lsq")
+    apart = np.mean([a.astype(int) - b for a, b in zip(tops["asq"], tops["lsq"], strict=True)], 0)
+    assert made.over_images == pytest.approx(100 * apart.std(ddof=1) / 2000**0.5)
+    assert made.top1 is not None
+    assert made.top1.mean == pytest.approx(100 * apart.mean())
+    one = tmp_path / "one"
+    for method in ("lsq", "asq"):
+        top1 = 100 * float(tops[method][0].mean())
+        answer(make_run(one, method, method=method, top1=top1), tops[method][0], labels)
+    (single,) = compare(table(one), "lsq")
+    ours, theirs = tops["asq"][0], tops["lsq"][0]
+    only, other = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
+    q, d = (only + other) / 2000, (only - other) / 2000
+    assert single.over_images == pytest.approx(100 * ((q - d * d) / 1999) ** 0.5)
+
+
+def test_answers_that_are_missing_or_of_other_images_or_another_top1_are_not_used(
+    tmp_path: Path,
+) -> None:
+    labels = np.arange(100) % 10
+    right = np.arange(100) >= 9  # 91 %
+    base = make_run(tmp_path, "lsq", method="lsq")
+    ours = make_run(tmp_path, "asq", method="asq")
+
+    def over_images() -> float | None:
+        (made,) = compare(table(tmp_path), "lsq")
+        return made.over_images
+
+    answer(base, right, labels)
+    assert over_images() is None  # of the other none
+    answer(ours, np.roll(right, 3), labels)
+    assert over_images() == pytest.approx(100 * (6 / 99) ** 0.5 / 10)
+    answer(ours, np.roll(right, 3), labels[::-1])
+    assert over_images() is None
+    answer(ours, np.arange(100) >= 8, labels)  # 92 %, and result.json says 91
+    assert over_images() is None
+    (ours / ANSWERS).write_bytes((base / ANSWERS).read_bytes()[:100])
+    assert read_right(ours / ANSWERS) is None
+    assert over_images() is None
+
+
+def test_answers_take_a_byte_each_and_are_replaced_whole(tmp_path: Path) -> None:
+    labels = np.arange(300) % 300
+    write_answers(tmp_path / ANSWERS, labels % 10, labels % 10)
+    with np.load(tmp_path / ANSWERS) as file:
+        assert (file["predicted"].dtype, file["label"].dtype) == (np.uint8, np.uint8)
+    write_answers(tmp_path / ANSWERS, labels, labels[::-1])
+    with np.load(tmp_path / ANSWERS) as file:
+        assert file["label"].dtype == np.uint16
+        assert (file["predicted"] == labels).all()
 
 
 def test_each_form_shows_them_and_the_csv_is_as_before_without(tmp_path, capsys) -> None:

@@ -14,22 +14,25 @@ from torch import Tensor, nn
 
 from qexp.errors import ConfigError
 from qexp.quant.convert import frozen_weights
+from qexp.runner.answers import write_answers
 from qexp.runner.device import tf32
-from qexp.runner.distributed import share_, total
+from qexp.runner.distributed import share_, total, world
 from qexp.runner.folder import run_config
 
 
 class Score(NamedTuple):
-    """Top-1 and mean cross-entropy on a split, and how fast it went."""
+    """Top-1 and mean cross-entropy on a split, how fast it went, and each answer."""
 
     top1: float  # percent
     loss: float  # nats
     images_per_s: float
+    answers: Tensor | None = None  # [2, N] int64 on the CPU: predicted class, label
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Score:
-    """Score `model`, in eval mode and float32 (no TF32). Weights are quantized once; one host sync.
+    """Score `model`, in eval mode and float32 (no TF32). Weights are quantized once; no host sync
+    before the last batch.
 
     A network trained under bfloat16 autocast is scored as what it is after it: its export, the
     packed file and every other run are compared in one precision. Where several processes train
@@ -38,24 +41,31 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Scor
     was_training = model.training
     model.eval()
     share_(model, buffers_only=True)
-    correct = loss = None
-    images, start = 0, time.perf_counter()
+    loss = None
+    answers: list[Tensor] = []
+    start = time.perf_counter()
     with frozen_weights(model), tf32(False):
         for x, y in batches:
             logits = model(x)
-            hit, nats = (logits.argmax(1) == y).sum(), F.cross_entropy(logits, y, reduction="sum")
-            correct = hit if correct is None else correct + hit
+            nats = F.cross_entropy(logits, y, reduction="sum")
             loss = nats if loss is None else loss + nats
-            images += len(y)
+            answers.append(torch.stack((logits.argmax(1), y)))
     model.train(was_training)
-    counts = torch.zeros(3, dtype=torch.float64)
-    if correct is not None and loss is not None:
-        counts = torch.tensor([correct.item(), loss.item(), images], dtype=torch.float64)
-    hits, nats, images = total(counts).tolist()
+    own = torch.cat(answers, 1).cpu() if answers else torch.zeros(2, 0, dtype=torch.int64)
+    counts = torch.tensor([0.0 if loss is None else loss.item(), own.shape[1]], dtype=torch.float64)
+    nats, images = total(counts).tolist()
     if not images:
         raise ConfigError("eval: the split holds no images.")
-    top1, nats = 100 * hits / images, nats / images
-    return Score(top1, nats, images / (time.perf_counter() - start))
+    every = _of_all(own, int(images))
+    hits = int((every[0] == every[1]).sum())
+    return Score(100 * hits / images, nats / images, images / (time.perf_counter() - start), every)
+
+
+def _of_all(own: Tensor, images: int) -> Tensor:
+    """The answers of all processes in the order of the split; process r scored r, r + size, ..."""
+    every = torch.zeros(2, images, dtype=torch.int64)
+    every[:, world().rank :: world().size] = own
+    return total(every)
 
 
 def evaluate_run(cfg: DictConfig) -> dict[str, Any]:
@@ -83,7 +93,7 @@ def evaluate_run(cfg: DictConfig) -> dict[str, Any]:
         raise ConfigError("eval: no run given. Try: qexp eval run=outputs/.../<run folder>")
     folder = Path(cfg.run)
     model, dataset, trained = load_run(folder, name, cfg.device, "eval", _root(cfg))
-    score = evaluate(model, dataset.eval_batches(cfg.split))
+    score = _scored(cfg, model, dataset)
     return _measured(cfg, score, folder, name, OmegaConf.select(trained, "dataset.name"))
 
 
@@ -99,8 +109,25 @@ def _evaluate_file(cfg: DictConfig, name: str) -> dict[str, Any]:
     device = engine_device(engine, cfg.device)
     trust = bool(cfg.get("trust"))
     model, dataset = load_packed(path, folder, device, trust=trust, engine=engine, root=_root(cfg))
-    score = evaluate(model, dataset.eval_batches(cfg.split))
+    score = _scored(cfg, model, dataset)
     return _measured(cfg, score, path.parent, path.name, dataset.name)
+
+
+def _scored(cfg: DictConfig, model: nn.Module, dataset: Any) -> Score:
+    """The score; with `answers=FILE` that file is written."""
+    path = Path(cfg.answers) if cfg.get("answers") else None
+    if path is not None and (path.suffix != ".npz" or not path.parent.is_dir()):
+        raise ConfigError(f"eval: answers={path} is no .npz file in a folder that exists.")
+    score = evaluate(model, dataset.eval_batches(cfg.split))
+    if path is not None:
+        save_answers(path, score)
+    return score
+
+
+def save_answers(path: Path, score: Score) -> None:
+    """Write what the network answered to each image (`runner/answers.py`)."""
+    assert score.answers is not None
+    write_answers(path, *score.answers.numpy())
 
 
 def _root(cfg: DictConfig) -> str | None:

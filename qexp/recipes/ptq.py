@@ -41,13 +41,14 @@ from qexp.quant.reconstruct import Data
 from qexp.recipes import build, outcome, settings
 from qexp.recipes.absent import sizes
 from qexp.recipes.compilation import choose, compile_for, eager_afterwards
-from qexp.recipes.evaluate import evaluate
+from qexp.recipes.evaluate import evaluate, save_answers
 from qexp.recipes.ptq_settings import Settings
 from qexp.recipes.signs import resumed_state, signs, warn_clipped
 from qexp.recipes.start import float_start
 from qexp.recipes.units import Work, summary, units_of
 from qexp.recipes.watch import unlearned
 from qexp.runner import checkpoint
+from qexp.runner.answers import ANSWERS
 from qexp.runner.device import pick_device, seed_everything, tf32
 from qexp.runner.run import Run
 
@@ -136,6 +137,7 @@ def ptq(cfg: DictConfig, run: Run) -> dict[str, Any]:
     if s.plots:
         plot_ptq.draw([row for row in done if row], run.dir, cfg.quantizer.name)
     test = evaluate(model, dataset.eval_batches("test"))
+    save_answers(run.dir / ANSWERS, test)
     if not over:
         save(float=float_state(model), top1=test.top1, bias_shifts=shifts)
     protocol = outcome.protocol(cfg, asdict(s), dataset, start.record(), run.segments)

@@ -35,7 +35,7 @@ from qexp.quant.rebits import rebits_
 from qexp.recipes import build, outcome, picture
 from qexp.recipes.absent import sizes
 from qexp.recipes.compilation import compile_for, eager_afterwards
-from qexp.recipes.evaluate import Score, evaluate
+from qexp.recipes.evaluate import Score, evaluate, save_answers
 from qexp.recipes.handover import take_over_
 from qexp.recipes.loss import training_loss
 from qexp.recipes.observe import log_quantizers
@@ -53,6 +53,7 @@ from qexp.recipes.signs import resumed_state, signs, warn_clipped
 from qexp.recipes.start import FloatStart, float_start
 from qexp.recipes.watch import Movement, check_finite
 from qexp.runner import checkpoint, distributed
+from qexp.runner.answers import ANSWERS
 from qexp.runner.device import pick_device, seed_everything
 from qexp.runner.run import Run
 
@@ -161,6 +162,7 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
             run, network, state, optimizer, test, val, s.epochs, movement, left
         )
         if leads:
+            save_answers(run.dir / ANSWERS, test)
             log_quantizers(run, model, images[:OBSERVED_IMAGES], epoch + 1)
         state["step"] = 0
         save(best)

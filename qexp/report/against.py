@@ -13,9 +13,15 @@ Both take differences for normal. One seed has neither, nor have differences tha
 makes of the p of all that a table compares at the same bits (Scandinavian Journal of Statistics 6,
 1979): where it is below 0.05, at most one such set in twenty holds a false finding.
 
-All of it is about other seeds, on the same test images. Other images would add a deviation of
-about sqrt(q / N) to a difference, q the share of N images on which just one of the two networks is
-right: 0.2 points for 5 % of 10,000. Results hold no answers by image, so that q is not known here.
+All of it is about other seeds, on the same test images. What other images would add is a column of
+its own, `over images`, where the runs kept their answers (answers.npz): with c_i the mean over the
+n seeds of [ours right on i] - [base right on i],
+
+    over images = sample deviation of the N c_i / sqrt(N)
+
+the deviation that d has over draws of N images. Of one seed it is McNemar's, about sqrt(q / N) with
+q the share of images on which just one of the two is right; it says whether these two networks
+differ, not whether their methods do.
 
 A float row as the base (`--against fp32`, the float network trained on with the same schedule)
 stands beside the rows of all bits.
@@ -28,21 +34,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from qexp.errors import ConfigError, did_you_mean
 from qexp.report.cells import NONE
 from qexp.report.protocols import is_start
 from qexp.report.rows import Row, Stat, Table
+from qexp.report.runs import RunRecord
+from qexp.runner.answers import ANSWERS, read_right
 
 LEVEL = 0.95  # of the interval
+SAME_TOP1 = 0.05  # points between a top-1 and its answers: scored again on another processor
 COLUMNS = (
     "method", "bits", "top-1 - base", "95 % interval", "p", "p, Holm", "above on", "seeds",
-    "bytes", "bit operations",
+    "over images", "bytes", "bit operations",
 )  # fmt: skip
 NOTE = (
     "Points of top-1 over the base at the same bits, mean ± sample deviation of the differences "
     "seed by seed, over the seeds that both have; interval and p of Student's t for pairs; Holm: "
-    "p that allows for all methods compared at the same bits. This is about other seeds, not about "
-    "other test images. Bytes and bit operations are ratios to the base's."
+    "p that allows for all methods compared at the same bits. All this is about other seeds; over "
+    "images: the deviation over other test images. Bytes and bit operations are ratios to the "
+    "base's."
 )
 
 
@@ -56,6 +68,8 @@ class Comparison:
         interval: least and greatest difference at `LEVEL`, None where it is not known.
         p: two-sided, None where it is not known; `p_holm` allows for all of the table's rows at
             these bits.
+        over_images: deviation of the difference over draws of test images, points; None without
+            the answers of all runs.
         above: on how many of `seeds` the row has the higher top-1.
     """
 
@@ -66,6 +80,7 @@ class Comparison:
     interval: tuple[float, float] | None = None
     p: float | None = None
     p_holm: float | None = None
+    over_images: float | None = None
     above: int = 0
 
     def ratio(self, key: str) -> float | None:
@@ -115,11 +130,13 @@ def without_base(table: Table, name: str) -> list[str]:
 
 
 def _pair(row: Row, base: Row) -> Comparison:
-    ours = {run.seed: run.result["top1"] for run in row.counted}
-    theirs = {run.seed: run.result["top1"] for run in base.counted}
+    ours = {run.seed: run for run in row.counted}
+    theirs = {run.seed: run for run in base.counted}
     seeds = [seed for seed in ours if seed is not None and seed in theirs]
-    found = [ours[seed] - theirs[seed] for seed in seeds]
+    pairs = [(ours[seed], theirs[seed]) for seed in seeds]
+    found = [run.result["top1"] - other.result["top1"] for run, other in pairs]
     made = Comparison(row, base, seeds, Stat.of(found), above=sum(d > 0 for d in found))
+    made.over_images = _over_images(pairs)
     if made.top1 and made.top1.std:
         from scipy.stats import t as student
 
@@ -128,6 +145,25 @@ def _pair(row: Row, base: Row) -> Comparison:
         made.interval = made.top1.mean - reach, made.top1.mean + reach
         made.p = 2 * float(student.sf(abs(made.top1.mean) / error, made.top1.n - 1))
     return made
+
+
+def _over_images(pairs: Sequence[tuple[RunRecord, RunRecord]]) -> float | None:
+    answers = [_right(run) for pair in pairs for run in pair]
+    known = [right for right in answers if right is not None]
+    if not known or len(known) < len(answers):
+        return None
+    (first, labels), *others = known
+    if len(first) < 2 or not all(np.array_equal(labels, other) for _, other in others):
+        return None
+    ours, theirs = (np.mean([right for right, _ in known[i::2]], axis=0) for i in (0, 1))
+    return 100 * float((ours - theirs).std(ddof=1)) / math.sqrt(len(first))
+
+
+def _right(run: RunRecord) -> tuple[np.ndarray, np.ndarray] | None:
+    """On which images a run is right, and the labels; None of answers that are not its top-1's."""
+    found = read_right(run.folder / ANSWERS)
+    near = found is not None and abs(100 * found[0].mean() - run.result["top1"]) < SAME_TOP1
+    return found if near else None
 
 
 def _allow_for_all(made: Sequence[Comparison]) -> None:
@@ -153,6 +189,7 @@ def cells(made: Comparison) -> list[str]:
         probability(made.p_holm),
         f"{made.above} of {n}" if n else NONE,
         " ".join(map(str, made.seeds)) or "none in common",
+        NONE if made.over_images is None else f"± {made.over_images:.2f}",
         *(_ratio(made.ratio(key)) for key in ("size_bytes", "bops")),
     ]
 
@@ -194,5 +231,6 @@ def csv_fields(made: Comparison | None, name: str) -> dict[str, Any]:
         "against_p": made and made.p,
         "against_p_holm": made and made.p_holm,
         "against_above": made and made.above,
+        "against_over_images": made and made.over_images,
         "against_seeds": " ".join(map(str, made.seeds)) if made else None,
     }
