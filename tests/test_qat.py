@@ -25,7 +25,7 @@ from qexp.quant.lsq import LSQ
 from qexp.quant.quantizer import Quantizer
 from qexp.recipes import outcome, picture
 from qexp.recipes import qat as qat_module
-from qexp.recipes.evaluate import evaluate_run
+from qexp.recipes.evaluate import evaluate, evaluate_run
 from qexp.recipes.loss import training_loss
 from qexp.recipes.optimize import (
     WeightAverage,
@@ -105,6 +105,25 @@ def test_eval_of_a_run_gives_its_last_epoch_again(
         with pytest.raises(ConfigError, match=r"is no \.npz file in a folder that exists"):
             evaluate_run(DictConfig({**node, "answers": str(tmp_path / wrong)}))
     assert 100 * right.mean() == pytest.approx(result["top1"])
+
+
+def test_a_run_in_channels_last_is_scored_so_again(
+    tmp_path: Path, float_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [f"model.checkpoint={float_run}", "recipe.epochs=1", "recipe.channels_last=true"]
+    result, folder = train(tiny(tmp_path, *options))
+    orders = []
+
+    def scored(model: torch.nn.Module, batches: Any) -> Any:
+        convs = [p for p in model.parameters() if p.dim() == 4 and p.shape[-1] > 1]
+        orders.append([p.is_contiguous(memory_format=torch.channels_last) for p in convs])
+        return evaluate(model, batches)
+
+    monkeypatch.setattr("qexp.recipes.evaluate.evaluate", scored)
+    node = {"run": str(folder), "checkpoint": "last.pt", "split": "test", "device": "cpu"}
+    assert evaluate_run(DictConfig(node))["top1"] == result["top1"]
+    assert orders[0]
+    assert all(orders[0])
 
 
 @pytest.mark.parametrize("extra", [[], ["recipe.ema=0.9", "recipe.accumulate=2"]])
