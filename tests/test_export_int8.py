@@ -12,14 +12,14 @@ import torch
 from conftest import Qexp
 from test_engine import WEIGHTS, weight
 from test_export import SHAPE, images, network, packed_of, run_folder
-from test_export_onnx import run
+from test_export_onnx import ViT, Windows, quantized, run
 from torch import Tensor, nn
 
 from qexp.errors import ConfigError
 from qexp.export.inputs import KINDS, Kind
 from qexp.quant.convert import Bits, calibrate_, quantize_
 from qexp.quant.lsq import LSQ
-from qexp.quant.modules import QuantConv2d
+from qexp.quant.modules import QuantConv2d, QuantLinear
 from qexp.quant.quantizer import Quantizer
 from qexp.quant.trace import trace
 
@@ -237,3 +237,22 @@ def test_the_command_says_what_it_changes(qexp: Qexp, run_folder: Path) -> None:
     assert f"onnx: {file} | {file.stat().st_size:,} bytes" in said.out
     assert "quantized layers in 8-bit integers | largest error of a level " in said.out
     assert "have another top-1" in said.out
+
+
+@pytest.mark.parametrize("method", ["lsq", "asq+post", "asq_statistics", "n2uq", "aquant"])
+@pytest.mark.parametrize("network", [ViT, Windows], ids=lambda cls: cls.__name__)
+def test_linear_layers_of_tokens_run_on_integers(
+    network: type[nn.Module], method: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model, x = network(num_classes=10).eval(), images(24)
+    with torch.no_grad():
+        unquantized = model(x)
+    written, report = to_onnx_int8(quantized(model, method, 8, images()), images())
+    layers = sum(isinstance(m, QuantLinear) for m in model.modules())
+    assert kernels(written.SerializeToString(), tmp_path)["QGemm"] == layers
+    assert report.layers == report.quantized == layers + 1
+    assert run(written, x[:1]).shape == (1, 10)
+    with torch.no_grad():
+        ours = model(x)
+    assert (run(written, x) - ours).norm() < (ours - unquantized).norm()

@@ -8,32 +8,67 @@ from typing import Any
 
 import numpy as np
 import onnx
+import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from qexp.export.bits import pack
+from qexp.export.onnx_trace import Size
+
+Operand = str | Tensor | float | Sequence[int]  # a value's name, or a constant
 
 OPSET = 21  # the first with 4-bit integers in QuantizeLinear and DequantizeLinear
 IR_VERSION = 10  # the file version of that opset
 
 
 class Graph:
-    """Nodes and initialisers; every method returns the name of a value."""
+    """Nodes and initialisers; what makes one returns the name of its value."""
 
     def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, onnx.TensorProto] = {}
+        self.shapes: dict[str, tuple[Size, ...]] = {}  # of what a node of the network gave
+        self.named: dict[int, tuple[Tensor, str]] = {}  # by id: tensors, each written once
 
-    def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
+    def op(self, kind: str, *inputs: Operand, **attributes: Any) -> str:
         """A node with one output."""
+        names = [self.operand(value) for value in inputs]
         name = f"{kind.lower()}_{len(self.nodes)}"
-        self.nodes.append(helper.make_node(kind, list(inputs), [name], name=name, **attributes))
+        self.nodes.append(helper.make_node(kind, names, [name], name=name, **attributes))
         return name
 
+    def operand(self, value: Operand) -> str:
+        """The name of a value; a constant is written when it is first asked for."""
+        if isinstance(value, str):
+            return value
+        if not isinstance(value, Tensor):
+            return self.constant(value)
+        tensor, name = self.named.get(id(value), (value, ""))
+        if name not in self.constants:
+            name = self.constant(tensor, name)
+            self.named[id(value)] = (tensor, name)
+        return name
+
+    def name(self, tensor: Tensor, name: str) -> None:
+        """What a constant is to be called."""
+        self.named[id(tensor)] = (tensor, name)
+
+    def sizes(self, value: str | Tensor) -> tuple[Size, ...]:
+        """The shape of an operand."""
+        return tuple(value.shape) if isinstance(value, Tensor) else self.shapes[value]
+
+    def repeated(self, value: Tensor, dim: int) -> str:
+        """`value` once for each image, along `dim`."""
+        count = self.op("Shape", "images", start=0, end=1)
+        before, after = [1] * dim, [1] * (value.dim() - dim - 1)
+        parts = [part for part in (before, count, after) if part]
+        return self.op("Tile", value, self.op("Concat", *parts, axis=0))
+
     def constant(self, value: Tensor | float | Sequence[int], name: str = "") -> str:
-        """A float32 tensor or number, or a list of int64."""
+        """A float32 or boolean tensor, a float32 number, or a list of int64."""
         if isinstance(value, Tensor):
-            array = value.detach().cpu().float().contiguous().numpy()
+            value = value.detach().cpu()
+            array = (value if value.dtype == torch.bool else value.float()).contiguous().numpy()
         elif isinstance(value, (int, float)):
             array = np.array(value, dtype=np.float32)
         else:

@@ -9,6 +9,9 @@ from torch import Tensor, fx
 
 from qexp.engine.source import step_of
 from qexp.engine.weight import Weight, planes
+from qexp.export.onnx_graph import Graph
+from qexp.export.onnx_inputs import window_of
+from qexp.quant.modules import QuantConv2d
 from qexp.quant.quantizer import Quantizer
 
 LARGEST_BIAS = 2.0**30  # of 32 bits
@@ -30,6 +33,24 @@ class Grid(NamedTuple):
         """The grid of codes from `low` to `high`, signed ones if `low` is negative."""
         up = 128 if low < 0 else 0
         return cls(step, zero + up, low + up, high + up)
+
+
+def quantized(graph: Graph, x: str, grid: Grid) -> str:
+    """The codes of `x`, uint8."""
+    codes = graph.op("QuantizeLinear", x, graph.constant(grid.step), _byte(graph, grid.zero))
+    if (grid.low, grid.high) == (0, 255):
+        return codes
+    return graph.op("Clip", codes, _byte(graph, grid.low), _byte(graph, grid.high))
+
+
+def dequantized(graph: Graph, codes: str, grid: Grid) -> str:
+    """x_hat of codes."""
+    step, zero = graph.constant(grid.step), _byte(graph, grid.zero)
+    return graph.op("DequantizeLinear", codes, step, zero)
+
+
+def _byte(graph: Graph, value: int) -> str:
+    return graph.integers(torch.tensor(value), bits=8, signed=False)
 
 
 def grid_of(q: Quantizer) -> Grid:
@@ -78,6 +99,30 @@ def fold(
     top = exact.abs().flatten(1).amax(1).clamp_min(torch.finfo(torch.float32).tiny)
     error = ((shrunk - exact.round()).abs().flatten(1).amax(1) / top).max().item()
     return shrunk.to(torch.int8), positive, error
+
+
+def product(
+    graph: Graph, layer: Any, x: str, whole: Tensor, w_step: Tensor, bias: Tensor, step: Tensor
+) -> str:
+    """A quantized layer of dequantized codes `x`, with a bias in 32 bits."""
+    if layer.act_quantizer.on_columns:
+        whole = whole.reshape(len(whole), -1, 1, 1)
+    stored = graph.integers(whole, bits=8, signed=True)
+    conv, zero = isinstance(layer, QuantConv2d), torch.zeros(len(whole), dtype=torch.int8)
+    # onnxruntime makes a QGemm only of weights whose zero point is written.
+    zeros = [] if conv else [graph.integers(zero, bits=8, signed=True)]
+    w = graph.op("DequantizeLinear", stored, graph.constant(w_step), *zeros, axis=0)
+    operands = [x, w]
+    if bool(bias.any()):
+        unit = w_step * step
+        codes = graph.integers((bias / unit).round(), bits=32, signed=True)
+        operands.append(graph.op("DequantizeLinear", codes, graph.constant(unit), axis=0))
+    if not conv:
+        return graph.op("Gemm", *operands, transB=1)
+    window = window_of(layer)
+    if layer.act_quantizer.on_columns:
+        window = {"kernel_shape": [1, 1]}
+    return graph.op("Conv", *operands, **window, group=layer.groups)
 
 
 class Chain(NamedTuple):

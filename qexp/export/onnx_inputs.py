@@ -111,24 +111,21 @@ def _asq(graph: Graph, q: Any, x: str) -> str:
 
 
 def factor(graph: Graph, q: Any, x: str) -> str | None:
-    """ASQ's beta of each sample, [N, 1, 1, 1] or [N, 1]; None if it is 1."""
+    """ASQ's beta of each sample, [N, 1, ...] as x [N, ...]; None if it is 1."""
     if q.factor == "frozen":
         return None
-    conv = len(q.shape) > 1
-    beta = graph.op("Max", _factor(graph, q, x, conv), graph.constant(MIN_FACTOR))
-    return graph.op("Reshape", beta, graph.constant([-1, 1, 1, 1])) if conv else beta
+    rank = 4 if len(q.shape) > 1 else len(graph.sizes(x))
+    beta = graph.op("Max", _factor(graph, q, x, rank), graph.constant(MIN_FACTOR))
+    return beta if rank == 2 else graph.op("Reshape", beta, [-1, *[1] * (rank - 1)])
 
 
-def _factor(graph: Graph, q: Any, x: str, conv: bool) -> str:
+def _factor(graph: Graph, q: Any, x: str, rank: int) -> str:
     """[N, 1] before the lower bound."""
     if q.adapter is None:  # statistics: mean|x_n| over the running mean
-        size = graph.op("Abs", x)
-        axes = graph.constant([1, 2, 3] if conv else [1])
-        mean = graph.op("ReduceMean", size, axes, keepdims=0)
-        return graph.op(
-            "Reshape", graph.op("Div", mean, graph.constant(q.mean_abs)), _column(graph)
-        )
-    means = graph.op("ReduceMean", x, graph.constant([2, 3]), keepdims=0) if conv else x
+        mean = graph.op("ReduceMean", graph.op("Abs", x), list(range(1, rank)), keepdims=0)
+        return graph.op("Reshape", graph.op("Div", mean, graph.constant(q.mean_abs)), [-1, 1])
+    space = [2, 3] if len(q.shape) > 1 else list(range(1, rank - 1))  # or tokens
+    means = graph.op("ReduceMean", x, space, keepdims=0) if space else x
     for module in q.adapter:
         if isinstance(module, nn.Linear):
             constants = (graph.constant(module.weight), graph.constant(module.bias))
@@ -143,10 +140,6 @@ def _factor(graph: Graph, q: Any, x: str, conv: bool) -> str:
         return graph.op("Softplus", means)
     bounds = (graph.constant(-1.0), graph.constant(1.0))
     return graph.op("Exp", graph.op("Clip", means, *bounds))
-
-
-def _column(graph: Graph) -> str:
-    return graph.constant([-1, 1])
 
 
 def _n2uq(graph: Graph, q: Any, x: str) -> str:

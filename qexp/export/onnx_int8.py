@@ -14,8 +14,8 @@ The last two roundings, of levels and of results that are read as floats (residu
 an adapter), are the variant's error. Linear layers end in float. ASQ's factor divides the input
 and multiplies the result.
 
-Layers with a float operand, more than 8 bits, an offset (LSQ+), inputs of unequal steps (APoT), or
-a Linear over more than rows stay as in `onnx_network`.
+Layers with a float operand, more than 8 bits, an offset (LSQ+) or inputs of unequal steps (APoT)
+stay as in `onnx_network`.
 """
 
 from __future__ import annotations
@@ -30,9 +30,20 @@ from torch import Tensor, fx, nn
 
 from qexp.engine.network import weight_of
 from qexp.export.network import restore
-from qexp.export.onnx_grid import Chain, Grid, eight_bits, fold, grid_of, norm_of
-from qexp.export.onnx_inputs import check_input, columns, factor, quantized_input, window_of
+from qexp.export.onnx_grid import (
+    Chain,
+    Grid,
+    dequantized,
+    eight_bits,
+    fold,
+    grid_of,
+    norm_of,
+    product,
+    quantized,
+)
+from qexp.export.onnx_inputs import check_input, columns, factor, quantized_input
 from qexp.export.onnx_network import Writer
+from qexp.export.onnx_shapes import reshape
 from qexp.export.packed import Packed
 from qexp.quant.additive import APoTActivation
 from qexp.quant.asq import ASQ
@@ -105,13 +116,12 @@ class _Writer(Writer):
     def _eligible(self, node: fx.Node) -> bool:
         module = self.modules.get(str(node.target)) if node.op == "call_module" else None
         entry = self.entries.get(str(node.target))
-        if not isinstance(module, QUANT_LAYERS) or entry is None:
+        if not isinstance(module, QUANT_LAYERS) or entry is None or not self.live(node):
             return False
         known = entry.weight is not None and entry.input is not None
         quantizer = module.act_quantizer
         uniform = not (isinstance(quantizer, APoTActivation) or hasattr(quantizer, "offset"))
-        rows = isinstance(module, QuantConv2d) or len(self.shape(node)) == 1  # Gemm has no more
-        return known and uniform and rows and quantizer.bits <= 8
+        return known and uniform and quantizer.bits <= 8
 
     def _chain(self, node: fx.Node) -> Chain:
         norm, relu, members = None, None, [node]
@@ -182,7 +192,7 @@ class _Writer(Writer):
 
         parts = images.split(32)
         batches = len(parts)
-        interpreter = Record(fx.GraphModule(model, self.traced))
+        interpreter = Record(model, graph=self.traced)
         for part in parts:
             interpreter.run(part)
         found = {}
@@ -213,7 +223,7 @@ class _Writer(Writer):
         inside = bias if beta is None else torch.zeros(1)  # beta multiplies before the bias
         whole, w_step, fold_error = fold(whole, w_step, gain, inside, step)
         self.errors[name] = level_error + fold_error
-        y = self._product(layer, x, whole, w_step, inside, step)
+        y = product(self.graph, layer, x, whole, w_step, inside, step)
         for part in chain.members:
             self.values[part] = ""  # nobody but the chain reads it
         y = self._result(node, y, beta, bias)
@@ -226,8 +236,9 @@ class _Writer(Writer):
         check_input(q, name)
         grid = grid_of(q)
         if source in self.codes:
-            return self._dequantized(self.codes[source], grid), grid.step, None
-        x, beta = self.values[source], None
+            codes = self._rows(self.codes[source], source, layer)
+            return dequantized(graph, codes, grid), grid.step, None
+        x, beta = self._value(source), None
         if layer.act_quantizer.on_columns:
             x = columns(graph, layer, x)
         if isinstance(q, ASQ):
@@ -236,46 +247,20 @@ class _Writer(Writer):
             beta = None if q.dequantize == "plain" else beta
         elif type(q) not in ROUND:
             x = quantized_input(graph, q, x, name)  # x_hat, of which QuantizeLinear takes the code
-        return self._dequantized(self._quantized(x, grid), grid), grid.step, beta
+        codes = self._rows(quantized(graph, x, grid), source, layer)
+        return dequantized(graph, codes, grid), grid.step, beta
 
-    def _quantized(self, x: str, grid: Grid) -> str:
-        graph = self.graph
-        codes = graph.op("QuantizeLinear", x, graph.constant(grid.step), self._byte(grid.zero))
-        if (grid.low, grid.high) == (0, 255):
+    def _rows(self, codes: str, source: fx.Node, layer: Any) -> str:
+        if isinstance(layer, QuantConv2d) or len(self.results[source].sizes) == 2:
             return codes
-        return graph.op("Clip", codes, self._byte(grid.low), self._byte(grid.high))
-
-    def _dequantized(self, codes: str, grid: Grid) -> str:
-        step, zero = self.graph.constant(grid.step), self._byte(grid.zero)
-        return self.graph.op("DequantizeLinear", codes, step, zero)
-
-    def _byte(self, value: int) -> str:
-        return self.graph.integers(torch.tensor(value), bits=8, signed=False)
-
-    def _product(
-        self, layer: Any, x: str, whole: Tensor, w_step: Tensor, bias: Tensor, step: Tensor
-    ) -> str:
-        graph = self.graph
-        if layer.act_quantizer.on_columns:
-            whole = whole.reshape(len(whole), -1, 1, 1)
-        stored = graph.integers(whole, bits=8, signed=True)
-        w = graph.op("DequantizeLinear", stored, graph.constant(w_step), axis=0)
-        operands = [x, w]
-        if bool(bias.any()):
-            unit = w_step * step
-            codes = graph.integers((bias / unit).round(), bits=32, signed=True)
-            operands.append(graph.op("DequantizeLinear", codes, graph.constant(unit), axis=0))
-        if not isinstance(layer, QuantConv2d):
-            return graph.op("Gemm", *operands, transB=1)
-        window = window_of(layer)
-        if layer.act_quantizer.on_columns:
-            window = {"kernel_shape": [1, 1]}
-        return graph.op("Conv", *operands, **window, group=layer.groups)
+        return self.graph.op("Reshape", codes, [-1, layer.in_features])  # Gemm takes rows alone
 
     def _result(self, node: fx.Node, y: str, beta: str | None, bias: Tensor) -> str:
         """Codes for the quantizer that reads the result, or its value rounded to 8 bits."""
         graph, chain, reader = self.graph, self.chains[node], self.fixed[node]
         if not self._is(node, QuantConv2d):
+            if len((to := self.results[node]).sizes) > 2:
+                y = reshape(graph, y, to=to)
             return y if beta is None else self._after(y, beta, bias)
         if beta is None and reader is not None:
             grid = grid_of(self.modules[str(reader.target)].act_quantizer)
@@ -284,11 +269,11 @@ class _Writer(Writer):
                 grid = grid._replace(high=min(grid.high, top))
             if chain.relu is not None:
                 grid = grid._replace(low=max(grid.low, grid.zero))
-            self.codes[chain.end] = self._quantized(y, grid)
+            self.codes[chain.end] = quantized(graph, y, grid)
             return ""  # the reader takes the codes
         signed = chain.relu is None or beta is not None
         grid = Grid.of(self.steps[node], *((-128, 127) if signed else (0, 255)))
-        y = self._dequantized(self._quantized(y, grid), grid)
+        y = dequantized(graph, quantized(graph, y, grid), grid)
         if beta is None:
             return y
         y = self._after(y, beta, bias.reshape(-1, 1, 1))

@@ -1,35 +1,36 @@
 """A packed network as an ONNX model: its graph read off by torch.fx, one node after the other.
 
-The operations are those of the networks here and of torchvision's CNNs (`onnx_ops.py`); another one
-is named in a ConfigError. Batch norms are a product and a sum per channel, as in the packed file.
-The batch is dynamic, an image's size is the run's.
+What operations become is in `onnx_ops.py`, `onnx_shapes.py` and `onnx_attention.py`; another one is
+named in a ConfigError. What does not depend on the image's pixels is computed here and becomes a
+constant of the file (`onnx_trace.py`). Batch norms are a product and a sum per channel, as in the
+packed file. The batch is dynamic, an image's size is the run's.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import onnx
 import torch
-from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
+from torch import fx, nn
 
 from qexp.errors import ConfigError
+from qexp.export import onnx_attention as attention
 from qexp.export import onnx_ops as ops
 from qexp.export import onnx_shapes as shapes
 from qexp.export.network import restore
 from qexp.export.onnx_graph import Graph
 from qexp.export.onnx_inputs import columns, quantized_input, window_of
+from qexp.export.onnx_trace import Live, Repeated, Varying, results, traced
 from qexp.export.onnx_weights import standard_bits, weight
 from qexp.export.packed import Packed
 from qexp.quant.modules import QUANT_LAYERS
 
-
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, QUANT_LAYERS) or super().is_leaf_module(m, module_qualified_name)
+MODULES = {**ops.MODULES, **attention.MODULES}
+CALLS = {**shapes.CALLS, **ops.CALLS, **attention.CALLS}
 
 
 @torch.no_grad()
@@ -51,47 +52,74 @@ class Writer:
         self.modules: dict[str, Any] = dict(model.named_modules())
         self.entries = {entry.name: entry for entry in packed.header.layers}
         self.model = model
-        self.traced = _Tracer().trace(model)
+        self.traced = traced(model, [*CALLS])
+        self.results = results(model, self.traced, packed.header.input_shape)
         self.graph = Graph()
-        self.values: dict[fx.Node, Any] = {}  # sizes and chunks: tuples, numbers
-        self.shapes: dict[fx.Node, list[int]] = {}  # of results, without N, once one was asked for
+        self.values: dict[fx.Node, Any] = {}  # names; constants as they are
 
     def write(self) -> onnx.ModelProto:
         header = self.packed.header
         for node in self.traced.nodes:
             if node in self.values:
                 continue  # written together with a node before it
+            if node.op == "output":
+                logits = node.args[0]
+                if not isinstance(logits, fx.Node) or not isinstance(self.results[logits], Live):
+                    break
+                value = self.values[logits]
+                return self.graph.model(header.input_shape, value, header.num_classes, header.data)
+            if not self.live(node):
+                self.values[node] = self.results[node]
+                if node.op == "get_attr":
+                    self.graph.name(self.values[node], str(node.target))
+                continue
             if node.op == "placeholder":
                 self.values[node] = "images"
-            elif node.op == "get_attr":
-                self.values[node] = self._attribute(str(node.target))
             elif node.op == "call_module":
                 self.values[node] = self.module(node)
-            elif node.op in ("call_function", "call_method"):
+            else:
                 self.values[node] = self._call(node)
-            elif node.op == "output":
-                return self.graph.model(
-                    header.input_shape, self.values[node.args[0]], header.num_classes, header.data
-                )
+            self._keep_shape(self.values[node], self.results[node])
         raise ConfigError("export: the network has no output that format=onnx can write.")
+
+    def live(self, node: fx.Node) -> bool:
+        """Whether a node gives a tensor, or several, that depend on the image."""
+        result = self.results[node]
+        return isinstance(result, Live) or (
+            isinstance(result, tuple) and any(isinstance(part, Live) for part in result)
+        )
+
+    def _keep_shape(self, value: Any, result: Any) -> None:
+        if isinstance(result, tuple):
+            for name, part in zip(value, result, strict=True):
+                self._keep_shape(name, part)
+        elif isinstance(result, Live):
+            if result.dtype != torch.float32:
+                raise shapes.unknown(f"values of {result.dtype} that depend on the image")
+            if any(isinstance(n, Varying) for n in result.sizes):
+                raise shapes.unknown("a size that is no multiple of the batch")
+            self.graph.shapes[value] = result.sizes
 
     # -----------------------------------------------------------------------------------------
     # Modules
 
     def module(self, node: fx.Node) -> str:
         """What a module makes of its input."""
-        name, x = str(node.target), self.values[node.args[0]]  # type: ignore[index]
-        module, graph = self.modules[name], self.graph
+        name, module, graph = str(node.target), self.modules[str(node.target)], self.graph
+        kind = type(module)
+        if len(node.args) != 1 or node.kwargs:
+            raise shapes.unknown(f"a {kind.__name__} of more than one input")
+        x = self._value(node.args[0])  # type: ignore[arg-type]
         if isinstance(module, (nn.Conv2d, nn.Linear)):
-            return self._layer(name, module, x, node)
-        if isinstance(module, nn.AdaptiveAvgPool2d):
-            return shapes.adaptive_pool(graph, x, module.output_size, size=self.shape(node))
-        if type(module) in ops.MODULES:
-            return ops.MODULES[type(module)](graph, module, x)
-        raise shapes.unknown(type(module).__name__)
+            return self._layer(name, module, x)
+        if isinstance(module, (nn.Flatten, nn.Unflatten)):
+            return shapes.reshape(graph, x, to=self.results[node])
+        if kind in MODULES:
+            return MODULES[kind](graph, module, x)
+        raise shapes.unknown(kind.__name__)
 
-    def _layer(self, name: str, module: Any, x: str, node: fx.Node) -> str:
-        graph, entry = self.graph, self.entries.get(name)
+    def _layer(self, name: str, module: Any, x: str) -> str:
+        graph, entry, rank = self.graph, self.entries.get(name), len(self.graph.sizes(x))
         by_row = isinstance(module, QUANT_LAYERS) and module.act_quantizer.on_columns
         if isinstance(module, QUANT_LAYERS):
             x = columns(graph, module, x) if by_row else x  # type: ignore[arg-type]
@@ -101,7 +129,7 @@ class Writer:
             w = weight(graph, self.packed, entry)
         else:
             w = graph.constant(module.weight, f"{name}.weight")
-        if isinstance(module, nn.Linear) and len(self.shape(node)) == 1:
+        if isinstance(module, nn.Linear) and rank == 2:
             y = graph.op("Gemm", x, w, transB=1)
         elif isinstance(module, nn.Linear):
             y = graph.op("MatMul", x, graph.op("Transpose", w, perm=[1, 0]))
@@ -118,15 +146,7 @@ class Writer:
         return graph.op("Add", y, graph.constant(bias, f"{name}.bias"))
 
     # -----------------------------------------------------------------------------------------
-    # Functions, methods, parameters
-
-    def _attribute(self, name: str) -> str:
-        value = self.model
-        for part in name.split("."):
-            value = getattr(value, part)
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            raise shapes.unknown(f"the attribute '{name}'")
-        return self.graph.constant(value, name)
+    # Functions and methods
 
     def _call(self, node: fx.Node) -> Any:
         args: Any = fx.map_arg(node.args, self._value)
@@ -134,12 +154,12 @@ class Writer:
         _check_in_place(node)
         target: Any = node.target
         emit: Callable[..., Any]
-        if shapes.on_sizes(target, args):
-            emit = partial(shapes.computed, target)
-        elif target in shapes.CALLS:
-            emit = partial(shapes.CALLS[target], size=self.shape(node))
-        elif target in ops.CALLS:
-            emit = ops.CALLS[target]
+        if target is operator.getitem and isinstance(args[0], tuple):
+            return args[0][args[1]]  # a chunk
+        if target in shapes.RESULTS:
+            emit = partial(shapes.RESULTS[target], to=self.results[node])
+        elif target in CALLS:
+            emit = CALLS[target]
         else:
             raise shapes.unknown(str(getattr(target, "__name__", target)))
         try:
@@ -148,17 +168,15 @@ class Writer:
             raise shapes.unknown(f"{node.format_node()}") from error
 
     def _value(self, node: fx.Node) -> Any:
-        return self.values[node]
-
-    def shape(self, node: fx.Node) -> list[int]:
-        """Shape of a node's first input without the batch, for images of the header's size."""
-        if not self.shapes:
-            image = torch.zeros(1, *self.packed.header.input_shape)
-            ShapeProp(fx.GraphModule(self.model, self.traced)).propagate(image)
-            for n in self.traced.nodes:
-                if isinstance(meta := n.meta.get("tensor_meta"), TensorMetadata):
-                    self.shapes[n] = list(meta.shape[1:])
-        return self.shapes[node.all_input_nodes[0]]
+        """What a node reads of another one: the name of a value, or a constant."""
+        value = self.values[node]
+        if isinstance(value, Repeated):
+            name = self.graph.repeated(value.value, value.dim)
+            self._keep_shape(name, Live(value.sizes, value.value.dtype))
+            value = self.values[node] = name
+        if isinstance(value, Varying):
+            raise shapes.unknown(f"what depends on the batch or the image in '{node.name}'")
+        return value
 
 
 def _check_in_place(node: fx.Node) -> None:
@@ -168,6 +186,7 @@ def _check_in_place(node: fx.Node) -> None:
     """
     written = node.args[0] if node.args else None
     in_place = node.kwargs.get("inplace") or (len(node.args) > 1 and node.args[1] is True)
+    in_place = in_place or (node.op == "call_method" and str(node.target).endswith("_"))
     if not in_place or not isinstance(written, fx.Node):
         return
     order = {other: i for i, other in enumerate(node.graph.nodes)}

@@ -7,19 +7,18 @@ depends on a tensor's shape (`onnx_shapes.py`).
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torchvision.ops.stochastic_depth import StochasticDepth, stochastic_depth
 
 from qexp.export.onnx_graph import Graph
-from qexp.export.onnx_shapes import pair, unknown, view
+from qexp.export.onnx_shapes import pair, unknown
 
 LOWEST = torch.finfo(torch.float32).min
-FAR = 2**31 - 1  # the end of a slice that has none
 
 
 # ---------------------------------------------------------------------------------------------
@@ -71,68 +70,45 @@ def _depth(graph: Graph, x: str, p: float, mode: str, training: bool = False) ->
     return _dropout(graph, x, p, training)
 
 
-def _operand(graph: Graph, value: str | float) -> str:
-    return value if isinstance(value, str) else graph.constant(float(value))
+def _operand(value: str | Tensor | float) -> str | Tensor | float:
+    if isinstance(value, str):
+        return value
+    return value.float() if isinstance(value, Tensor) else float(value)
 
 
-def _add(graph: Graph, x: str | float, y: str | float) -> str:
-    return graph.op("Add", _operand(graph, x), _operand(graph, y))
+def _binary(kind: str) -> Callable[..., str]:
+    return lambda graph, x, y: graph.op(kind, _operand(x), _operand(y))
 
 
-def _mul(graph: Graph, x: str | float, y: str | float) -> str:
-    return graph.op("Mul", _operand(graph, x), _operand(graph, y))
+def _unary(kind: str) -> Callable[..., str]:
+    return lambda graph, x: graph.op(kind, x)
+
+
+def _clamp(graph: Graph, x: str, min: float | None = None, max: float | None = None) -> str:
+    # Not Clip: onnxruntime fuses that with a 4-bit QuantizeLinear, and fails.
+    x = x if min is None else graph.op("Max", x, _operand(min))
+    return x if max is None else graph.op("Min", x, _operand(max))
 
 
 # ---------------------------------------------------------------------------------------------
-# Shapes
+# Means
 
 
-def _flatten(graph: Graph, x: str, start_dim: int = 0, end_dim: int = -1) -> str:
-    if (start_dim, end_dim) != (1, -1):
-        raise unknown(f"flatten from dimension {start_dim} to {end_dim}")
-    return graph.op("Flatten", x)
+def _reduced(kind: str) -> Callable[..., str]:
+    def reduce(graph: Graph, x: str, dim: Any, keepdim: bool = False) -> str:
+        axes = [dim] if isinstance(dim, int) else list(dim)
+        return graph.op(kind, x, axes, keepdims=int(keepdim))
+
+    return reduce
 
 
-def _mean(graph: Graph, x: str, dim: Any, keepdim: bool = False) -> str:
-    axes = graph.constant([dim] if isinstance(dim, int) else list(dim))
-    return graph.op("ReduceMean", x, axes, keepdims=int(keepdim))
-
-
-def _permute(graph: Graph, x: str, *dims: Any) -> str:
-    return graph.op("Transpose", x, perm=list(dims[0] if len(dims) == 1 else dims))
-
-
-def _cat(graph: Graph, tensors: Sequence[str], dim: int = 0) -> str:
-    return graph.op("Concat", *tensors, axis=dim)
-
-
-def _pad(graph: Graph, x: str, pad: Any, mode: str = "constant", value: float = 0.0) -> str:
-    if mode != "constant" or len(pad) != 6:
-        raise unknown(f"pad {pad} of mode {mode}")
-    left, right, top, bottom, before, after = pad  # last dimension first
-    sizes = [0, before, top, left, 0, after, bottom, right]
-    return graph.op("Pad", x, graph.constant(sizes), graph.constant(float(value or 0.0)))
-
-
-def _slice(graph: Graph, x: str, index: Any) -> str:
-    parts = index if isinstance(index, tuple) else (index,)
-    whole = [type(p) is int for p in parts]
-    if whole[0] or not all(w or isinstance(p, slice) for w, p in zip(whole, parts, strict=True)):
-        raise unknown(f"index {index}")
-    parts = [slice(p, p + 1 or FAR) if w else p for w, p in zip(whole, parts, strict=True)]
-    lists = (
-        [p.start or 0 for p in parts],
-        [FAR if p.stop is None else p.stop for p in parts],
-        list(range(len(parts))),
-        [p.step or 1 for p in parts],
-    )
-    x = graph.op("Slice", x, *(graph.constant(v) for v in lists))
-    axes = [axis for axis, w in enumerate(whole) if w]
-    return graph.op("Squeeze", x, graph.constant(axes)) if axes else x
-
-
-def _unsqueeze(graph: Graph, x: str, dim: int) -> str:
-    return graph.op("Unsqueeze", x, graph.constant([dim]))
+def _normalize(
+    graph: Graph, x: str, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: None = None
+) -> str:
+    if p != 2:
+        raise unknown(f"normalize with p={p}")
+    norm = graph.op("ReduceL2", x, [dim], keepdims=1)
+    return graph.op("Div", x, graph.op("Max", norm, float(eps)))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -181,6 +157,30 @@ def _window(kernel: Any, stride: Any, padding: Any, ceil_mode: bool) -> dict[str
     return sizes | {"ceil_mode": int(ceil_mode)}
 
 
+def adaptive_pool(graph: Graph, x: str, output_size: Any) -> str:
+    """An adaptive average pool of x [N, C, H, W] to planes of `output_size`."""
+    plane: list[Any] = list(graph.sizes(x)[-2:])
+    wanted = [n if w is None else w for n, w in zip(plane, pair(output_size), strict=True)]
+    if wanted == [1, 1]:
+        return graph.op("GlobalAveragePool", x)
+    if wanted == plane:
+        return x
+    if all(n % w == 0 for n, w in zip(plane, wanted, strict=True)):
+        kernel = [n // w for n, w in zip(plane, wanted, strict=True)]
+        return graph.op("AveragePool", x, kernel_shape=kernel, strides=kernel)
+    rows, columns = (_means(n, w) for n, w in zip(plane, wanted, strict=True))
+    return graph.op("MatMul", graph.op("MatMul", rows, x), columns.T)
+
+
+def _means(size: int, wanted: int) -> Tensor:
+    """[wanted, size]: row i takes the mean from floor(i size / wanted) to ceil((i + 1) ...)."""
+    means = torch.zeros(wanted, size)
+    for i in range(wanted):
+        start, stop = i * size // wanted, -(-(i + 1) * size // wanted)
+        means[i, start:stop] = 1 / (stop - start)
+    return means
+
+
 def anchored(graph: Graph, x: str) -> str:
     """`x`, behind an operation that it stays behind.
 
@@ -189,7 +189,9 @@ def anchored(graph: Graph, x: str) -> str:
     """
     if not x.startswith(("maxpool_", "transpose_", "slice_")):
         return x
-    return graph.op("Max", x, graph.constant(LOWEST))
+    anchor = graph.op("Max", x, graph.constant(LOWEST))
+    graph.shapes[anchor] = graph.sizes(x)
+    return anchor
 
 
 def _layer_norm(
@@ -239,7 +241,8 @@ MODULES: dict[type[nn.Module], Callable[[Graph, Any, str], str]] = {
     nn.GELU: lambda graph, m, x: _gelu(graph, x, m.approximate),
     nn.MaxPool2d: _max_pool_of,
     nn.AvgPool2d: _avg_pool_of,
-    nn.Flatten: lambda graph, m, x: _flatten(graph, x, m.start_dim, m.end_dim),
+    nn.AdaptiveAvgPool2d: lambda graph, m, x: adaptive_pool(graph, x, m.output_size),
+    nn.Tanh: lambda graph, m, x: graph.op("Tanh", x),
 }
 
 CALLS: dict[Any, Callable[..., str]] = {
@@ -256,30 +259,25 @@ CALLS: dict[Any, Callable[..., str]] = {
     F.gelu: _gelu,
     F.dropout: _dropout,
     stochastic_depth: _depth,
-    operator.add: _add,
-    operator.iadd: _add,
-    torch.add: _add,
-    "add": _add,
-    operator.mul: _mul,
-    operator.imul: _mul,
-    torch.mul: _mul,
-    "mul": _mul,
-    torch.flatten: _flatten,
-    "flatten": _flatten,
-    torch.permute: _permute,
-    "permute": _permute,
-    torch.reshape: view,
-    "reshape": view,
-    "view": view,
-    "contiguous": lambda graph, x: x,
-    torch.cat: _cat,
-    "mean": _mean,
-    torch.mean: _mean,
+    **dict.fromkeys((operator.add, operator.iadd, torch.add, "add"), _binary("Add")),
+    **dict.fromkeys((operator.sub, operator.isub, torch.sub, "sub"), _binary("Sub")),
+    **dict.fromkeys((operator.mul, operator.imul, torch.mul, "mul"), _binary("Mul")),
+    **dict.fromkeys((operator.truediv, operator.itruediv, torch.div, "div"), _binary("Div")),
+    **dict.fromkeys((operator.pow, torch.pow, "pow"), _binary("Pow")),
+    **dict.fromkeys((operator.neg, torch.neg, "neg"), _unary("Neg")),
+    **dict.fromkeys((torch.exp, "exp"), _unary("Exp")),
+    **dict.fromkeys((torch.log, "log"), _unary("Log")),
+    **dict.fromkeys((torch.sqrt, "sqrt"), _unary("Sqrt")),
+    **dict.fromkeys((torch.abs, "abs"), _unary("Abs")),
+    **dict.fromkeys((torch.tanh, F.tanh, "tanh"), _unary("Tanh")),
+    **dict.fromkeys((torch.clamp, "clamp", torch.clip, "clip"), _clamp),
+    **dict.fromkeys((torch.clamp_min, "clamp_min"), _clamp),
+    **dict.fromkeys((torch.mean, "mean"), _reduced("ReduceMean")),
+    **dict.fromkeys((torch.sum, "sum"), _reduced("ReduceSum")),
+    **dict.fromkeys((torch.amax, "amax"), _reduced("ReduceMax")),
+    F.normalize: _normalize,
     F.max_pool2d: _max_pool,
     F.avg_pool2d: _avg_pool,
+    F.adaptive_avg_pool2d: adaptive_pool,
     F.layer_norm: _layer_norm,
-    F.pad: _pad,
-    operator.getitem: _slice,
-    torch.unsqueeze: _unsqueeze,
-    "unsqueeze": _unsqueeze,
 }
