@@ -174,7 +174,7 @@ def columns(graph: Graph, conv: nn.Conv2d, x: str) -> str:
     return graph.op("Conv", x, graph.constant(unit), **window_of(conv), group=channels)
 
 
-def window_of(conv: nn.Conv2d) -> dict[str, list[int]]:
+def window_of(conv: nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d) -> dict[str, list[int]]:
     """Kernel, strides, pads and dilations as a Conv node has them."""
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         raise ConfigError(

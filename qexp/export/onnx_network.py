@@ -112,6 +112,8 @@ class Writer:
         x = self._value(node.args[0])  # type: ignore[arg-type]
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             return self._layer(name, module, x)
+        if kind in (nn.Conv1d, nn.ConvTranspose2d):
+            return self._float_layer(name, module, x)
         if isinstance(module, (nn.Flatten, nn.Unflatten)):
             return shapes.reshape(graph, x, to=self.results[node])
         if kind in MODULES:
@@ -144,6 +146,16 @@ class Writer:
         # Apart, not as an operand: between quantized operands onnxruntime rounds that to integers.
         bias = module.bias if isinstance(module, nn.Linear) else module.bias.reshape(-1, 1, 1)
         return graph.op("Add", y, graph.constant(bias, f"{name}.bias"))
+
+    def _float_layer(self, name: str, module: Any, x: str) -> str:
+        """A convolution of a kind that is not quantized."""
+        window: dict[str, Any] = window_of(module)
+        kind = "Conv"
+        if module.transposed:
+            kind, window["output_padding"] = "ConvTranspose", list(module.output_padding)
+        weight = self.graph.constant(module.weight, f"{name}.weight")
+        bias = [] if module.bias is None else [self.graph.constant(module.bias, f"{name}.bias")]
+        return self.graph.op(kind, x, weight, *bias, **window, group=module.groups)
 
     # -----------------------------------------------------------------------------------------
     # Functions and methods

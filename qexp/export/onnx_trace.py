@@ -8,8 +8,10 @@ each image. So arithmetic on sizes is Python's own, wherever the batch goes.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FunctionType
 from typing import Any
 
@@ -105,7 +107,12 @@ def traced(model: nn.Module, known: Sequence[Any]) -> fx.Graph:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]
+    """Where the network's own code raised it, and its first sentence."""
+    inside = str(Path(torch.__file__).parent)
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith(inside)][-1]
+    sentence = " ".join(str(error).split()).split(". ")[0]
+    return f"{Path(own.filename).name}:{own.lineno}: {sentence[:160]}"
 
 
 class _Run(fx.Interpreter):
