@@ -91,6 +91,8 @@ class InPlace(nn.Module):
             return self.linear(self.flatten(y.mean((2, 3), keepdim=True)).flatten(1))
         elif self.way == "item":
             y = y * y.mean((0, 1, 2, 3)).item()
+        elif self.way == "filled":
+            y = y + y.new_full((8, 1, 1), y.mean((0, 1, 2, 3)).item())
         elif self.way == "rows of the batch":
             y = y + y[:1]
         elif self.way == "first image":
@@ -122,6 +124,7 @@ class InPlace(nn.Module):
         ("relu read again", "'relu' changes in place what 'conv' gave"),
         ("alpha", "format=onnx does not know .*alpha"),
         ("item", "what depends on the batch or the image in 'item'"),
+        ("filled", "format=onnx does not know .*new_full|in 'item'"),
         ("rows of the batch", "a slice of the batch"),
         ("first image", "an index of the batch"),
         ("pairs", "a size that is no multiple of the batch"),
@@ -626,3 +629,65 @@ def test_attention_that_onnx_has_not_is_refused_by_name(way: str, message: str) 
     packed = quantized(Heads(10, way), "lsq", 8, images(), way=way)
     with pytest.raises(ConfigError, match=f"^export: format=onnx does not know {message}. Use"):
         to_onnx(packed)
+
+
+class Moves(nn.Module):
+    """Tokens [N, 16, 6] that are moved before a quantized layer reads them."""
+
+    def __init__(self, num_classes: int, way: str) -> None:
+        super().__init__()
+        self.patches, self.linear = nn.Conv2d(3, 6, 2, stride=2), nn.Linear(6, num_classes)
+        self.rows = nn.Parameter(torch.randn(3, 6))
+        self.way = way
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        n, tokens, width = x.shape
+        if self.way == "roll":
+            x = x.roll((3, -1), (1, 2))
+        elif self.way == "rows":
+            x = x[:, torch.arange(tokens, device=x.device).flip(0)[::3]]
+        elif self.way == "list":
+            x = x[..., [5, 0, 1, 2, -3, 4]]
+        elif self.way == "steps":
+            x = x[:, None, 1:-2:3, :][:, 0]
+        elif self.way == "one":
+            x = x[:, -1].unsqueeze(1)
+        elif self.way == "stack":
+            x = torch.stack(x.unbind(2)[::-1], -1)
+        elif self.way == "sizes":
+            x = torch.cat(x.split([tokens // 4, tokens - tokens // 4], 1)[::-1], 1)
+        elif self.way == "expand":
+            x = x.mean(1, keepdim=True).expand(-1, 3, -1)
+        elif self.way == "repeat":
+            x = x.repeat(1, 2, 1)
+        elif self.way == "pad":
+            x = nn.functional.pad(x, (0, 0, 2, 1), value=0.5)
+        elif self.way == "batch second":
+            x = x.permute(1, 0, -1).contiguous().clone().transpose(0, 1).type_as(x)
+        elif self.way == "batch of tokens":
+            x = x.reshape(-1, width)[:, None].to(x.device).view(n, tokens, width)
+        elif self.way == "of each image":
+            x = torch.cat((x, self.rows.unsqueeze(0).repeat(n, 1, 1), x.new_ones(n, 1, width)), 1)
+        elif self.way == "positions":
+            at = torch.arange(tokens, dtype=torch.float32)[:, None] * torch.linspace(0, 1, width)
+            x = x + torch.stack((at.sin(), at.cos())).sum(0)
+        elif self.way == "windows":
+            masks = torch.tensor([[0.0], [1.0]]).repeat(n, 1).unsqueeze(1)
+            x = (x.reshape(n * 2, tokens // 2, width) * masks).view(n, tokens, width)
+        else:
+            x = torch.where(torch.eye(tokens, width) > 0, -x.exp(), (x - 1) / 2).clamp(-3, 0.5) ** 2
+        return self.linear(x).amax(1)
+
+
+WAYS = (
+    *("roll", "rows", "list", "steps", "one", "stack", "sizes", "expand", "repeat", "pad"),
+    *("batch second", "batch of tokens", "of each image", "positions", "windows", "elements"),
+)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_tokens_can_be_moved_before_a_quantizer_of_four_bits(way: str) -> None:
+    torch.manual_seed(0)
+    model = Moves(10, way)
+    same_logits(model, to_onnx(quantized(model, "lsq", 4, images(), way=way)))

@@ -1,7 +1,8 @@
-"""The int8 variant of an ONNX model: every quantized convolution on onnxruntime's integer kernels.
+"""The int8 variant of an ONNX model: quantized layers on onnxruntime's integer kernels.
 
-onnxruntime multiplies integers in one pattern alone: a convolution between DequantizeLinear of
-8-bit operands and QuantizeLinear of its result (it becomes QLinearConv). So
+onnxruntime multiplies integers in two patterns alone: a convolution between DequantizeLinear of
+8-bit operands and QuantizeLinear of its result (it becomes QLinearConv), and Gemm of such operands,
+the weights' zero point written, whose result may be float (QGemm). So
 
     input    its codes, at the quantizer's own step: 8 bits hold them all, nothing is lost
     weight   8-bit integers times one step a channel: exact where the levels are integers of that
@@ -11,8 +12,8 @@ onnxruntime multiplies integers in one pattern alone: a convolution between Dequ
              8 bits at the step of least squared error on calibration images
 
 The last two roundings, of levels and of results that are read as floats (residual sums, inputs of
-an adapter), are the variant's error. Linear layers end in float. ASQ's factor divides the input
-and multiplies the result.
+an adapter), are the variant's error. Linear layers end in float; tokens are rows of their product.
+ASQ's factor divides the input and multiplies the result.
 
 Layers with a float operand, more than 8 bits, an offset (LSQ+) or inputs of unequal steps (APoT)
 stay as in `onnx_network`.

@@ -108,7 +108,7 @@ class Writer:
         name, module, graph = str(node.target), self.modules[str(node.target)], self.graph
         kind = type(module)
         if len(node.args) != 1 or node.kwargs:
-            raise shapes.unknown(f"a {kind.__name__} of more than one input")
+            raise shapes.unknown(f"{kind.__name__} but of one input, by position")
         x = self._value(node.args[0])  # type: ignore[arg-type]
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             return self._layer(name, module, x)

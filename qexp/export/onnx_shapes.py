@@ -73,6 +73,7 @@ def _unbind(graph: Graph, x: str, dim: int = 0, *, to: Sequence[Live]) -> tuple[
 def _index(graph: Graph, x: str, index: Any, *, to: Live) -> str:
     """`x[index]`: integers, slices, None, one list of rows."""
     parts = list(index) if isinstance(index, tuple) else [index]
+    parts = [torch.tensor(part) if isinstance(part, list) else part for part in parts]
     sizes = graph.sizes(x)
     taken = sum(part is not None and part is not Ellipsis for part in parts)
     if Ellipsis in [part for part in parts if not isinstance(part, Tensor)]:

@@ -125,9 +125,8 @@ class _Run(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         y = super().run_node(n)
-        asked = n.op in ("call_function", "call_method") and n.target in QUESTIONS | BLANKS
-        parents = any(parent in self.live for parent in n.all_input_nodes)
-        if n.op == "placeholder" or (parents and not (asked and _plain(n, y))):
+        parents = [parent for parent in n.all_input_nodes if parent in self.live]
+        if n.op == "placeholder" or (parents and not _asked(n, parents, y)):
             self.live.add(n)
             self.found[n] = _shapes(y)
         else:
@@ -135,9 +134,11 @@ class _Run(fx.Interpreter):
         return y
 
 
-def _plain(node: fx.Node, y: Any) -> bool:
-    """Whether an answer holds no pixels: `x.shape` is one, `x.mT` is none."""
-    return node.target in BLANKS or not isinstance(y, Tensor)
+def _asked(node: fx.Node, parents: Sequence[fx.Node], y: Any) -> bool:
+    """Whether `y` holds no pixels of its parents: `x.shape` holds none, `x.mT` does."""
+    if node.op not in ("call_function", "call_method") or list(parents) != [node.args[0]]:
+        return False
+    return node.target in BLANKS or (node.target in QUESTIONS and not isinstance(y, Tensor))
 
 
 def _shapes(y: Any) -> Any:
