@@ -67,6 +67,11 @@ def test_biases_stay_float_whatever_onnxruntime_fuses(method: str) -> None:
     assert torch.equal(theirs.argmax(1), ours.argmax(1))
 
 
+@torch.fx.wrap
+def halved(x: Tensor) -> Tensor:
+    return x / 2
+
+
 class InPlace(nn.Module):
     """A network whose forward is `forward(self, conv(x))`."""
 
@@ -109,6 +114,10 @@ class InPlace(nn.Module):
             y = (y * torch.ones(8, 1, 1, dtype=torch.float64)).float()
         elif self.way == "branch":
             y = y if y.sum() > 0 else -y
+        elif self.way == "wrapped":
+            y = halved(y)
+        elif self.way == "half of the batch":
+            y = y * (y.shape[0] // 2)
         elif self.way == "argmax":
             y = y + y.argmax(1, keepdim=True)
         elif self.way == "written method":
@@ -135,6 +144,8 @@ class InPlace(nn.Module):
             "branch",
             r"cannot trace the network \(test_export_onnx.py:\d+: symbolically traced .*\). Use",
         ),
+        ("wrapped", "format=onnx does not know halved"),
+        ("half of the batch", "what depends on the batch or the image in 'floordiv'"),
         ("argmax", "format=onnx does not know argmax"),
         ("written method", "'relu_' changes in place what 'conv' gave"),
         ("flatten rows", ""),

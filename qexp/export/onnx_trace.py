@@ -1,6 +1,6 @@
 """The traced graph of a network, and what each of its nodes gives: sizes, constants, or images.
 
-The graph runs on blank images, two of them and then three. What is an integer in both runs and
+The graph runs on blank images, two of them and then five. What is an integer in both runs and
 grows with the images is a multiple of the batch (`Batch`); what does not depend on the images'
 pixels (tables of positions, masks of windows, a class token) is a constant, or one repeated for
 each image. So arithmetic on sizes is Python's own, wherever the batch goes.
@@ -23,10 +23,11 @@ from qexp.errors import ConfigError
 from qexp.quant.modules import QUANT_LAYERS
 
 UNTRACEABLE = (TraceError, TypeError, RuntimeError)  # what a proxy raises
-COUNTS = (2, 3)  # images of the two runs
+COUNTS = (2, 5)  # images of the two runs: a half of them is no constant either
 # What asks a tensor for its shape and its type alone.
 QUESTIONS = {getattr, "size", "dim", "numel", "ndimension", "stride", "is_floating_point"}
 BLANKS = {"new_zeros", "new_ones", "new_full", torch.zeros_like, torch.ones_like, torch.full_like}
+FOLLOWED = ("qexp.", "torchvision.")
 # Functions that a proxy does not reach, as `torch.zeros(x.shape[0])`.
 FACTORIES = (torch.zeros, torch.ones, torch.full, torch.arange, torch.linspace, torch.eye)
 
@@ -68,7 +69,11 @@ class Varying:
 
 
 class Tracer(fx.Tracer):
-    """Stops at quantized layers and at what `known` has; follows other functions of Python."""
+    """Stops at quantized layers and functions under `fx.wrap`; follows ours and torchvision's.
+
+    Args:
+        known: functions that are one node nevertheless.
+    """
 
     def __init__(self, known: Sequence[Any]) -> None:
         super().__init__(autowrap_functions=FACTORIES)
@@ -81,12 +86,12 @@ class Tracer(fx.Tracer):
     def create_proxy(
         self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **keywords: Any
     ) -> Any:
-        own = type(target) is FunctionType and not target.__module__.startswith("torch.")
-        if kind == "call_function" and own and target not in self.known:
+        followed = type(target) is FunctionType and target.__module__.startswith(FOLLOWED)
+        if kind == "call_function" and followed and target not in self.known:
             before = len(self.graph.nodes)
             try:
                 return target(*args, **kwargs)
-            except UNTRACEABLE:  # `fx.wrap` was needed: it stays one node
+            except UNTRACEABLE:  # it stays one node
                 for node in reversed(list(self.graph.nodes)[before:]):
                     self.graph.erase_node(node)
         return super().create_proxy(kind, target, args, kwargs, *more, **keywords)
