@@ -51,6 +51,7 @@ from qexp.bench.train import composed
 from qexp.errors import ConfigError
 from qexp.export.compare import Difference, difference
 from qexp.models.build import build_model
+from qexp.models.opened import open_attention_
 from qexp.quant.convert import calibrate_
 from qexp.recipes.build import make_network
 from qexp.runner.device import keep_memory, pick_device, seed_everything, synchronize, tf32
@@ -157,6 +158,7 @@ def _group(
     size = s.image_size or (224 if node["_target_"].startswith("torchvision.") else 32)
     shape = (3, size, size)
     net = build_model(node, CLASSES, 3)
+    open_attention_(net, shape)
     images = torch.randn(max(batch, CALIBRATED), *shape)
     _settle_norms(net, images[:CALIBRATED])
     x, compared = images[:batch].to(at.device), images[:COMPARED].to(at.device)

@@ -35,6 +35,7 @@ from qexp.bench.step import AGAIN, EAGER, FLOAT, Contender, Group, make_step, ta
 from qexp.config import configs_dir
 from qexp.errors import ConfigError
 from qexp.models.build import build_model
+from qexp.models.opened import open_attention_
 from qexp.quant.convert import Bits, calibrate_, quant_layers
 from qexp.quant.functional import VARIANTS
 from qexp.quant.trace import Layer, trace
@@ -115,7 +116,9 @@ def _group(s: Settings, model: str, dtype: torch.dtype, mode: str, device: torch
     )
     size = s.image_size or (224 if node["_target_"].startswith("torchvision.") else 32)
     order = torch.channels_last if s.channels_last else torch.contiguous_format
-    net = build_model(node, CLASSES, 3).to(device, memory_format=order)  # type: ignore[call-overload]
+    net = build_model(node, CLASSES, 3)
+    open_attention_(net, (3, size, size))
+    net = net.to(device, memory_format=order)  # type: ignore[call-overload]
     images = torch.randn(s.batch, 3, size, size, device=device).to(memory_format=order)
     labels = torch.randint(CLASSES, (s.batch,), device=device)
     layers = trace(net, (3, size, size))

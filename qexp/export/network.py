@@ -24,6 +24,7 @@ from qexp.export.header import FormatError, Header, LayerEntry
 from qexp.export.packed import Packed
 from qexp.models.build import build_model
 from qexp.models.load import load_tensors_
+from qexp.models.opened import open_attention_, own_names
 from qexp.quant.convert import replace_, second_names
 from qexp.quant.modules import QuantConv2d, QuantLinear, leave_fast_path_
 from qexp.quant.quantizer import Identity, Quantizer
@@ -96,6 +97,7 @@ def restore(packed: Packed, *, trust: bool = False) -> nn.Module:
             "nor a classifier of torchvision.models. If you trust it: trust=true"
         )
     model = _bare(header)
+    open_attention_(model, header.input_shape)
     state: dict[str, Tensor] = {}
     used: set[str] = set()
     for name in _batch_norms(model):
@@ -110,7 +112,7 @@ def restore(packed: Packed, *, trust: bool = False) -> nn.Module:
         own, names = _layer(model, entry, packed)
         state |= own
         used |= names
-    floats = {name: t for name, t in packed.tensors.items() if name not in used}
+    floats = own_names(model, {n: t for n, t in packed.tensors.items() if n not in used})
     _add_biases(model, floats)
     _load(model, state | floats)
     leave_fast_path_(model)

@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from qexp.errors import CheckpointError, did_you_mean
 from qexp.models.build import resolve
 from qexp.models.digest import averaged, weights_sha256
+from qexp.models.opened import own_names
 
 # `IMAGENET1K_V1`, `DEFAULT`, or `ResNet18_Weights.IMAGENET1K_V1`; a file name has a dot or a slash.
 WEIGHTS_NAME = re.compile(r"(\w+_Weights\.)?[A-Z][A-Z0-9_]*")
@@ -61,14 +62,14 @@ def load_state(model: nn.Module, path: str | Path) -> str:
 
 
 def load_tensors_(model: nn.Module, state: Mapping[str, Tensor], *, assign: bool = False) -> None:
-    """`model.load_state_dict` of tensors in the layout that `model` has now.
+    """`model.load_state_dict` of tensors in the layout that `model` has now, or had (`own_names`).
 
     A plain dict lacks torch's version marks, which a module may insist on (torchvision's MNASNet).
     They are given as the model has them; batch norms get none, and may so lack their counter.
     """
     norms = {name for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
     marks: Any = getattr(model.state_dict(), "_metadata", {})
-    marked: Any = OrderedDict(state)
+    marked: Any = OrderedDict(own_names(model, state))
     marked._metadata = {name: mark for name, mark in marks.items() if name not in norms}
     model.load_state_dict(marked, assign=assign)
 
@@ -173,7 +174,7 @@ def missing_file(path: Path) -> str:
 
 def describe_difference(model: nn.Module, state: Mapping[str, Tensor]) -> str:
     """What keeps a state dict from fitting, on one line; empty if it fits."""
-    ours = model.state_dict()
+    ours, state = model.state_dict(), own_names(model, state)
     missing = [k for k in ours if k not in state and not k.endswith("num_batches_tracked")]
     unexpected = [k for k in state if k not in ours]
     wrong = [k for k in ours if k in state and ours[k].shape != state[k].shape]

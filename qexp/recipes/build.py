@@ -22,6 +22,7 @@ from qexp.errors import CheckpointError, ConfigError, DataError, QexpError, one_
 from qexp.models.build import build_model
 from qexp.models.digest import averaged
 from qexp.models.load import load_tensors_
+from qexp.models.opened import open_attention_
 from qexp.quant.convert import Bits, Swap, quantize_
 from qexp.quant.plan import Method
 from qexp.quant.trace import Layer, trace
@@ -70,9 +71,10 @@ def make_dataset(cfg: DictConfig, device: torch.device) -> Any:
 
 
 def make_model(cfg: DictConfig, dataset: Any, device: torch.device) -> nn.Module:
-    """The float network of `cfg.model` with random weights."""
+    """The float network of `cfg.model` with random weights, the projections of attention layers."""
     node: Any = OmegaConf.to_container(cfg.model, resolve=True)
     model = build_model(node, dataset.num_classes, dataset.input_shape[0])
+    open_attention_(model, dataset.input_shape)
     return model.to(device)
 
 

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from qexp.errors import ConfigError
 from qexp.models.load import load_tensors_
+from qexp.models.opened import own_names
 from qexp.quant.convert import Bits, calibrate_, check_calibrated, quantizers, shared_weights
 from qexp.quant.quantizer import Quantizer
 from qexp.quant.rebits import rebits_
@@ -110,7 +111,8 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
         load_tensors_(model, saved["model"])
         restore_(optimizer, saved["optimizer"])
         if average is not None:
-            average.load_state_dict(saved["average"])
+            kept = saved["average"]
+            average.load_state_dict({**kept, "state": own_names(model, kept["state"])})
         for key, value in state.items():
             state[key] = saved[key].to(device) if isinstance(value, Tensor) else saved[key]
         network.sensitivity = saved.get("sensitivity", {})
