@@ -65,7 +65,8 @@ class Attention(nn.Module):
         super().__init__()
         self.__dict__.update(plain_attributes(source))
         self.fused = fused
-        weight, bias = source.in_proj_weight, source.in_proj_bias
+        weight: Any = source.in_proj_weight
+        bias: Any = source.in_proj_bias
         if fused:
             self.in_proj = linear(weight, bias)
         else:

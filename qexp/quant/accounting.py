@@ -8,8 +8,9 @@ One rule for every method, so that rows of a table can be compared:
             by layer over the quantized inner layers (an operand such a layer keeps in float counts
             32), and by parameter over all layers with first, last and float ones. Activations: by
             layer, over the quantized inner layers.
-  Others    Weights in no layer that `trace` lists (attention, recurrent and one-dimensional layers)
-            stay in float: 32 bits in the average over all layers; their work is in no count.
+  Others    Weights in no layer that `trace` lists (recurrent and one-dimensional layers, attention
+            that models/opened.py leaves as it is) stay in float: 32 bits in the average over all
+            layers; their work is in no count.
   Size      What a file holds. Codes take whole bits, ceil(log2(levels)) each, packed layer by
             layer into whole bytes; then every quantizer's `extra_bytes` (steps, codebooks,
             adapters, borders, of weights and of inputs), and at 4 bytes an element every other
@@ -17,6 +18,8 @@ One rule for every method, so that rows of a table can be compared:
             four vectors (folding it would leave one bias). Not counted: `num_batches_tracked`,
             which inference does not read, and tensors that are not in the state_dict.
   Ideal     bits * weights / 8, rounded up: what a size quoted in a paper often is.
+  MACs      Of layers alone. The two products of attention, q k^T and weights v, multiply float
+            activations and no weight; they are in no count.
   BOPs      sum over layers of macs * w_bits * a_bits, for one sample (HAWQ-V3).
 """
 
@@ -168,8 +171,8 @@ def account(
 def other_weights(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
     """Number of weights by name, of those that multiply in no layer of `names`: they stay in float.
 
-    Weights of attention, of recurrent, transposed and one-dimensional layers, of functional calls;
-    tables of positions too. A parameter that is a vector (a gain a channel) is none.
+    Weights of recurrent, transposed and one-dimensional layers, of attention that calls none, of
+    functional calls; tables of positions too. A parameter that is a vector (a gain a channel) is none.
     """
     known = {id(tensor) for name in names for tensor in _tensors(model, name)}
     owned = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, Quantizer))

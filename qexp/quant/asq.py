@@ -7,11 +7,13 @@ The idea: the range of a layer's input differs from image to image, so its step 
 network, the adapter, looks at the channel means of each sample and returns one factor for it, which
 multiplies LSQ's learned step.
 
-Forward, sample n of the batch.
+Forward, sample n of the batch: a row of x [N, ...], all channels, positions, tokens and windows of
+an image. (Where a network of one's own moves windows into N, a window is a sample.)
     beta_n = factor(x_n),   s_n = scale * beta_n,   z = x_n / s_n
     x_int  = clip(round(z), qmin, qmax),   x_hat = x_int * s_n
 
-Adapter (`factor: relu`, as released).  Means over space (over tokens) in float32, [N, C], then
+Adapter (`factor: relu`, as released).  Means over space (over tokens, and windows of tokens) in
+float32, [N, C], then
     Linear(C, C // reduction), ReLU, Linear(., 1), ReLU   where C >= 2 * reduction (the inner ReLU
                                                           leaky by `leak`, 0 as released),
     Linear(C, 1), ReLU                                    below that,
