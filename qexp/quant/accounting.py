@@ -172,7 +172,7 @@ def other_weights(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
     """Number of weights by name, of those that multiply in no layer of `names`: they stay in float.
 
     Weights of recurrent, transposed and one-dimensional layers, of attention that calls none, of
-    functional calls; tables of positions too. A parameter that is a vector (a gain a channel) is none.
+    functional calls; tables of positions too. A vector (a gain a channel) is none.
     """
     known = {id(tensor) for name in names for tensor in _tensors(model, name)}
     owned = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, Quantizer))
