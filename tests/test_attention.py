@@ -364,6 +364,26 @@ def test_weights_of_a_vit_are_all_in_layers_but_its_positions() -> None:
     assert all(layer.signed for layer in layers if "_proj" in layer.name)
 
 
+def test_work_is_counted_where_tokens_come_before_the_batch() -> None:
+    class TokensFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch, self.mid = nn.Conv2d(3, C, 4, 4), nn.Linear(C, 2 * C)
+            self.attention, self.fc = nn.MultiheadAttention(2 * C, HEADS), nn.Linear(2 * C, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.mid(self.patch(x).flatten(2).permute(2, 0, 1))
+            return self.fc(self.attention(x, x, x)[0].mean(0))
+
+    model = opened(TokensFirst(), (3, 12, 12))
+    layers = {layer.name: layer for layer in trace(model, (3, 12, 12))}
+    assert layers["mid"].act_shape == (9, C)
+    assert layers["mid"].macs == 9 * layers["mid"].weights
+    assert layers["attention.in_proj"].act_shape == (9, 2 * C)
+    assert layers["attention.in_proj"].macs == 9 * layers["attention.in_proj"].weights
+    assert layers["fc"].macs == layers["fc"].weights
+
+
 def test_a_users_checkpoint_loads_by_its_own_names_and_a_wrong_one_by_its_difference(
     tmp_path: Path,
 ) -> None:

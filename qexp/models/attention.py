@@ -150,7 +150,7 @@ def plain_attributes(source: nn.Module) -> dict[str, Any]:
     return {key: value for key, value in source.__dict__.items() if key not in tensors}
 
 
-def linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
+def linear(weight: Any, bias: Any) -> nn.Linear:
     """A linear layer of these parameters."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     layer.weight = weight

@@ -119,6 +119,8 @@ def trace(model: nn.Module, input_shape: Sequence[int], batch: int = 2) -> list[
             kind, field = "linear", (weight.shape[1],)
         # Windows of an image may lie in the batch dimension; a table of positions has no batch.
         samples = batch if len(x) % batch == 0 else 1
+        if samples == 1 and x.dim() == 3 and x.shape[1] == batch:  # tokens before the batch
+            x, samples = x.transpose(0, 1), batch
         windows = len(x) // samples
         position = "first" if i == 0 else "last" if i == len(seen) - 1 else "inner"
         layers.append(
