@@ -14,9 +14,11 @@ import torchvision
 from conftest import Qexp
 from test_export import METHODS, SHAPE, images, network, packed_of, run_folder
 from torch import Tensor, nn
+from torchvision.models import swin_transformer
 
 from qexp.errors import ConfigError
 from qexp.export.packed import Packed, pack_network
+from qexp.models.opened import open_attention_
 from qexp.models.resnet import ResNet
 from qexp.quant.adaround import AdaRound
 from qexp.quant.aquant import AQuant
@@ -702,3 +704,35 @@ def test_tokens_can_be_moved_before_a_quantizer_of_four_bits(way: str) -> None:
     torch.manual_seed(0)
     model = Moves(10, way)
     same_logits(model, to_onnx(quantized(model, "lsq", 4, images(), way=way)))
+
+
+SMALL = {"num_heads": 2, "hidden_dim": 16, "mlp_dim": 32}
+SWIN = {"patch_size": [2, 2], "embed_dim": 8, "depths": [2, 2], "num_heads": [2, 2]}
+TRANSFORMERS = {
+    "vit": partial(torchvision.models.VisionTransformer, 16, 4, 2, **SMALL),
+    "swin": partial(torchvision.models.SwinTransformer, **SWIN, window_size=[3, 3]),
+    "swin v2": partial(
+        torchvision.models.SwinTransformer,
+        **SWIN,
+        window_size=[4, 4],
+        block=swin_transformer.SwinTransformerBlockV2,
+        downsample_layer=swin_transformer.PatchMergingV2,
+    ),
+}
+
+
+def transformer(num_classes: int, kind: str) -> nn.Module:
+    return TRANSFORMERS[kind](num_classes=num_classes)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_transformers_of_torchvision_run(name: str, bits: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 16, 16)
+    model = transformer(5, name).eval()
+    open_attention_(model, (3, 16, 16))
+    for parameter in model.parameters():
+        if parameter.dim() == 1 or parameter.abs().max() == 0:  # of the head, zero
+            nn.init.normal_(parameter, 0.5, 0.2)
+    compared(model, x, f"{__name__}.transformer", bits, kind=name)
