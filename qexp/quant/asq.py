@@ -7,13 +7,11 @@ The idea: the range of a layer's input differs from image to image, so its step 
 network, the adapter, looks at the channel means of each sample and returns one factor for it, which
 multiplies LSQ's learned step.
 
-Forward, sample n of the batch: a row of x [N, ...], all channels, positions, tokens and windows of
-an image. (Where a network of one's own moves windows into N, a window is a sample.)
+Forward.  Sample n is row n of x [N, ...]: an image (a window where a network moves those into N).
     beta_n = factor(x_n),   s_n = scale * beta_n,   z = x_n / s_n
     x_int  = clip(round(z), qmin, qmax),   x_hat = x_int * s_n
 
-Adapter (`factor: relu`, as released).  Means over space (over tokens, and windows of tokens) in
-float32, [N, C], then
+Adapter (`factor: relu`, as released).  Means over space (tokens, windows) in float32, [N, C], then
     Linear(C, C // reduction), ReLU, Linear(., 1), ReLU   where C >= 2 * reduction (the inner ReLU
                                                           leaky by `leak`, 0 as released),
     Linear(C, 1), ReLU                                    below that,
@@ -42,13 +40,10 @@ those at W4A4 (from the third epoch on) and W3A3 end so in layer1.0.conv1, four 
 (`stuck` in metrics.jsonl). `leak: 0.01` lets the hidden units pass a hundredth of what is below 0,
 which cannot die.
 
-What the adapter buys (results/cifar10_qat_rungs and cifar10_qat_brief: CIFAR-10, W2A2, POST
-weights, three epochs, one seed): 87.15 (86.85 with `softplus`), against 85.74 with LSQ's step and
-85.65 with `statistics`.
-Under LSQ weights it buys nothing that one seed can show: 85.83, LSQ alone 86.71. After ten epochs
-(results/cifar10_qat_short, seed 0) 88.57 against 88.23 with LSQ's step under POST weights, 88.20
-against 88.53 under LSQ's: nothing in either. Over three seeds `quantizer=asq` has 88.68 (deviation
-0.24), LSQ 88.20 (0.38): p = 0.30.
+What the adapter buys (results/cifar10_qat_short: CIFAR-10, ten epochs, three seeds) over LSQ, with
+POST weights: +0.48 (deviation 0.60) at W2A2, +0.04 (0.09) at W3A3, which three seeds do not tell
+from nothing. One seed at W2A2: 0.34 above LSQ's step under POST weights, 0.33 below under LSQ's;
+after three epochs (cifar10_qat_rungs, cifar10_qat_brief) 1.41 above and 0.88 below.
 
 Departs from the paper and code:
  1. N counts the features of one sample (`count: sample`), as our LSQ; the code's N counts the batch
@@ -116,10 +111,9 @@ def _at_least_float32(x: Tensor) -> torch.dtype:
 class _ChannelMeans(torch.autograd.Function):
     """Mean over `dims` in float32 (float64 of float64).
 
-    Its gradient goes back as a view, to be added to that of the quantizer's: a tensor of its own
-    would cost more. Not in bfloat16 and channels_last, where the sum with a view that repeats 16
-    channels is not vectorised: 2.6 ms of a core for [128, 16, 32, 32], 0.5 with a tensor, and 6 %
-    of ResNet-20's step with `compile=kernels` (by hand, not kept).
+    Its gradient goes back as a view, but in bfloat16 and channels_last, where the sum with a view
+    that repeats 16 channels is not vectorised: 2.6 ms of a core for [128, 16, 32, 32], 0.5 with a
+    tensor, 6 % of ResNet-20's step with `compile=kernels` (by hand, not kept).
     """
 
     @staticmethod
