@@ -149,6 +149,12 @@ def test_the_deviation_over_images_is_mcnemars_of_one_seed_and_falls_with_more(
     assert made.over_images == pytest.approx(100 * apart.std(ddof=1) / 2000**0.5)
     assert made.top1 is not None
     assert made.top1.mean == pytest.approx(100 * apart.mean())
+    (tmp_path / "lsq-0" / ANSWERS).unlink()  # of two seeds then
+    two = np.mean(
+        [a.astype(int) - b for a, b in zip(tops["asq"], tops["lsq"], strict=True)][1:], axis=0
+    )
+    (made,) = compare(table(tmp_path), "lsq")
+    assert made.over_images == pytest.approx(100 * two.std(ddof=1) / 2000**0.5)
     one = tmp_path / "one"
     for method in ("lsq", "asq"):
         top1 = 100 * float(tops[method][0].mean())

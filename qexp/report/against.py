@@ -68,8 +68,8 @@ class Comparison:
         interval: least and greatest difference at `LEVEL`, None where it is not known.
         p: two-sided, None where it is not known; `p_holm` allows for all of the table's rows at
             these bits.
-        over_images: deviation of the difference over draws of test images, points; None without
-            the answers of all runs.
+        over_images: deviation of the difference over draws of test images, points, from the
+            seeds of which both have kept their answers; None without any.
         above: on how many of `seeds` the row has the higher top-1.
     """
 
@@ -148,9 +148,9 @@ def _pair(row: Row, base: Row) -> Comparison:
 
 
 def _over_images(pairs: Sequence[tuple[RunRecord, RunRecord]]) -> float | None:
-    answers = [_right(run) for pair in pairs for run in pair]
-    known = [right for right in answers if right is not None]
-    if not known or len(known) < len(answers):
+    answers = [(_right(ours), _right(theirs)) for ours, theirs in pairs]
+    known = [right for both in answers if None not in both for right in both if right is not None]
+    if not known:
         return None
     (first, labels), *others = known
     if len(first) < 2 or not all(np.array_equal(labels, other) for _, other in others):
