@@ -30,6 +30,8 @@ from qexp.recipes.build import load_run
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
+from qexp.export.onnx_graph import Graph  # noqa: E402
+from qexp.export.onnx_inputs import _above  # noqa: E402
 from qexp.export.onnx_network import to_onnx  # noqa: E402
 
 __all__ = ["run_folder"]  # a fixture
@@ -481,6 +483,30 @@ def test_a_vision_transformer_computes_the_same_logits(method: str) -> None:
     torch.manual_seed(0)
     model = ViT(10)
     same_logits(model, to_onnx(quantized(model, method, 4, images())))
+
+
+@pytest.mark.parametrize("count", [3, 15, 16, 100, 255])
+def test_many_thresholds_are_searched_and_a_value_on_one_is_below(count: int) -> None:
+    thresholds = torch.randn(count, generator=torch.Generator().manual_seed(count)).sort().values
+    x = torch.cat([thresholds, thresholds.nextafter(torch.tensor(9.0)), torch.tensor([-9.0, 9.0])])
+    graph = Graph()
+    counted = _above(graph, "x", thresholds, -2.0)
+    nodes = len(graph.nodes)
+    assert nodes <= 45
+    made = onnx.helper.make_graph(
+        graph.nodes,
+        "above",
+        [onnx.helper.make_tensor_value_info("x", 1, [None])],
+        [onnx.helper.make_tensor_value_info(counted, 1, [None])],
+        list(graph.constants.values()),
+    )
+    model = onnx.helper.make_model(
+        made, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10
+    )
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    (found,) = session.run(None, {"x": x.numpy()})
+    expected = torch.bucketize(x, thresholds) - 2.0  # bucketize: as many as lie below
+    assert torch.equal(torch.from_numpy(found), expected)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 8])
