@@ -76,6 +76,7 @@ def evaluate_run(cfg: DictConfig) -> dict[str, Any]:
     """
     from qexp.recipes.build import load_run
 
+    _check_answers(cfg.get("answers"))
     name = str(cfg.get("checkpoint", "last.pt"))
     if name.endswith(".safetensors"):
         return _evaluate_file(cfg, name)
@@ -119,13 +120,16 @@ def _evaluate_file(cfg: DictConfig, name: str) -> dict[str, Any]:
 
 def _scored(cfg: DictConfig, model: nn.Module, dataset: Any) -> Score:
     """The score; with `answers=FILE` that file is written."""
-    path = Path(cfg.answers) if cfg.get("answers") else None
-    if path is not None and (path.suffix != ".npz" or not path.parent.is_dir()):
-        raise ConfigError(f"eval: answers={path} is no .npz file in a folder that exists.")
     score = evaluate(model, dataset.eval_batches(cfg.split))
-    if path is not None:
-        save_answers(path, score)
+    if cfg.get("answers"):
+        save_answers(Path(cfg.answers), score)
     return score
+
+
+def _check_answers(answers: str | None) -> None:
+    """Refuse a file that could not be written, before anything is scored."""
+    if answers and (Path(answers).suffix != ".npz" or not Path(answers).parent.is_dir()):
+        raise ConfigError(f"eval: answers={answers} is no .npz file in a folder that exists.")
 
 
 def save_answers(path: Path, score: Score) -> None:

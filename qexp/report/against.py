@@ -122,9 +122,9 @@ def _case(row: Row) -> tuple[str, str, str]:
     return *_network(row), row.bits
 
 
-def without_base(table: Table, name: str) -> list[str]:
-    """`adq W3A3.44 sensitivity`: rows that no base stands beside."""
-    told = {id(c.row) for c in compare(table, name)}
+def without_base(table: Table, name: str, made: Sequence[Comparison]) -> list[str]:
+    """`adq W3A3.44 sensitivity`: rows that are in no comparison of `made` with `name`."""
+    told = {id(c.row) for c in made}
     rows = [row for row in table.rows if row.name != name and id(row) not in told]
     return [f"{row.name} {row.bits}" for row in rows]
 
@@ -207,15 +207,13 @@ def probability(p: float | None) -> str:
     return f"{p:.2f}" if p >= 0.01 else f"{p:.3f}"
 
 
-def lines(table: Table, name: str) -> tuple[list[list[str]], list[str]]:
-    """The texts of a table's comparisons, and the notes below them."""
-    made = compare(table, name)
+def notes(table: Table, name: str, made: Sequence[Comparison]) -> list[str]:
+    """What stands below the comparisons of a table with its row `name`."""
     if not made:
-        return [], [f"Nothing here has the protocol and the bits of a finished {name}."]
-    notes = [NOTE]
-    if alone := without_base(table, name):
-        notes.append(f"Without {name} at their bits, or unfinished: {', '.join(alone)}.")
-    return [cells(c) for c in made], notes
+        return [f"Nothing here has the protocol and the bits of a finished {name}."]
+    alone = without_base(table, name, made)
+    told = f"Without {name} at their bits, or unfinished: {', '.join(alone)}."
+    return [NOTE, told] if alone else [NOTE]
 
 
 def csv_fields(made: Comparison | None, name: str) -> dict[str, Any]:

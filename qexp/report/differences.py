@@ -71,7 +71,7 @@ def differences(
         axis.set_xlabel("points of top-1")
         axis.grid(alpha=0.25, axis="x")
     note = (
-        "lines: 95 % intervals, cut where they leave the panel; hollow: one seed; arrows: further "
+        "lines: 95 % intervals, cut where they leave the panel; hollow: none; arrows: further "
         "left, at the number"
     )
     save(figure, path, title, note, **save_as)

@@ -109,26 +109,26 @@ def _section(table: Table, name: str, anchor: str, beside: Path, base: str | Non
 
 def _compared(table: Table, base: str) -> str:
     """The rows beside the table's row `base`: a figure and its numbers."""
-    texts, notes = against.lines(table, base)
-    head = "".join(f'<th class="{_kind(name)}">{escape(name)}</th>' for name in against.COLUMNS)
+    made = against.compare(table, base)
     kinds = [_kind(name) for name in against.COLUMNS]
-    lines = [
-        "".join(f'<td class="{k}">{escape(t)}</td>' for k, t in zip(kinds, row, strict=True))
-        for row in texts
-    ]
-    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    head = _cells("th", kinds, against.COLUMNS)
+    lines = "".join(f"<tr>{_cells('td', kinds, against.cells(c))}</tr>" for c in made)
     rows = (
         f'<div class="wide"><table class="rows"><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-        if texts
-        else ""
+        f"<tbody>{lines}</tbody></table></div>"
     )
-    made = against.compare(table, base)
     shown = [Difference(c.row.name, c.row.bits, c.top1.mean, c.interval) for c in made if c.top1]
     title = f"{table.title}: top-1 over {base}"
     figure = _image(differences, shown, title, looks(d.name for d in shown)) if shown else ""
-    told = "<br>".join(map(escape, notes))
-    return f'<h3>Against {escape(base)}</h3>{rows}<p class="note">{told}</p>{figure}'
+    told = "<br>".join(map(escape, against.notes(table, base, made)))
+    return (
+        f'<h3>Against {escape(base)}</h3>{rows if made else ""}<p class="note">{told}</p>{figure}'
+    )
+
+
+def _cells(tag: str, kinds: Sequence[str], texts: Sequence[str]) -> str:
+    cells = zip(kinds, texts, strict=True)
+    return "".join(f'<{tag} class="{kind}">{escape(text)}</{tag}>' for kind, text in cells)
 
 
 def _table(rows: Sequence[Row], beside: Path) -> str:

@@ -37,9 +37,10 @@ def markdown(tables: Sequence[Table], base: str | None = None) -> str:
 
 def compared(table: Table, base: str) -> str:
     """The rows of a table beside its row `base` (`against`)."""
-    texts, notes = against.lines(table, base)
-    shown = [*_table(against.COLUMNS, texts), ""] if texts else []
-    return "\n".join([f"### Against {plain(base)}", "", *shown, *map(plain, notes)])
+    made = against.compare(table, base)
+    shown = [*_table(against.COLUMNS, [against.cells(c) for c in made]), ""] if made else []
+    notes = map(plain, against.notes(table, base, made))
+    return "\n".join([f"### Against {plain(base)}", "", *shown, *notes])
 
 
 def titles(tables: Sequence[Table]) -> list[str]:
