@@ -38,6 +38,9 @@ MARK = re.compile(
 # Of the protocol, what a reader of the README needs; its hash stands for all of it.
 TOLD = ("recipe", "epochs", "batch_size", "optimizer", "lr", "schedule", "amp", "images",
         "iterations", "first_last", "distill.weight", "bn_reestimate")  # fmt: skip
+COUNTED = re.compile(
+    r"([^:]+): (\d+)(?: in \d+ runs)?"
+)  # a flag that is a sum over seeds and layers
 MISSING = "missing"
 MIXED = "mixed"  # column of the rows without one width
 PAGES = ("README.md", "docs/results.md")
@@ -102,7 +105,7 @@ def render(root: Path, name: str, papers: Sequence[Paper], start: Path, form: st
     parts = [pivot(table, start, apart) for table in tables]
     command = folder / "command.txt"
     if command.is_file():
-        parts.append(f"Made by: `{command.read_text().strip()}`")
+        parts.append(f"Made by:\n\n```\n{command.read_text().strip()}\n```")
     return "\n\n".join(parts)
 
 
@@ -130,7 +133,7 @@ def pivot(table: Table, start: Path, apart: Sequence[str] = ()) -> str:
         lines += ["", f"Published: {'; '.join(notes)}."]
     shown = [row for row in table.rows if row in quantized or not is_start(row, table.protocol)]
     if flags := flagged(shown):
-        lines += ["", f"Flags: {flags}."]
+        lines += ["", "Flags:", "", *flags]
     if len(table.commits) > 1:
         lines += ["", f"Code at {len(table.commits)} commits: {', '.join(table.commits)}."]
     return "\n".join(lines)
@@ -146,14 +149,24 @@ def seed_by_seed(table: Table, base: str) -> str:
     return "\n".join([note, "", *columns, *(markdown_row(against.cells(c)) for c in made)])
 
 
-def flagged(rows: Sequence[Row]) -> str:
-    """`2 commits: adq W4A4, lsq W2A2; ...`; protocols are left out, a table holds but one."""
-    found: dict[str, list[str]] = {}
+def flagged(rows: Sequence[Row]) -> list[str]:
+    """`* 2 commits: adq W4A4; lsq W3A3, W2A2`, a line a flag; what was counted stands at its cell.
+
+    Protocols are left out, a table holds but one.
+    """
+    found: dict[str, dict[str, list[str]]] = {}
     for row in rows:
         for flag in row.flags:
-            if not flag.startswith("protocol differs"):
-                found.setdefault(flag, []).append(f"{row.name} {row.bits}")
-    return "; ".join(f"{flag}: {', '.join(names)}" for flag, names in found.items())
+            if flag.startswith("protocol differs"):
+                continue
+            counted = COUNTED.fullmatch(flag)
+            kind, number = counted.groups() if counted else (flag, "")
+            cells = found.setdefault(kind, {}).setdefault(row.name, [])
+            cells.append(f"{row.bits} {number}".strip())
+    return [
+        f"* {kind}: " + "; ".join(f"{name} {', '.join(cells)}" for name, cells in of.items())
+        for kind, of in found.items()
+    ]
 
 
 def headline(table: Table, start: Path, apart: Sequence[str] = ()) -> str:

@@ -215,7 +215,7 @@ def test_readme_tables_split_protocols_and_link_every_number(project: Path) -> N
     assert "W4A4 90.8" in text  # PACT's own number
     assert "Published: pact W4A4 90.8 (" in text  # and where it stands
     assert "quoted at second hand" in text
-    assert "Made by: `qexp train -m experiment=demo`" in text
+    assert "Made by:\n\n```\nqexp train -m experiment=demo\n```" in text
 
 
 def test_a_table_keeps_the_flags_of_its_rows(project: Path) -> None:
@@ -223,15 +223,24 @@ def test_a_table_keeps_the_flags_of_its_rows(project: Path) -> None:
     _result(project, "e", 0, method="post_released", w_bits=2, a_bits=2, bits=bits, commit="x")
     _result(project, "f", 1, method="post_released", w_bits=2, a_bits=2, bits=bits, commit="y")
     text = _script().rebuild((project / "README.md").read_text(), project)
-    assert "2 commits: post_released W2A2; holds more levels than 2 bit: 2.32: post_rel" in text
+    assert "* 2 commits: post_released W2A2\n* holds more levels than 2 bit: 2.32: post_rel" in text
 
 
 def test_a_float_control_keeps_its_flags(project: Path) -> None:
     again = {"method": "fp32", "policy": "float", "w_bits": 32, "a_bits": 32, "top1": 80.0}
     _result(project, "d2", 0, **again, commit="c1", finished="2026-01-01")
     text = _script().rebuild((project / "README.md").read_text(), project)
-    assert "Flags: seed 0 ran again: the newest counts: fp32 float" in text
+    assert "Flags:\n\n* seed 0 ran again: the newest counts: fp32 float\n" in text
     assert "Code at 2 commits: c0, c1." in text
+
+
+def test_what_was_counted_stands_at_its_cell(project: Path) -> None:
+    counted = {"health": {"clamped_steps": {"conv1": 2, "conv2": 1}}}
+    for name in ("a0", "a1"):
+        path = project / "results/demo" / name / "result.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | counted))
+    text = _script().rebuild((project / "README.md").read_text(), project)
+    assert "* clamped steps: pact W4A4 6\n" in text
 
 
 def test_tables_of_one_folder_say_in_what_they_differ(project: Path) -> None:
