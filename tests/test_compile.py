@@ -311,6 +311,30 @@ def test_graphs_are_asked_of_the_compiler(
     assert not functional.kernels_compiled()
 
 
+@pytest.mark.parametrize(
+    ("width", "amp", "bits"), [(1.0, True, 256), (1.0, False, 512), (2.0, True, 512)]
+)
+def test_a_thin_network_in_bfloat16_has_vectors_of_half_the_width(
+    width: float, amp: bool, bits: int, said: Said, patches: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compilation, "compiler_available", lambda device: (True, ""))
+    monkeypatch.setattr(compilation, "vector_width", lambda: {"cpp.simdlen": 512})
+    net = ResNet(8, 10, width=width)
+    layers = trace(net, (3, 16, 16))
+    assert compilation.thin(layers) == (width == 1)
+    forward = compilation.compile_for(
+        "model",
+        net,
+        layers,
+        0,
+        torch.device("cpu"),
+        said,
+        amp=amp,  # type: ignore[arg-type]
+    )
+    forward(torch.randn(2, 3, 16, 16))
+    assert {p["cpp.simdlen"] for p in patches} == {bits}
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_gradients_of_earlier_micro_batches_outlive_a_replay(
     shared: bool, patches: Any, monkeypatch: pytest.MonkeyPatch

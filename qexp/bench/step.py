@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from qexp.bench.floor import in_turn
 from qexp.quant.functional import compile_kernels
 from qexp.quant.trace import Layer
-from qexp.recipes.compilation import WHOLE, compiled
+from qexp.recipes.compilation import WHOLE, compiled, thin
 from qexp.recipes.saving import kept_bytes, save_less_
 from qexp.runner.device import synchronize
 from qexp.runner.memory import Peak
@@ -69,12 +69,16 @@ def make_step(
     labels: Tensor,
     dtype: torch.dtype,
     saved: str = "all",
+    layers: Sequence[Layer] = (),
 ) -> Callable[[], None]:
     """One training step of `model` on a batch that stays the same."""
     forward: Callable[[Tensor], Tensor] = model
+    half = dtype == torch.bfloat16 and thin(layers)
     if mode in WHOLE:
         graphs = mode == "graphs"
-        forward = compiled(model, images.device, saved, graphs=graphs, dynamic=False)
+        forward = compiled(
+            model, images.device, saved, graphs=graphs, half_width=half, dynamic=False
+        )
     else:
         save_less_(model, saved)
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9)

@@ -125,7 +125,7 @@ def _group(s: Settings, model: str, dtype: torch.dtype, mode: str, device: torch
 
     def contender(name: str, network: nn.Module, how: str) -> Contender:
         saved = s.saved if quant_layers(network) else "all"
-        step = make_step(network, how, images, labels, dtype, saved)
+        step = make_step(network, how, images, labels, dtype, saved, layers)
         return Contender(name, network, step, replayed=how == "graphs")
 
     float_mode = mode if mode in WHOLE else "off"

@@ -120,7 +120,7 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
         run.info(f"resumed after epoch {state['epoch']}, step {state['step']}")
     distributed.own_random_numbers(cfg.seed, state["epoch"] * dataset.steps_per_epoch)
     count, saved_as = steps * s.batch_size, cfg.get("saved", "all")
-    forward = compile_for(cfg.compile, model, network.layers, count, device, run, saved_as)
+    forward = compile_for(cfg.compile, model, network.layers, count, device, run, saved_as, s.amp)
 
     def save(best: bool = False) -> None:
         if not leads:
