@@ -84,6 +84,17 @@ def learned_parameters(
     return found
 
 
+def layers_in(model: nn.Module, unit: Unit) -> list[QuantLayer]:
+    """The quantized layers of a unit of `model`."""
+    found = quant_layers(model)
+    return [found[name] for name in unit.layers if name in found]
+
+
+def learns(model: nn.Module, unit: Unit, sweep: Pass) -> bool:
+    """Whether a unit of `model` has anything to learn in a pass."""
+    return bool(learned_parameters(layers_in(model, unit), sweep.learned))
+
+
 @torch.no_grad()
 def relative_error(
     unit: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, batch_size: int, device: torch.device
@@ -131,7 +142,7 @@ def reconstruct_unit(
     Raises:
         RunError: what was learned, or its loss, is not finite.
     """
-    layers = [quant_layers(model)[name] for name in unit.layers if name in quant_layers(model)]
+    layers = layers_in(model, unit)
     groups = learned_parameters(layers, sweep.learned)
     if not groups:
         return {}

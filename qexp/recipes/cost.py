@@ -31,6 +31,7 @@ from qexp.quant.blocks import Unit, find_units
 from qexp.quant.convert import quantizers
 from qexp.quant.functional import compile_kernels
 from qexp.quant.plan import passes
+from qexp.quant.reconstruct import learns
 from qexp.quant.trace import Layer
 from qexp.recipes import build
 from qexp.recipes.compilation import choose
@@ -114,7 +115,8 @@ def reconstruction(
     parts = []
     if method.granularity != "none":
         parts = find_units(reference, names, method.granularity)
-    units, device = len(parts), pick_device(cfg.device)
+    learned = [sum(learns(model, unit, sweep) for unit in parts) for sweep in sweeps]
+    device = pick_device(cfg.device)
     mode = choose(cfg.compile, layers, 3 * s.iterations * s.minibatch, device)
     recorded, widest, share = _values(reference, parts, names, card.input_shape)
     mode = mode if sweeps else "off"
@@ -128,8 +130,11 @@ def reconstruction(
     step = LEARNING * share * cost.kept * s.minibatch
     memory = 4 * numbers + cache + max(forward, step)
     disk = f", {(recorded - cache) / 2**30:.2f} GB on disk" if recorded > cache else ""
-    images += len(sweeps) * units * (s.images + s.held_out) / 3 + 2 * card.test_size / 3
-    work = [f"{units} units, {p.iterations:,} iterations each ({p.name})" for p in sweeps]
+    images += sum(learned) * (s.images + s.held_out) / 3 + 2 * card.test_size / 3
+    work = [
+        f"{units} units, {p.iterations:,} iterations each ({p.name})"
+        for units, p in zip(learned, sweeps, strict=True)
+    ]
     return [
         f"images:   {s.images} for reconstruction, {s.act_images} for activation steps; "
         f"start: {cfg.model.checkpoint}",

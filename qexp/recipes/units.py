@@ -24,7 +24,7 @@ from qexp.quant.cache import Store
 from qexp.quant.convert import calibrate_, quant_layers
 from qexp.quant.fold import trace_graph
 from qexp.quant.plan import Method, Pass
-from qexp.quant.reconstruct import Data, reconstruct_unit
+from qexp.quant.reconstruct import Data, learns, reconstruct_unit
 from qexp.quant.trace import Layer
 from qexp.recipes import build
 from qexp.recipes.outcome import minutes
@@ -143,9 +143,10 @@ class Work:
         """Reconstruct from unit number `skip` on; yields what happened in each."""
         macs = {layer.name: layer.macs for layer in network.layers}
         jobs = [(sweep, k) for sweep in range(len(self.sweeps)) for k in range(len(self.units))]
+        learning = [learns(network.model, self.units[k], self.sweeps[sweep]) for sweep, k in jobs]
         effort = [
-            self.sweeps[sweep].iterations * sum(macs[n] for n in self.units[k].layers)
-            for sweep, k in jobs
+            learned * self.sweeps[sweep].iterations * sum(macs[n] for n in self.units[k].layers)
+            for (sweep, k), learned in zip(jobs, learning, strict=True)
         ]
         store = Store(self.data.images.device, self.s.cache_gb * 1e9, run.dir)
         clock = Clock(effort, skip)
@@ -158,7 +159,9 @@ class Work:
             row = self._one(network.model, self.sweeps[sweep], k, number, store, clock)
             clock.end(learned=bool(row))
             yield row
-            _report(run, row, number, len(jobs), clock.left())
+            if row:
+                place = f"{sum(learning[: number + 1]):02d}/{sum(learning)}"
+                _report(run, row, number, place, clock.left())
         if len(self.sweeps) == 1 and not self.method.quantized_inputs:
             self._calibrate_inputs(network.model)
 
@@ -204,10 +207,13 @@ class Work:
         calibrate_(model, self.data.images[: self.s.act_images], fresh_only=True)
 
 
-def _report(run: Run, row: Mapping[str, Any], number: int, jobs: int, left: float) -> None:
-    """One event and one line a unit."""
-    if not row:
-        return
+def _report(run: Run, row: Mapping[str, Any], number: int, place: str, left: float) -> None:
+    """One event and one line a unit.
+
+    Args:
+        number: of the unit among all, those that learn nothing included.
+        place: among those that learn, `02/08`.
+    """
     run.event("unit", number=number, **row)
     for key in ("error", "error_before", "wall_s"):
         run.scalar(f"unit/{key}", row[key], number)
@@ -215,7 +221,7 @@ def _report(run: Run, row: Mapping[str, Any], number: int, jobs: int, left: floa
     spilled = row["spilled_bytes"]
     on_disk = f" | {spilled / 1e9:.1f} GB on disk" if spilled else ""
     run.info(
-        f"unit {number + 1:02d}/{jobs} {row['unit']} ({row['pass']}) | error "
+        f"unit {place} {row['unit']} ({row['pass']}) | error "
         f"{row['error_before']:.4f} -> {row['error']:.4f}{rounded} | "
         f"{row['wall_s']:.0f} s{on_disk} | eta {minutes(left)}"
     )
