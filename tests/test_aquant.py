@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from qexp.models.resnet import ResNet
 from qexp.quant.aquant import AQuant
 from qexp.quant.border import border_round
 from qexp.quant.convert import Bits, calibrate_, quant_layers, quantize_
@@ -379,3 +380,16 @@ def test_the_closed_form_needs_no_reconstruction() -> None:
     for layer in quant_layers(model).values():
         assert isinstance(layer.act_quantizer, AQuant)
         assert layer.act_quantizer.border[1].abs().max() > 0
+
+
+def test_a_network_on_columns_takes_an_empty_batch() -> None:
+    model = ResNet(depth=8, num_classes=4, width=0.25)
+    layers = trace(model, (3, 8, 8))
+    quantize_(model, layers, {layer.name: Bits(4, 4) for layer in layers}, Nearest, AQuant)
+    calibrate_(model, torch.randn(4, 3, 8, 8))
+    assert quant_layers(model)["conv1"].act_quantizer.on_columns
+    empty = torch.zeros(0, 3, 8, 8, requires_grad=True)
+    logits = model.eval()(empty)
+    logits.sum().backward()
+    assert logits.shape == (0, 4)
+    assert empty.grad is not None

@@ -253,6 +253,21 @@ def test_gradients_reach_the_input_and_every_parameter(case: Case, bits: int) ->
         assert parameter.grad.isfinite().all(), name
 
 
+@pytest.mark.parametrize("case", [c for c in CASES if c.role != "weight"], ids=lambda c: c.name)
+def test_an_empty_batch_gives_an_empty_result_and_changes_nothing(case: Case) -> None:
+    q, x = case.calibrated(case.widths[0])
+    before = copy.deepcopy(q.state_dict())
+    for training in (False, True):
+        empty = x[:0].clone().requires_grad_()
+        y = q.train(training)(empty)
+        y.sum().backward()
+        assert y.shape == empty.shape
+        assert all(p.grad is None or not p.grad.any() for p in q.parameters())
+    assert q.codes(x[:0]).shape == x[:0].shape
+    for name, value in q.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
 @widths("idempotent")
 def test_quantizing_twice_changes_nothing(case: Case, bits: int) -> None:
     q, x = case.calibrated(bits)

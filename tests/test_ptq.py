@@ -28,7 +28,6 @@ from qexp.recipes import build, outcome
 from qexp.recipes import ptq as ptq_module
 from qexp.recipes import units as units_module
 from qexp.recipes.evaluate import evaluate_run
-from qexp.recipes.plan import plan
 from qexp.recipes.ptq import ptq
 from qexp.recipes.ptq_settings import Settings
 from qexp.runner import checkpoint
@@ -308,7 +307,6 @@ def test_progress_numbers_the_units_that_learn(tmp_path: Path) -> None:
     assert total == 3 + 5  # the rounding of the blocks, then the steps of every unit
     said = re.findall(r"unit (\d+)/(\d+) ", (folder / "train.log").read_text())
     assert [(int(place), int(of)) for place, of in said] == [(n + 1, 8) for n in range(8)]
-    assert "3 units, 2 iterations each (rounding); then 5 units" in plan(cfg)
 
 
 def test_biases_are_learned_only_when_asked(tmp_path: Path) -> None:

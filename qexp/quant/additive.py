@@ -27,6 +27,7 @@ Departs from the authors' code:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -103,5 +104,5 @@ class APoTActivation(FixedGrid):
         return (self.grid / self.grid[self.grid > 0].min()).round()
 
     def forward(self, x: Tensor) -> Tensor:
-        features = x[0].numel() if self.count == "sample" else x.numel()
+        features = max(math.prod(x.shape[1:]) if self.count == "sample" else x.numel(), 1)
         return project(x, self.scale, self.grid, 1.0 if self.count is None else features**-0.5)

@@ -59,6 +59,7 @@ closed forms are our derivation. Inputs with negative values get a zero point; t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -173,7 +174,7 @@ class AQuant(Quantizer):
             return x.reshape(-1, x.shape[-1], 1)
         if x.dim() == 4 and not x.is_contiguous():
             return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1], 1)  # [N*H*W, C, 1]
-        return x.reshape(*x.shape[:2], -1)
+        return x.reshape(*x.shape[:2], math.prod(x.shape[2:]))
 
     def _unview(self, y: Tensor, like: Tensor) -> Tensor:
         """Undo `_view`: [A, R, M] -> the shape and memory format of `like`."""
@@ -190,7 +191,8 @@ class AQuant(Quantizer):
             v = row[:, None] + t * v
         if self.fusion != "none":
             v = v.expand_as(u)
-            by_window = (u.shape[0], -1, self.window, u.shape[2])  # [A, C, window, M]
+            rows = u.shape[1] // self.window
+            by_window = (u.shape[0], rows, self.window, u.shape[2])  # [A, C, window, M]
             feature = v if self.fusion == "window" else (u - (u + 0.5).floor()).detach()
             mixed = torch.matmul(self.mixing, feature.reshape(by_window)).reshape(u.shape)
             v = mixed if self.fusion == "window" else v + mixed

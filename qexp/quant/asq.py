@@ -121,7 +121,7 @@ class _ChannelMeans(torch.autograd.Function):
         mean = x.mean(dim=dims, dtype=_at_least_float32(x))
         ctx.shape, ctx.dims, ctx.dtype = x.shape, dims, x.dtype
         ctx.full = x.element_size() == 2 and is_channels_last(x)
-        ctx.count = x.numel() // mean.numel()
+        ctx.count = math.prod(x.shape[d] for d in dims)
         return mean
 
     @staticmethod
@@ -251,7 +251,7 @@ class ASQ(Quantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         beta = self.factors(x)
-        if self.training:
+        if self.training and len(x):
             self._record(x, beta)
         g = grad_scale(x, 1, self.qmax, self.count)
         if self.scale_factor_grad:

@@ -51,14 +51,14 @@ class _Columns(torch.autograd.Function):
         padded = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
         parts = [padded[place] for place in _places(kernel, dilation, stride, size)]
         # [N, C, kh*kw, H', W'] -> [N, C*kh*kw, H'*W']
-        return torch.stack(parts, 2).reshape(x.shape[0], -1, size[0] * size[1])
+        return torch.stack(parts, 2).flatten(1, 2).flatten(2)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         kernel, dilation, padding, stride = ctx.window
         n, c, h, w = ctx.shape
         size = columns_size((h, w), kernel, dilation, padding, stride)
-        grad = grads[0].reshape(n, c, -1, *size)
+        grad = grads[0].reshape(n, c, kernel[0] * kernel[1], *size)
         padded = grad.new_zeros(n, c, h + 2 * padding[0], w + 2 * padding[1])
         for k, place in enumerate(_places(kernel, dilation, stride, size)):
             padded[place] += grad[:, :, k]

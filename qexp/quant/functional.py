@@ -136,7 +136,7 @@ def as_rows(x: Tensor, rows: int) -> Tensor:
     """View `x` [N, ...] as [rows, elements] in memory order; `rows` is 1 or N."""
     if is_channels_last(x):
         x = x.permute(0, 2, 3, 1)  # [N, C, H, W] -> [N, H, W, C], contiguous
-    return x.reshape(rows, -1)
+    return x.reshape(rows, x.numel() // max(rows, 1))  # -1 would be ambiguous with no rows
 
 
 def from_rows(y: Tensor, like: Tensor) -> Tensor:

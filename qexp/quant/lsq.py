@@ -71,8 +71,8 @@ Count = Literal["tensor", "sample"]
 
 def grad_scale(x: Tensor, rows: int, qmax: int, count: Count) -> float:
     """g = 1 / sqrt(N * qmax) (LSQ section 2.2), N = elements a row, or a sample of it."""
-    n = x[0].numel() if count == "sample" else x.numel() // rows
-    return 1.0 / math.sqrt(n * max(qmax, 1))
+    n = math.prod(x.shape[1:]) if count == "sample" else x.numel() // rows
+    return 1.0 / math.sqrt(max(n, 1) * max(qmax, 1))  # no elements: any g
 
 
 def lsq_scale(x: Tensor, qmax: int, per_row: bool) -> Tensor:

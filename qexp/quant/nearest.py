@@ -269,7 +269,8 @@ class Nearest(Quantizer):
         self.calibrated.fill_(True)
 
     def forward(self, x: Tensor) -> Tensor:
-        g = 1.0 / math.sqrt(x.numel() // self.scale.numel() * (self.qmax - self.qmin))
+        elements = max(x.numel() // self.scale.numel(), 1)
+        g = 1.0 / math.sqrt(elements * (self.qmax - self.qmin))
         return nearest(x, self.scale, self.zero, self.qmin, self.qmax, g)
 
     def codes(self, x: Tensor) -> Tensor:
