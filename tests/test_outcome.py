@@ -87,8 +87,7 @@ def closed(run: Run, state: dict[str, Any], test: float, val: float | None, **ma
     network = SimpleNamespace(**{"model": nn.Linear(1, 1), "policy": None, **made})
     scores = (Score(test, 0.5, 1.0), None if val is None else Score(val, 0.5, 1.0))
     rates = torch.optim.SGD(network.model.parameters(), lr=0.1)
-    still = SimpleNamespace(stuck=lambda model: [])
-    return outcome.log_epoch(run, network, state, rates, *scores, 3, still, 1.5)  # type: ignore[arg-type]
+    return outcome.log_epoch(run, network, state, rates, *scores, 3, [], 1.5)  # type: ignore[arg-type]
 
 
 def test_the_time_left_is_that_of_the_epochs_left() -> None:

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from waiting import Watch
 
 from qexp import plot
-from qexp.errors import ConfigError, RunError
+from qexp.errors import ConfigError, DataError, RunError
 from qexp.models.digest import weights_sha256
 from qexp.quant.codebook import Codebook
 from qexp.quant.dorefa import PACT
@@ -38,6 +38,7 @@ from qexp.recipes.qat import qat
 from qexp.recipes.settings import Distill, Settings
 from qexp.runner import checkpoint
 from qexp.runner.answers import ANSWERS, read_right
+from qexp.runner.folder import read_status
 from qexp.runner.run import open_run
 
 
@@ -124,6 +125,36 @@ def test_a_run_in_channels_last_is_scored_so_again(
     assert evaluate_run(DictConfig(node))["top1"] == result["top1"]
     assert orders[0]
     assert all(orders[0])
+
+
+def test_a_test_image_that_cannot_be_read_costs_no_epoch(
+    tmp_path: Path, float_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bn = "recipe.bn_reestimate=32"
+    options = [f"model.checkpoint={float_run}", "recipe.epochs=1", bn]
+    _, whole = train(tiny(tmp_path / "whole", *options))
+
+    def unreadable(*given: Any) -> None:
+        raise DataError("data: a.png cannot be read as an image (why). Replace or remove it.")
+
+    stopped = tiny(tmp_path / "stopped", *options)
+    kept = rf"\(why\)\. Replace or remove it\. This epoch is kept: qexp resume {stopped.folder}$"
+    with monkeypatch.context() as patch:
+        patch.setattr(qat_module, "evaluate", unreadable)
+        with pytest.raises(DataError, match=kept):
+            train(stopped)
+    assert read_status(Path(stopped.folder))["state"] == "failed"
+    monkeypatch.setattr(qat_module, "training_loss", None)  # no step is trained again
+    result, folder = train(stopped, resume=True)
+    assert result["images_per_s"] > 0
+    assert "did not move" not in (folder / "train.log").read_text()
+    a, b = checkpoint.load(whole / "last.pt"), checkpoint.load(folder / "last.pt")
+    counted = [key for key in a["model"] if key.endswith("num_batches_tracked")]
+    for key in counted:  # batch norm was measured twice
+        assert b["model"].pop(key) == a["model"].pop(key) + 1
+    timings = {"train_s", "trained", "test_s", "history"}
+    assert {k for k in a if k not in timings and not same(a[k], b[k])} == set()
+    assert a["history"][0]["top1"] == b["history"][0]["top1"]
 
 
 @pytest.mark.parametrize("extra", [[], ["recipe.ema=0.9", "recipe.accumulate=2"]])

@@ -20,7 +20,7 @@ from qexp.quant.quantizer import Identity
 from qexp.recipes import picture
 from qexp.recipes.build import Network, is_float
 from qexp.recipes.evaluate import Score
-from qexp.recipes.watch import Movement, health
+from qexp.recipes.watch import health
 from qexp.report.runs import UNIFORM
 from qexp.runner.atomic import write_bytes
 from qexp.runner.distributed import world
@@ -62,13 +62,14 @@ def log_epoch(
     test: Score,
     val: Score | None,
     epochs: int,
-    movement: Movement,
+    stuck: list[str],
     left: float,
 ) -> bool:
     """Close an epoch: history, metrics.jsonl, TensorBoard, one line, warnings.
 
     Args:
         epochs: of the schedule.
+        stuck: quantizer parameters that the epoch did not move.
         left: epochs still to train; fewer than the schedule has where `max_steps` ends it.
 
     Returns whether it is the best epoch so far: on the validation split, else on test.
@@ -101,7 +102,6 @@ def log_epoch(
         f"(best {state['best']['top1']:.2f} @ {state['best']['epoch']:03d}) | "
         f"lr {row['lr']:.4f} | {row['images_per_s']:.0f} img/s | eta {eta}"
     )
-    stuck = movement.stuck(network.model)
     if stuck:
         run.event("stuck", epoch=epoch, parameters=stuck)
     if stuck and stuck != state["stuck"]:  # said once, not every epoch

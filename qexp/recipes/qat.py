@@ -27,7 +27,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from qexp.errors import ConfigError
+from qexp.errors import ConfigError, DataError
 from qexp.models.load import load_tensors_
 from qexp.models.opened import own_names
 from qexp.quant.convert import Bits, calibrate_, check_calibrated, quantizers, shared_weights
@@ -149,20 +149,23 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
         if _change_bits(cfg, s, network, images, epoch, run):
             distributed.share_(model)
             optimizer = carry_momentum(optimizer, optimizer_of(model, s))
-        movement = Movement(model)
+        movement, begun = Movement(model), state["step"]
         _train_epoch(forward, model, dataset, optimizer, average, start, s, state, steps, save)
         if s.bn_reestimate and (epoch + 1) * dataset.steps_per_epoch >= steps:
             with nullcontext() if average is None else average.applied(model, keep=True):
                 reestimate_bn_(model, dataset.train_batches(s.epochs), s.bn_reestimate)
         began = time.perf_counter()
-        test = _score(model, average, dataset, "test")
-        val = _score(model, average, dataset, "val") if dataset.has_val else None
+        try:
+            test = _score(model, average, dataset, "test")
+            val = _score(model, average, dataset, "val") if dataset.has_val else None
+        except DataError as error:
+            save()
+            raise DataError(f"{error} This epoch is kept: qexp resume {run.dir}") from error
         state["test_s"] = time.perf_counter() - began
         state["epoch"] = epoch + 1
         left = max(0.0, steps / dataset.steps_per_epoch - state["epoch"])
-        best = outcome.log_epoch(
-            run, network, state, optimizer, test, val, s.epochs, movement, left
-        )
+        stuck = state["stuck"] if begun == state["step"] else movement.stuck(model)
+        best = outcome.log_epoch(run, network, state, optimizer, test, val, s.epochs, stuck, left)
         if leads:
             save_answers(run.dir / ANSWERS, test)
             log_quantizers(run, model, images[:OBSERVED_IMAGES], epoch + 1)
@@ -224,6 +227,8 @@ def _train_epoch(
     model.train()
     epoch, first, per_epoch = state["epoch"], state["step"], dataset.steps_per_epoch
     until = min(per_epoch, steps - epoch * per_epoch)  # max_steps may cut the last epoch
+    if first == until:
+        return  # all was trained before this resume, but could not be scored
     warmup = round(s.warmup_epochs * per_epoch)
     if first == 0:
         state["losses"].zero_()
