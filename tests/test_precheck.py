@@ -434,6 +434,23 @@ def test_weights_that_stay_in_float_are_said(qexp: Qexp, tmp_path: Path) -> None
     assert result["other_weights"] == {"mix.weight": 16}
 
 
+class Aided(Ends):
+    """As torchvision's GoogLeNet: an auxiliary head, which evaluation does not call."""
+
+    def __init__(self, num_classes: int, aux_logits: bool = True) -> None:
+        super().__init__(num_classes, inner=True)
+        self.aux_logits = aux_logits
+        self.aux = torch.nn.Linear(4, num_classes) if aux_logits else None
+
+
+@pytest.mark.parametrize("heads", [True, False])
+def test_a_plan_says_how_to_leave_out_auxiliary_heads(tmp_path: Path, heads: bool) -> None:
+    words = own(TINY_PTQ, "Aided", f"+model.aux_logits={heads}", "quantizer=nearest")
+    text = plan(tiny(tmp_path, base=words))
+    assert ("mix.weight, aux.weight" in text) == heads
+    assert ("+model.aux_logits=false has none" in text) == heads
+
+
 class Looks(torch.nn.Module):
     """Its forward depends on values."""
 

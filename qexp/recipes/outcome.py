@@ -42,16 +42,19 @@ def log_plan(run: Run, network: Network) -> None:
         run.log(f"  {swap.layer.name:32s} {width:8s} {signed:8s} {swap.note}")
     others = other_weights(network.model, [layer.name for layer in network.layers])
     if others:
-        run.warn(stay_in_float(others))
+        run.warn(stay_in_float(network.model, others))
 
 
-def stay_in_float(others: Mapping[str, int]) -> str:
-    """One line about the weights (number by name) that quantization does not reach."""
+def stay_in_float(model: nn.Module, others: Mapping[str, int]) -> str:
+    """One line about the weights (number by name) of `model` that quantization does not reach."""
     names = ", ".join([*others][:4]) + (", ..." if len(others) > 4 else "")
-    return (
+    line = (
         f"{sum(others.values()):,} weights are in no convolution (2-D) or linear layer that "
         f"evaluation calls: they stay in float, and MACs and BOPs leave them out: {names}"
     )
+    if getattr(model, "aux_logits", False):  # torchvision's GoogLeNet and Inception
+        line += ". Bytes and bits count the auxiliary heads; +model.aux_logits=false has none"
+    return line
 
 
 def log_epoch(

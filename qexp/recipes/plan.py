@@ -45,7 +45,7 @@ def plan(cfg: DictConfig) -> str:
     lines += _table(cost, network)
     lines += ["", *_totals(cost)]
     if cost.other_weights and not build.is_float(cfg):
-        lines.append(f"float:    {stay_in_float(cost.other_weights)}")
+        lines.append(f"float:    {stay_in_float(model, cost.other_weights)}")
     if data_policy:
         lines.append(
             f"bits:     nominal; the {cfg.bitwidth.name} policy decides with "
