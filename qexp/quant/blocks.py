@@ -4,8 +4,11 @@ A block is a module whose own forward adds two branches (a residual or inverted-
 parameter that is added is no branch), or another instance of such a class: MobileNetV2's blocks of
 stride 2 have no shortcut and are blocks all the same. Blocks are read off the traced graph, so any
 network that torch.fx can trace has them. A layer outside all blocks, or every layer with
-`granularity: layer`, is a unit of its own. Its output is compared after the activation that reads
-it, when it is the only reader. A unit takes one tensor, a row an image, and gives one (`unfit`).
+`granularity: layer`, is a unit of its own. Its output is compared after the ReLU or ReLU6 that
+reads it, when it is the only reader. Before any other activation (Hardswish, SiLU, GELU) the output
+is compared as the layer gives it, so that errors count which the activation would swallow. A block
+is compared after the activations that its own forward calls. A unit takes one tensor, a row an
+image, and gives one (`unfit`).
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ The second-order term of the loss at a unit's output is approximated by the diag
 matrix, the squared gradient of KL(float || quantized) of the logits. As in the released code of
 BRECQ the gradient is taken with this unit and everything before it quantized and the rest in float,
 and damped: the weight of an element is (1 + |g|)^2. g is of the mean over 32 images, the batch
-there, whatever the batch here: the damping makes that matter. It is taken where the error is, after
-the activation that follows the unit, and also where that is 0.
+there, whatever the batch here: the damping makes that matter. It is taken where the error is: after
+a ReLU or ReLU6 that follows the unit, also where that is 0, and before any other activation.
 """
 
 from __future__ import annotations
