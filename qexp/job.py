@@ -80,7 +80,8 @@ def _run(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
     from qexp.recipes.precheck import precheck
     from qexp.recipes.unused import unused
     from qexp.runner import distributed
-    from qexp.runner.device import set_threads
+    from qexp.runner.device import pick_device, set_threads
+    from qexp.runner.idle import crowded
     from qexp.runner.run import open_run
 
     recipe = get_method(cfg.recipe._target_)
@@ -95,11 +96,14 @@ def _run(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
         label = config.mixed_name(cfg.quantizer)
         with open_run(Path(cfg.folder), cfg, resume=resume, label=label) as run:
             sweep.began(run.dir)
-            set_threads(cfg.threads)  # put back when the run ends
+            threads = set_threads(cfg.threads)  # put back when the run ends
             run.info(f"run: {run.dir}")
             if world.size > 1:
                 run.info(f"processes: {world.size}, each {cfg.recipe.batch_size} images a step")
             for line in unused(cfg):
+                run.warn(line)
+            on_cpu = cfg.threads is None and pick_device(cfg.device).type == "cpu"
+            if on_cpu and (line := crowded(threads)):
                 run.warn(line)
             result = recipe(cfg, run)
             written = run.finish(result)

@@ -30,6 +30,12 @@ def kernels_compile_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qexp.quant.functional.SMALL", 0)
 
 
+@pytest.fixture(autouse=True)
+def the_machine_is_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What else runs beside the tests is none of their business."""
+    monkeypatch.setattr("qexp.runner.idle.idle_cores", lambda: None)
+
+
 @pytest.fixture
 def qexp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Qexp:
     """Call `qexp` as a shell would: `qexp("train", "bits=4") -> (code, out, err)`."""

@@ -419,3 +419,20 @@ def test_completion_installs_for_the_name_qexp(qexp: Qexp) -> None:
     said = qexp("-sc", "install=bash")
     assert said.code == 0
     assert said.out.rstrip().endswith("hydra_bash_completion qexp")
+
+
+def test_a_run_that_takes_all_cores_of_a_busy_machine_says_what_to_type(
+    tiny: Qexp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qexp.runner.idle.idle_cores", lambda: 1.0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        said = tiny("device=cpu")
+        line = "warning: 2 threads, and other processes leave 1.0 cores idle: "
+        assert said.code == 0, said.err
+        assert line in said.err
+        assert "threads=1 may be many times faster" in said.err
+        assert line not in tiny("device=cpu", "threads=2", "seed=1").err  # it was chosen
+    finally:
+        torch.set_num_threads(before)

@@ -24,6 +24,7 @@ from qexp.errors import CheckpointError, ConfigError, RunError
 from qexp.runner import atomic, checkpoint, environment
 from qexp.runner.device import compiler_available, pick_device, seed_everything
 from qexp.runner.folder import claim, find_done, find_runs, identity, owner, read_json, read_status
+from qexp.runner.idle import crowded, idle_cores
 from qexp.runner.run import open_run
 
 
@@ -534,3 +535,41 @@ def test_auto_is_never_a_device_that_nothing_was_run_on(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert pick_device("auto") == torch.device("cpu")
     assert pick_device("mps") == torch.device("mps")
+
+
+# Threads beside other processes
+
+
+def test_idle_cores_are_those_of_this_process_over_the_probe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stat = tmp_path / "stat"
+
+    def written(*cores: tuple[int, int, int]) -> None:
+        rows = [
+            f"cpu{i} {user} 0 0 {idle} {io} 0 0 0 9 9" for i, (user, idle, io) in enumerate(cores)
+        ]
+        stat.write_text("\n".join(["cpu  1 1 1 1 1 1 1 1 1 1", *rows, "intr 5 0", ""]))
+
+    monkeypatch.setattr("qexp.runner.idle.STAT", stat)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 2, 10}, raising=False)
+    written(*[(100, 500, 0)] * 11)
+    later = [(100, 520, 10), (130, 500, 0), (115, 515, 0), *[(130, 500, 0)] * 7, (100, 530, 0)]
+    monkeypatch.setattr("time.sleep", lambda seconds: written(*later))
+    assert idle_cores() == pytest.approx(2.5)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    assert idle_cores() is None  # no tick went by
+    stat.unlink()
+    assert idle_cores() is None
+
+
+@pytest.mark.parametrize(
+    ("threads", "idle", "better"),
+    [(2, 1.4, 1), (2, 0.0, 1), (8, 5.6, 6), (2, 1.6, None), (2, None, None), (1, 0.0, None)],
+)
+def test_threads_without_idle_cores_are_said(
+    threads: int, idle: float | None, better: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qexp.runner.idle.idle_cores", lambda: idle)
+    line = crowded(threads)
+    assert (f"threads={better} may" in line) if better else not line
