@@ -440,7 +440,9 @@ def test_a_layer_of_two_names_is_packed_once_and_restored_under_both(fold: bool)
     packed = packed_of(model)
     text = changed(packed, target=f"{__name__}.TwoNames", keywords={})
     restored = restore(Packed(parse(text), packed.tensors), trust=True)
+    integers: Any = integer_network(Packed(parse(text), packed.tensors), trust=True)
     assert restored.body[0] is restored.conv  # type: ignore[index]
+    assert integers.body[0] is integers.conv  # what forward calls multiplies integers
     with torch.no_grad():
         assert torch.equal(restored(images()), model(images()))
 

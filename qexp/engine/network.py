@@ -20,6 +20,7 @@ from qexp.errors import ConfigError
 from qexp.export.header import LayerEntry
 from qexp.export.network import restore
 from qexp.export.packed import Packed
+from qexp.quant.convert import replace_
 from qexp.quant.modules import QuantConv2d, QuantLayer
 from qexp.quant.quantizer import Quantizer
 from qexp.runner.device import pick_device
@@ -158,9 +159,8 @@ def integer_network(packed: Packed, engine: str = "integer", *, trust: bool = Fa
             continue
         layer: Any = model.get_submodule(entry.name)
         check_known(layer.act_quantizer, entry.name)
-        parent, _, child = entry.name.rpartition(".")
         swapped = IntegerLayer(layer, weight_of(packed, entry), engine).eval()
-        setattr(model.get_submodule(parent), child, swapped)
+        replace_(model, entry.name, swapped)
     return model
 
 
