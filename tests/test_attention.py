@@ -497,7 +497,7 @@ def test_a_vit_is_trained_resumed_scored_and_packed(
     assert f"{top1(Path('whole')):.2f}" in said.out
     assert qexp("export", "run=whole").code == 0
     trusted = {"torchvision.models.VisionTransformer"}  # built without storage first
-    monkeypatch.setattr("qexp.export.network.OURS", trusted)
+    monkeypatch.setattr("qexp.export.header.OURS", trusted)
     for engine in ("float", "integer"):
         packed = qexp("eval", "run=whole", "checkpoint=model.safetensors", f"engine={engine}")
         assert packed.code == 0
@@ -575,7 +575,7 @@ def test_a_swin_is_packed_and_built_again_without_storage(
     quantize_(model, layers, {layer.name: Bits(8, 8) for layer in layers}, LSQ, LSQ)
     calibrate_(model, x)
     target = f"test_attention.swin_v{version}"
-    monkeypatch.setattr("qexp.export.network.OURS", {target})
+    monkeypatch.setattr("qexp.export.header.OURS", {target})
     data = {"name": "synthetic", "mean": [0.5] * 3, "std": [0.25] * 3}
     packed = pack_network(
         model, target=target, keywords={}, num_classes=4, input_shape=(3, 32, 32), data=data

@@ -18,6 +18,7 @@ import torch
 from conftest import Qexp
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
+from torchvision.models import MaxVit
 
 from qexp.config import configs_dir
 from qexp.engine.network import integer_network
@@ -382,10 +383,10 @@ def test_a_zero_point_that_is_none_is_refused(zero: Tensor) -> None:
 
 def test_a_users_model_may_have_lists_and_larger_numbers() -> None:
     packed = packed_of(network("lsq"))
-    keywords = {"hidden": 2048, "layers": [2, 2], "name": "a"}
+    keywords = {"hidden": 2048, "layers": [2, 2], "stages": [[6, 24], [6, 32]], "name": "a"}
     header = parse(changed(packed, target="mine.Net", keywords=keywords))
     assert header.keywords == keywords
-    for wrong in ({"hidden": 10**9}, {"layers": [[2]]}):
+    for wrong in ({"hidden": 10**9}, {"layers": [10**9]}, {"layers": [[[[2]]]]}, {"a": {"b": 1}}):
         with pytest.raises(FormatError, match="keywords"):
             parse(changed(packed, target="mine.Net", keywords=wrong))
 
@@ -413,6 +414,123 @@ def test_a_trusted_model_keeps_the_constants_of_its_constructor() -> None:
     restored = restore(Packed(parse(text), packed_of(model).tensors), trust=True)
     with torch.no_grad():
         assert torch.equal(restored(images()), model(images()))
+
+
+@pytest.mark.parametrize("target", ["torchvision.models.maxvit_t", "torchvision.models.MaxVit"])
+def test_a_model_of_torchvision_may_have_lists(target: str) -> None:
+    packed = packed_of(network("lsq"))
+    keywords = {"input_size": [224, 224], "inverted_residual_setting": [[1, 16, 1, 1], [6, 24, 2]]}
+    assert parse(changed(packed, target=target, keywords=keywords)).keywords == keywords
+    large = {"target": target, "keywords": {"mlp_dim": 3072}}
+    if allowed(target):  # built without the user's word
+        with pytest.raises(FormatError, match=r"keywords\.mlp_dim must be from -1000 to 1000"):
+            parse(changed(packed, **large))
+        with pytest.raises(FormatError, match=r"keywords\.depths must have at most 100 items"):
+            parse(changed(packed, target=target, keywords={"depths": [[2] * 20] * 6}))
+    else:
+        assert parse(changed(packed, **large)).keywords == {"mlp_dim": 3072}
+
+
+class Buffers(nn.Module):
+    """A network whose state holds tensors of every type."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, num_classes)
+        self.register_buffer("order", torch.tensor([3, 0, 2, 1]))
+        self.register_buffer("kept", torch.tensor([True, True, False, True]))
+        self.register_buffer("small", torch.tensor([-3, 1, 2, 1], dtype=torch.int8))
+        self.register_buffer("count", torch.tensor(2**20 + 1, dtype=torch.int32))
+        self.register_buffer("third", torch.full((4,), 1 / 3, dtype=torch.float64))
+        self.register_buffer("halves", torch.tensor([0.5, 0.25, 1, 3], dtype=torch.bfloat16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x).mean((2, 3))[:, self.order] * self.kept * self.small / self.count
+        return self.fc((y.double() * self.third).float() * self.halves.float())
+
+
+def packed_buffers() -> tuple[nn.Module, Packed]:
+    """The network with other values than its constructor's, and its file."""
+    torch.manual_seed(0)
+    model: Any = Buffers(10).eval()
+    layers = trace(model, SHAPE)
+    quantize_(model, layers, {layer.name: Bits(4, 4) for layer in layers}, LSQ, LSQ)
+    calibrate_(model, images())
+    model.order.copy_(torch.tensor([1, 2, 3, 0]))
+    packed = packed_of(model)
+    text = changed(packed, target=f"{__name__}.Buffers", keywords={})
+    return model, Packed(parse(text), packed.tensors)
+
+
+def test_buffers_survive_in_their_own_type(tmp_path: Path) -> None:
+    model, packed = packed_buffers()
+    write(packed, tmp_path / "x.safetensors")
+    restored = restore(read(tmp_path / "x.safetensors"), trust=True)
+    for name, value in model.named_buffers(recurse=False):
+        again = restored.get_buffer(name)
+        assert torch.equal(again, value), name
+        assert again.dtype == (torch.float32 if name == "halves" else value.dtype), name
+    with torch.no_grad():
+        assert torch.equal(restored(images()), model(images()))
+    data = sum(t.numel() * t.element_size() for t in packed.tensors.values())
+    assert data == account(model, trace(model, SHAPE)).size_bytes
+
+
+def test_a_file_of_before_has_a_float64_buffer_as_float32() -> None:
+    _, packed = packed_buffers()
+    packed.tensors["third"] = packed.tensors["third"].float()  # type: ignore[index]
+    assert restore(packed, trust=True).get_buffer("third").dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "name", ["order", "kept", "halves", "fc.bias", "fc.w.scale", "conv.a.scale"]
+)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float64])
+def test_a_tensor_of_another_type_is_refused(name: str, dtype: torch.dtype) -> None:
+    _, packed = packed_buffers()
+    packed.tensors[name] = packed.tensors[name].to(dtype)  # type: ignore[index]
+    with pytest.raises(FormatError, match=rf"{name}'? is {dtype}"):
+        restore(packed, trust=True)
+
+
+def test_state_that_no_file_has_a_place_for_is_named() -> None:
+    model = network("lsq")
+    model.register_buffer("phase", torch.zeros(2, dtype=torch.complex64))
+    with pytest.raises(ConfigError, match=r"'phase' is torch\.complex64, which no file"):
+        packed_of(model)
+
+
+def maxvit(num_classes: int) -> MaxVit:
+    sizes: Any = {"input_size": (32, 32), "stem_channels": 8, "partition_size": 2, "head_dim": 4}
+    blocks: Any = {"block_channels": [8, 16], "block_layers": [1, 1], "stochastic_depth_prob": 0.0}
+    return MaxVit(**sizes, **blocks, num_classes=num_classes)
+
+
+def test_a_maxvit_is_packed_and_built_again_without_storage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model, x = maxvit(10).eval(), torch.randn(4, 3, 32, 32)
+    layers = trace(model, (3, 32, 32))
+    quantize_(model, layers, {layer.name: Bits(4, 4) for layer in layers}, LSQ, ASQ)
+    calibrate_(model, x)
+    target = f"{__name__}.maxvit"
+    monkeypatch.setattr("qexp.export.header.OURS", {target})
+    data = {"name": "synthetic", "mean": [0.5] * 3, "std": [0.25] * 3}
+    shape = (3, 32, 32)
+    packed = pack_network(
+        model, target=target, keywords={}, num_classes=10, input_shape=shape, data=data
+    )
+    write(packed, tmp_path / "x.safetensors")
+    again = restore(read(tmp_path / "x.safetensors"))
+    indices = {n: b for n, b in model.named_buffers() if n.endswith("relative_position_index")}
+    assert len(indices) == 4
+    assert all(torch.equal(again.get_buffer(n), b) for n, b in indices.items())
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
+    stored = sum(t.numel() * t.element_size() for t in packed.tensors.values())
+    norms = sum(t.numel() // 2 for n, t in packed.tensors.items() if n.endswith(".affine"))
+    assert stored == account(model, layers).size_bytes - 8 * norms
 
 
 class TwoNames(nn.Module):

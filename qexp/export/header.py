@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -20,13 +20,29 @@ FORMAT = "qexp-packed"
 VERSION = 1
 
 MAX_ITEMS = 10_000  # layers, norms, grids: far above any classifier, far below trouble
-BUILT_IN = ("qexp.models.", "torchvision.models.")  # built without the user's word for them
 MAX_SIZE = 65_536  # of a dimension, and of the number of classes
 FORMS = ("affine", "table", "codebook")
+OURS = {
+    "qexp.models.resnet.ResNet",
+    "qexp.models.mobilenet.mobilenet_v2_cifar",
+    "qexp.models.regnet.regnet_x_600mf",
+}
 
 
 class FormatError(ValueError):
     """A file that is not what this module writes; the message is the end of a sentence."""
+
+
+def allowed(target: str) -> bool:
+    """Whether a file may name this model without the user's word for it."""
+    if target in OURS:
+        return True
+    import torchvision
+
+    module, _, name = target.rpartition(".")
+    return module == "torchvision.models" and name in torchvision.models.list_models(
+        module=torchvision.models
+    )
 
 
 @dataclass(frozen=True)
@@ -90,7 +106,7 @@ def parse(text: str) -> Header:
     target = _text(plain["target"], "target")
     header = Header(
         target=target,
-        keywords=_keywords(plain["keywords"], "keywords", own=not target.startswith(BUILT_IN)),
+        keywords=_model_keywords(plain["keywords"], trusted=not allowed(target)),
         num_classes=_whole(plain["num_classes"], "num_classes", 1, MAX_SIZE),
         input_shape=_sizes(plain["input_shape"], "input_shape", 3),
         data=_data(plain["data"]),
@@ -153,23 +169,42 @@ def _sizes(value: Any, where: str, *ranks: int) -> tuple[int, ...]:
     return tuple(_whole(v, where, 1, MAX_SIZE) for v in items)
 
 
-def _keywords(value: Any, where: str, *, own: bool = False) -> dict[str, Any]:
-    """Scalars, no number that would build a network of any size, no object.
+def _keywords(value: Any, where: str) -> dict[str, Any]:
+    """Scalars, no number that would build a network of any size, no list, no object."""
+    for name, item in _named(value, where):
+        _scalar(item, name, 1000)
+    return dict(value)
+
+
+def _model_keywords(value: Any, *, trusted: bool) -> dict[str, Any]:
+    """Scalars, and lists of them in lists.
 
     Args:
-        own: of a user's model, which is built only where it is trusted: larger numbers and lists.
+        trusted: of a model that needs the user's word: larger numbers, longer lists.
     """
+    most, count = (MAX_SIZE, 1000) if trusted else (1000, 100)
+    for name, item in _named(value, "keywords"):
+        scalars = list(_leaves(item))
+        if len(scalars) > count:
+            raise FormatError(f"{name} must have at most {count} items")
+        for scalar in scalars:
+            _scalar(scalar, name, most)
+    return dict(value)
+
+
+def _named(value: Any, where: str) -> list[tuple[str, Any]]:
     if not isinstance(value, dict) or len(value) > 50:
         raise FormatError(f"{where} must be an object")
-    most = MAX_SIZE if own else 1000
-    for key, item in value.items():
-        name = f"{where}.{_text(key, where)}"
-        if isinstance(item, list) and own and len(item) <= 1000:
-            for part in item:
-                _scalar(part, name, most)
-        else:
-            _scalar(item, name, most)
-    return dict(value)
+    return [(f"{where}.{_text(key, where)}", item) for key, item in value.items()]
+
+
+def _leaves(value: Any, depth: int = 3) -> Iterator[Any]:
+    """What lists in lists hold; of anything else itself."""
+    if isinstance(value, list) and depth:
+        for part in value:
+            yield from _leaves(part, depth - 1)
+    else:
+        yield value
 
 
 def _scalar(value: Any, where: str, most: int) -> None:

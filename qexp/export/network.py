@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from qexp.errors import CheckpointError, ConfigError
 from qexp.export import inputs
-from qexp.export.header import FormatError, Header, LayerEntry
+from qexp.export.header import FormatError, Header, LayerEntry, allowed
 from qexp.export.packed import Packed
 from qexp.models.build import build_model
 from qexp.models.load import load_tensors_
@@ -28,24 +28,6 @@ from qexp.models.opened import open_attention_, own_names
 from qexp.quant.convert import replace_, second_names
 from qexp.quant.modules import QuantConv2d, QuantLinear, leave_fast_path_
 from qexp.quant.quantizer import Identity, Quantizer
-
-OURS = {
-    "qexp.models.resnet.ResNet",
-    "qexp.models.mobilenet.mobilenet_v2_cifar",
-    "qexp.models.regnet.regnet_x_600mf",
-}
-
-
-def allowed(target: str) -> bool:
-    """Whether a file may name this model without the user's word for it."""
-    if target in OURS:
-        return True
-    import torchvision
-
-    module, _, name = target.rpartition(".")
-    return module == "torchvision.models" and name in torchvision.models.list_models(
-        module=torchvision.models
-    )
 
 
 class _WithoutStorage(TorchFunctionMode):
@@ -213,7 +195,9 @@ def _load(model: nn.Module, state: dict[str, Tensor]) -> None:
     for name, value in state.items():
         if value.shape != ours[name].shape or value.is_meta:
             raise FormatError(f"tensor {name[:80]!r} has shape {list(value.shape)}")
-        if value.is_floating_point() != ours[name].is_floating_point():
+        # Files of before have every float of the network as float32.
+        shortened = value.dtype == torch.float32 and ours[name].is_floating_point()
+        if value.dtype != ours[name].dtype and not shortened:
             raise FormatError(f"tensor {name[:80]!r} is {value.dtype}")
     # The model has no storage to copy into: it takes the tensors themselves.
     load_tensors_(model, state, assign=True)

@@ -6,7 +6,7 @@ Tensors of a safetensors file, by layer NAME:
     NAME.w.scale, zero, ...   what reads them (coding.py)
     NAME.a.scale, ...         the input's quantizer (inputs.py)
     NAME.affine               a batch norm: [gain, bias], [2, C]
-    any other name            a float tensor of the network, under its own name
+    any other name            a tensor of the network, under its own name
 
 and in its metadata the JSON header (`qexp`) and the sha256 of header and tensor bytes (`sha256`).
 
@@ -41,7 +41,8 @@ from qexp.quant.convert import quant_layers, second_names
 from qexp.quant.quantizer import Identity, Quantizer
 from qexp.runner.atomic import write_bytes
 
-DTYPES = (torch.uint8, torch.int8, torch.int16, torch.float32)
+DTYPES = (torch.uint8, torch.int8, torch.int16, torch.float32)  # of layers and batch norms
+BUFFERS = (torch.bool, torch.int32, torch.int64, torch.float64)  # of the network beside them
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,11 @@ class Packed:
     def part(self, prefix: str) -> dict[str, Tensor]:
         """Tensors whose name starts with `prefix` and a dot, by the rest of it."""
         n = len(prefix) + 1
-        return {k[n:]: t for k, t in self.tensors.items() if k.startswith(f"{prefix}.")}
+        found = {k[n:]: t for k, t in self.tensors.items() if k.startswith(f"{prefix}.")}
+        for key, value in found.items():
+            if value.dtype in BUFFERS:
+                raise FormatError(f"tensor {prefix}.{key} is {value.dtype}")
+        return found
 
     def codes(self, entry: LayerEntry) -> Tensor:
         """Codes of a layer's weight, int32 in [qmin, qmax], shape of the weight.
@@ -124,7 +129,7 @@ def pack_network(
         adapters: how ASQ's adapters are stored, float32 or float16.
 
     Raises:
-        ConfigError: a quantizer without packed form, or state that is not float.
+        ConfigError: a quantizer without packed form, or state of another type than files have.
     """
     model.eval()
     tensors: dict[str, Tensor] = {}
@@ -145,7 +150,7 @@ def pack_network(
         layers.append(LayerEntry(name, tuple(layer.weight.shape), w_index, a_index))
     norms = [n for n, m in model.named_modules() if isinstance(m, _BatchNorm)]
     tensors |= {f"{name}.affine": affine(model.get_submodule(name), name) for name in norms}
-    tensors |= _floats(model, [e for e in layers if e.weight is not None], norms)
+    tensors |= _others(model, [e for e in layers if e.weight is not None], norms)
     header = Header(
         target=target,
         keywords=dict(keywords),
@@ -160,7 +165,10 @@ def pack_network(
     try:
         parse(header.to_json())  # what is written can be read
     except FormatError as error:
-        raise ConfigError(f"export: the model cannot be described in a file: {error}.") from error
+        raise ConfigError(
+            f"export: the model cannot be described in a file: {error}. Write a function that "
+            "builds it with these values, and train that: model._target_=package.module.function"
+        ) from error
     return Packed(header, tensors)
 
 
@@ -187,7 +195,7 @@ def affine(norm: nn.Module, name: str) -> Tensor:
     return torch.cat((gain, shift))
 
 
-def _floats(model: nn.Module, packed: list[LayerEntry], norms: list[str]) -> dict[str, Tensor]:
+def _others(model: nn.Module, packed: list[LayerEntry], norms: list[str]) -> dict[str, Tensor]:
     """State of no quantizer, no batch norm, no packed weight; of a module once."""
     owners = [n for n, m in model.named_modules() if isinstance(m, Quantizer)] + norms
     owners += second_names(model)
@@ -197,9 +205,11 @@ def _floats(model: nn.Module, packed: list[LayerEntry], norms: list[str]) -> dic
     for name, value in model.state_dict().items():
         if name in weights or (prefixes and name.startswith(prefixes)):
             continue
-        if not value.is_floating_point():
-            raise ConfigError(f"export: '{name}' is {value.dtype}; only float state can be packed.")
-        kept[name] = value.detach().float().cpu().contiguous().clone()
+        if value.dtype in (torch.float16, torch.bfloat16):
+            value = value.float()
+        if value.dtype not in (*DTYPES, *BUFFERS):
+            raise ConfigError(f"export: '{name}' is {value.dtype}, which no file has a place for.")
+        kept[name] = value.detach().cpu().contiguous().clone()
     return kept
 
 
@@ -273,7 +283,7 @@ def _decoded(blob: bytes) -> Packed:
         raise FormatError("its bytes are not those that were written (sha256)")
     for name, value in tensors.items():
         shortened = value.dtype == torch.float16 and name.endswith(f".a.{inputs.ADAPTER}")
-        if value.dtype not in DTYPES and not shortened:
+        if value.dtype not in (*DTYPES, *BUFFERS) and not shortened:
             raise FormatError(f"tensor {name[:80]!r} is {value.dtype}")
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise FormatError(f"tensor {name[:80]!r} is not finite")

@@ -15,8 +15,9 @@ One rule for every method, so that rows of a table can be compared:
             layer into whole bytes; then every quantizer's `extra_bytes` (steps, codebooks,
             adapters, borders, of weights and of inputs), and at 4 bytes an element every other
             floating tensor of the state: float weights, biases, and batch norm as it is stored,
-            four vectors (folding it would leave one bias). Not counted: `num_batches_tracked`,
-            which inference does not read, and tensors that are not in the state_dict.
+            four vectors (folding it would leave one bias); tensors of integers, bool and float64
+            at their own size. Not counted: `num_batches_tracked`, which inference does not read,
+            and tensors that are not in the state_dict.
   Ideal     bits * weights / 8, rounded up: what a size quoted in a paper often is.
   MACs      Of layers alone. The two products of attention, q k^T and weights v, multiply float
             activations and no weight; they are in no count.
@@ -271,7 +272,7 @@ def _float_bytes(tensors: Iterable[Tensor], counted: set[int]) -> int:
 
 
 def _state_bytes(model: nn.Module) -> int:
-    """Bytes of the state without quantizers, every floating tensor at 4 bytes, shared ones once."""
+    """Bytes of the state without quantizers, of a float 4 at least, shared tensors once."""
     owned = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, Quantizer))
     tensors = {
         id(t): t
@@ -279,6 +280,6 @@ def _state_bytes(model: nn.Module) -> int:
         if not name.startswith(owned) and not name.endswith("num_batches_tracked")
     }
     return sum(
-        t.numel() * (FLOAT_BYTES if t.is_floating_point() else t.element_size())
+        t.numel() * max(FLOAT_BYTES if t.is_floating_point() else 1, t.element_size())
         for t in tensors.values()
     )
