@@ -73,10 +73,12 @@ class Tracer(fx.Tracer):
 
     Args:
         known: functions that are one node nevertheless.
+        buffers: make a node of a buffer too, as of a parameter; its values can then not be asked.
     """
 
-    def __init__(self, known: Sequence[Any]) -> None:
+    def __init__(self, known: Sequence[Any], *, buffers: bool) -> None:
         super().__init__(autowrap_functions=FACTORIES)
+        self.proxy_buffer_attributes = buffers
         self._autowrap_search.append(torch)  # where they are found by name
         self.known = known
 
@@ -103,12 +105,15 @@ def traced(model: nn.Module, known: Sequence[Any]) -> fx.Graph:
     Raises:
         ConfigError: its forward depends on values that a trace does not have.
     """
-    try:
-        return Tracer(known).trace(model)
-    except UNTRACEABLE as error:
-        raise ConfigError(
-            f"export: format=onnx cannot trace the network ({_line(error)}). Use format=packed."
-        ) from error
+    errors = []
+    for buffers in (False, True):  # `self.table.expand(x.shape[0], -1)` is none that a tensor takes
+        try:
+            return Tracer(known, buffers=buffers).trace(model)
+        except UNTRACEABLE as error:
+            errors.append(error)
+    raise ConfigError(
+        f"export: format=onnx cannot trace the network ({_line(errors[0])}). Use format=packed."
+    ) from errors[0]
 
 
 def _line(error: Exception) -> str:
