@@ -129,6 +129,7 @@ BAD = [
     ({"_target_": "qexp.models.resnet.ResNet", "dept": 8}, 3, "no keyword 'dept'.*'depth'"),
     ({"_target_": "qexp.models.resnet.ResNet"}, 3, "cannot be built: .*depth"),
     ({"_target_": "qexp.models.resnet.ResNett"}, 3, "no model 'ResNett'. Did you mean 'ResNet'"),
+    ({"_target_": "torchvision.models.resnet"}, 3, r"no model 'resnet'. Did you mean 'resnet\d+'"),
     ({"_target_": "nowhere.net"}, 3, "cannot be imported"),
     ({"_target_": "net"}, 3, "is not package.module.name"),
     (

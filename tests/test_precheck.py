@@ -249,6 +249,7 @@ class Gives(torch.nn.Module):
         self.norm = torch.nn.BatchNorm2d(3)
         self.hidden = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
         self.fc, self.output = torch.nn.Linear(3, outputs.get(output, num_classes)), output
+        self.aux_logits = output == "heads"
 
     def forward(self, x: torch.Tensor) -> object:
         y = self.fc(self.hidden(self.norm(x).mean((2, 3))))
@@ -260,7 +261,7 @@ class Gives(torch.nn.Module):
             "hard": F.hardsigmoid(y),
             "aux": (y, y) if self.training else y,
         }
-        if self.output == "raises" and self.training:
+        if self.output in ("raises", "heads") and self.training:
             raise KeyError("labels")
         return given.get(self.output, y)
 
@@ -303,7 +304,10 @@ CUSTOM = {
     "not_built": "config: model 'own' cannot be built: KeyError: 'width'.",
     "NoParameters": "config: model 'own' has no parameters: there is nothing to train or quantize.",
     "Raises": "config: model=own cannot take images of 3x8x8: TypeError: two lines.",
-    "Raises +model.kind=ValueError": "of 3x8x8: ValueError: two lines.",
+    "Raises +model.kind=ValueError": (
+        "of 3x8x8: ValueError: two lines. Set dataset.image_size=... to what it takes, or its own "
+        "keyword for their size, such as +model.image_size=8."
+    ),
     "Raises +model.kind=KeyError": "of 3x8x8: KeyError: ",
     "Gives +model.output=tuple": "an output of type tuple in evaluation mode, not logits of shape",
     "Gives +model.output=dict": "an output of type dict in evaluation mode, not logits of shape",
@@ -313,6 +317,10 @@ CUSTOM = {
     "Gives +model.output=one": "an output of shape [2, 1] in evaluation mode, not logits of shape",
     "Gives +model.output=map": "an output of shape [2, 4, 1, 1] in evaluation mode, not logits of",
     "Gives +model.output=raises": "cannot be trained on 2 images of 3x8x8: KeyError: 'labels'.",
+    "Gives +model.output=heads": (
+        "cannot be trained on 2 images of 3x8x8: KeyError: 'labels'. Leave out its other heads: "
+        "+model.aux_logits=false"
+    ),
     "Gives +model.output=hard bitwidth=sensitivity bitwidth.images=8": (
         "config: bitwidth=sensitivity: metric=hutchinson takes second derivatives"
     ),

@@ -37,7 +37,7 @@ def resolve(target: str) -> Callable[..., Any]:
             "Install the package or run from the folder that holds it."
         ) from error
     if not callable(found := getattr(module, attribute, None)):
-        hint = did_you_mean(attribute, vars(module))
+        hint = did_you_mean(attribute, (n for n, value in vars(module).items() if callable(value)))
         raise ConfigError(f"config: {module_name} has no model '{attribute}'.{hint}")
     return found
 

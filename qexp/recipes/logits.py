@@ -72,9 +72,10 @@ def run_in_training_mode(cfg: DictConfig, model: nn.Module, input_shape: Sequenc
         raise
     except Exception as error:  # a network may be anyone's
         shape = "x".join(map(str, input_shape))
+        heads = getattr(model, "aux_logits", False) is True  # torchvision's GoogLeNet, Inception
         raise ConfigError(
             f"config: {_name(cfg)} cannot be trained on {IMAGES} images of {shape}: "
-            f"{one_line(error)}."
+            f"{one_line(error)}.{' Leave out its other heads: +model.aux_logits=false' * heads}"
         ) from error
     finally:
         model.train(was_training)

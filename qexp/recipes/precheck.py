@@ -79,7 +79,7 @@ def precheck(cfg: DictConfig, data: Sizes | None = None) -> None:
             reason = " ".join(str(error).split()) if known else one_line(error)
             raise ConfigError(
                 f"config: model={cfg.model.get('name', cfg.model._target_)} cannot take images of "
-                f"{shape}: {reason}."
+                f"{shape}: {reason}. {_other_size(cfg, sizes.input_shape)}"
             ) from error
         check_files(cfg, model)
         if not build.trains(cfg.recipe):
@@ -96,6 +96,15 @@ def precheck(cfg: DictConfig, data: Sizes | None = None) -> None:
     if build.trains(cfg.recipe):
         steps_in_epoch(sizes.train_size, cfg.recipe.batch_size, launched().size)
     _enough_images(cfg, sizes.train_size)
+
+
+def _other_size(cfg: DictConfig, input_shape: Sequence[int]) -> str:
+    """What to set where images and network may differ in size."""
+    key = next((key for key in ("image_size", "crop") if key in cfg.dataset), None)
+    own = f"its own keyword for their size, such as +model.image_size={input_shape[-1]}"
+    if key is None:
+        return f"Set model=... to one for them, or {own}."
+    return f"Set dataset.{key}=... to what it takes, or {own}."
 
 
 @torch.no_grad()
