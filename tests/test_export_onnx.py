@@ -539,6 +539,19 @@ def test_a_vision_transformer_runs_at_every_width(method: str, bits: int) -> Non
     same_logits(model, to_onnx(quantized(model, method, bits, images())))
 
 
+@pytest.mark.parametrize(("method", "bits", "width"), [("nearest", 3, 32), ("adaround", 4, 64)])
+def test_onnxruntime_rounds_no_input_of_a_linear_layer(method: str, bits: int, width: int) -> None:
+    torch.manual_seed(0)
+    model = ViT(10, width)
+    written = to_onnx(quantized(model, method, bits, images(), width=width))
+    same_logits(model, written)
+    linear = {name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    weights = {f"{name}.codes" for name in linear}
+    read = {n.output[0] for n in written.graph.node if n.input[0] in weights}
+    assert len(read) == len(linear)
+    assert {n.op_type for n in written.graph.node if read & set(n.input)} == {"Max"}
+
+
 class Windows(nn.Module):
     """Swin's attention by hand: shifted 2x2 windows, a table of positions, a mask of what wraps.
 

@@ -131,6 +131,8 @@ class Writer:
             w = weight(graph, self.packed, entry)
         else:
             w = graph.constant(module.weight, f"{name}.weight")
+        if isinstance(module, nn.Linear):
+            w = ops.apart(graph, w)
         if isinstance(module, nn.Linear) and rank == 2:
             y = graph.op("Gemm", x, w, transB=1)
         elif isinstance(module, nn.Linear):

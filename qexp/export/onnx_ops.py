@@ -194,6 +194,17 @@ def anchored(graph: Graph, x: str) -> str:
     return anchor
 
 
+def apart(graph: Graph, w: str) -> str:
+    """The weight `w` of a linear layer, behind an operation that keeps it float32.
+
+    onnxruntime takes a DequantizeLinear and the product that reads it as one (MatMulNBits), which
+    rounds the float operand to 8 bits, 32 values together (accuracy level 4, its default).
+    """
+    if not w.startswith("dequantizelinear_"):
+        return w
+    return graph.op("Max", w, graph.constant(LOWEST))
+
+
 def _layer_norm(
     graph: Graph, x: str, normalized_shape: Any, weight: Any = None, bias: Any = None, eps=1e-5
 ) -> str:
