@@ -20,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,31 @@ class Launched(Callback):
         """Called by Hydra once, before the first job."""
         global _folder
         _folder = Path(config.hydra.sweep.dir)
+        if config.hydra.launcher._target_.endswith("submitit_launcher.LocalLauncher"):
+            _send_controllers_to(_folder / "controllers.log")
+
+
+def _send_controllers_to(path: Path) -> None:
+    """What submitit's controllers, a process a job, say: to a file instead of the terminal.
+
+    Ctrl-C reaches them too, and each would print a traceback of its own.
+    """
+    from submitit.local import local
+
+    start = getattr(local.start_controller, "__wrapped__", local.start_controller)
+
+    @wraps(start)
+    def quietly(*args: Any, **options: Any) -> Any:
+        terminal = os.dup(2)  # a process that is started has this one's stderr
+        try:
+            with path.open("a") as log:
+                os.dup2(log.fileno(), 2)
+            return start(*args, **options)
+        finally:
+            os.dup2(terminal, 2)
+            os.close(terminal)
+
+    local.start_controller = quietly
 
 
 def is_sweep() -> bool:

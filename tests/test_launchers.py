@@ -14,6 +14,7 @@ from compose import TINY, tiny
 from conftest import Qexp
 from hydra import compose, initialize_config_dir
 
+from qexp import sweep
 from qexp.config import configs_dir
 from qexp.gpu_slots import gpu_of_job, jobs_at_once
 from qexp.runner.folder import find_runs, identity, read_json
@@ -58,6 +59,26 @@ def test_a_sweep_of_twelve_jobs_gives_the_same_runs_folder_for_folder(
     serial, other = results(tmp_path / "serial"), results(tmp_path / "other")
     assert len(serial) == 12
     assert serial == other
+
+
+def test_submitits_controllers_write_to_a_file_of_the_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    from submitit.local import local
+
+    def start(folder: Path, command: str) -> int:
+        return subprocess.run([sys.executable, "-c", command], check=False).returncode
+
+    monkeypatch.setattr(local, "start_controller", start)
+    monkeypatch.setattr(sweep, "_folder", None)
+    cfg = launched("launch=local", f"hydra.sweep.dir={tmp_path}")
+    for _ in range(2):  # a process may start several sweeps
+        sweep.Launched().on_multirun_start(cfg)
+        assert local.start_controller(tmp_path, "raise KeyboardInterrupt") != 0
+    print("after", file=sys.stderr)
+    assert capfd.readouterr().err == "after\n"
+    assert (tmp_path / "controllers.log").read_text().count("Traceback") == 2
 
 
 def launched(*overrides: str) -> Any:
