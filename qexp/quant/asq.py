@@ -121,7 +121,7 @@ class _ChannelMeans(torch.autograd.Function):
         mean = x.mean(dim=dims, dtype=_at_least_float32(x))
         ctx.shape, ctx.dims, ctx.dtype = x.shape, dims, x.dtype
         ctx.full = x.element_size() == 2 and is_channels_last(x)
-        ctx.count = math.prod(x.shape[d] for d in dims)
+        ctx.count = x.numel() // max(mean.numel(), 1)
         return mean
 
     @staticmethod
