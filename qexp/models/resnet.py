@@ -37,7 +37,8 @@ class PadShortcut(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             # The same pixels, as a pool of one each: in backward the compiler then stores what
-            # comes back to them, which it would compute again at each of its three uses.
+            # comes back to them, which it would compute again at each of its three uses. The pool
+            # keeps x for backward, which float has to and a quantized block else would not.
             x = F.avg_pool2d(x, 1, self.stride)
         else:
             x = x[:, :, :: self.stride, :: self.stride]
