@@ -15,7 +15,8 @@ by memory, not arithmetic. Two defaults of the compiler stand against that (`com
     convolution's output, which is kept for batch norm, gives it again for a few operations.
 
 ResNet-8, batch 128, float32, one thread, CPU time of a step against compiled float: ASQ 1.43
-before, 1.11 after, LSQ 1.10 and 1.08; kept for backward 1.54 and 1.08 of float (LSQ 1.19, 1.08).
+before, 1.11 after, LSQ 1.10 and 1.08; kept for backward 1.54 and 1.08 of float (LSQ 1.19, 1.08;
+two of its three blocks have kept a float input since, for `PadShortcut`).
 On a GPU the compiler's own choices stand: none of this has been measured there.
 
 A third default hurts thin networks in bfloat16: with AVX-512 the compiler's loops take 32 channels
