@@ -38,9 +38,7 @@ MARK = re.compile(
 # Of the protocol, what a reader of the README needs; its hash stands for all of it.
 TOLD = ("recipe", "epochs", "batch_size", "optimizer", "lr", "schedule", "amp", "images",
         "iterations", "first_last", "distill.weight", "bn_reestimate")  # fmt: skip
-COUNTED = re.compile(
-    r"([^:]+): (\d+)(?: in \d+ runs)?"
-)  # a flag that is a sum over seeds and layers
+COUNTED = re.compile(r"([^:]+): (\d+)(?: in \d+ runs)?")  # a flag that is a sum
 MISSING = "missing"
 MIXED = "mixed"  # column of the rows without one width
 PAGES = ("README.md", "docs/results.md")

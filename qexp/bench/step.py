@@ -73,9 +73,8 @@ def make_step(
 ) -> Callable[[], None]:
     """One training step of `model` on a batch that stays the same."""
     forward: Callable[[Tensor], Tensor] = model
-    half = dtype == torch.bfloat16 and thin(layers)
     if mode in WHOLE:
-        graphs = mode == "graphs"
+        graphs, half = mode == "graphs", dtype == torch.bfloat16 and thin(layers)
         forward = compiled(
             model, images.device, saved, graphs=graphs, half_width=half, dynamic=False
         )

@@ -23,7 +23,7 @@ A third default hurts thin networks in bfloat16: with AVX-512 the compiler's loo
 at a time, and where a tensor has 16, they move them one by one. Vectors of 256 bits hold 16
 (`thin`). ResNet-20, batch 128, channels_last, one thread, CPU time of a step against eager float:
 float 1.08 with 512 bits and 0.95 with 256, LSQ 1.20 and 1.09, ASQ 1.25 and 1.18
-(results/bench_train/bf16, before and after). On a ResNet-18, which has 64 channels and more, 256
+(results/bench_train/bf16_full_width and bf16). On a ResNet-18, which has 64 channels and more, 256
 bits take float from 1.03 to 1.17 (by hand, not kept).
 
 `graphs` is `torch.compile(mode="reduce-overhead")`: one call starts all kernels of a forward or a
