@@ -80,7 +80,7 @@ def make_step(
         )
     else:
         save_less_(model, saved)
-    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9, foreach=True)
     device, amp = images.device.type, dtype == torch.bfloat16
 
     def step() -> None:
