@@ -371,6 +371,20 @@ def test_fisher_weights_are_of_the_activation_that_follows_also_where_it_is_0(
     torch.testing.assert_close(found, (1 + grad.abs()).square(), rtol=1e-4, atol=1e-6)
 
 
+def test_fisher_weights_before_an_activation_are_so_where_it_works_in_place() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Hardswish(), nn.Linear(6, 4))
+    reference = copy.deepcopy(model)
+    with torch.no_grad():
+        model[0].weight.mul_(30)
+    x, store = torch.randn(32, 5), Store(torch.device("cpu"), math.inf, None)
+    args = (model, reference, Unit("0", ("0",)), (), x, 32, store)
+    apart = output_weights(*args)
+    model[1].inplace = reference[1].inplace = True
+    assert (apart == 1).any()  # where the activation is flat
+    torch.testing.assert_close(output_weights(*args), apart, rtol=0, atol=0)
+
+
 def test_a_unit_that_diverges_stops_with_its_name() -> None:
     case = Case()
     with pytest.raises(RunError, match=r"unit .layer1.0. diverged: .*Lower recipe.lr"):

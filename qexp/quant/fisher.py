@@ -43,7 +43,7 @@ def output_weights(
         # it passes the gradient of every element.
         out = y if unit.activation is None else _inside(unit.activation, y)
         kept[:] = [out]
-        return out
+        return out.clone()  # an activation in place would put its own result into `out`
 
     behind = [layer for name, layer in quant_layers(model).items() if name in set(later)]
     enabled = [(layer.weight_enabled, layer.act_enabled) for layer in behind]
