@@ -334,8 +334,11 @@ def test_a_checkpoint_within_an_epoch_is_never_of_a_broken_network(
         assert all(v.isfinite().all() for v in state.values() if v.is_floating_point())
 
 
-def test_the_last_tenth_of_the_steps_has_fixed_codebooks(tmp_path: Path, float_run: Path) -> None:
-    options = ["quantizer=adq", f"model.checkpoint={float_run}", "recipe.epochs=1"]
+@pytest.mark.parametrize("length", [["recipe.epochs=1"], ["recipe.epochs=3", "max_steps=10"]])
+def test_the_last_tenth_of_the_steps_has_fixed_codebooks(
+    tmp_path: Path, float_run: Path, length: list[str]
+) -> None:
+    options = ["quantizer=adq", f"model.checkpoint={float_run}", *length]
     seen: list[bool] = []
     with pytest.MonkeyPatch.context() as patch:
         observe = Codebook._observe

@@ -126,7 +126,7 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
     def progress(self, fraction: float) -> None:
-        """Told at the start of each epoch which fraction of the training is done, [0, 1)."""
+        """Told before each step which fraction of the training's steps is done, [0, 1)."""
 
     def extra_bytes(self) -> int:
         """Bytes stored besides the codes: float32 steps, codebooks, adapters, borders.

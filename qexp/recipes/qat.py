@@ -244,7 +244,7 @@ def _train_epoch(
         factor = lr_factor(step, steps, schedule=s.schedule, warmup=warmup, milestones=s.milestones)
         set_lr(optimizer, factor)
         for quantizer in timed:
-            quantizer.progress(step / (s.epochs * per_epoch))
+            quantizer.progress(step / steps)
         optimizer.zero_grad(set_to_none=True)
         right = torch.zeros((), device=x.device)
         with shared_weights(model) if s.accumulate > 1 else nullcontext():
