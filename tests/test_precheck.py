@@ -136,12 +136,21 @@ def test_a_reconstruction_without_sense_is_refused_before_anything_is_written(
             "quantizer=nearest quantizer.reconstruct.correction_inputs=float",
             "quantizer.reconstruct.correction_inputs is not used: quantizer.reconstruct.bias_corr",
         ),
+        (
+            "quantizer=brecq quantizer.reconstruct.drop=0.5",
+            "quantizer.reconstruct.drop is not used: quantizer.reconstruct.quantized_inputs is",
+        ),
+        (
+            "recipe.optimizer=adamw recipe.momentum=0.8",
+            "recipe.momentum is not used: recipe.optimizer is adamw",
+        ),
+        ("quantizer=qdrop quantizer.reconstruct.drop=0.2", ""),
         ("recipe.distill.weight=0.5 recipe.distill.temperature=4", ""),
         ("recipe.schedule=step recipe.milestones=[0.2]", ""),
     ],
 )
 def test_what_has_no_effect_is_said(tmp_path: Path, words: str, line: str) -> None:
-    base = TINY_PTQ if "nearest" in words else TINY
+    base = TINY_PTQ if "quantizer=" in words else TINY
     said = list(unused(tiny(tmp_path, *words.split(), base=base)))
     assert len(said) == bool(line)
     assert all(text.startswith(line) for text in said)

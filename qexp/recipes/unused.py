@@ -24,6 +24,9 @@ def unused(cfg: DictConfig) -> Iterator[str]:
     schedule = recipe.get("schedule", "step")
     if milestones != list(own.milestones) and schedule != "step":
         yield f"recipe.milestones is not used: recipe.schedule is {schedule}"
+    momentum = recipe.get("momentum", own.momentum)
+    if recipe.get("optimizer") == "adamw" and momentum != own.momentum:
+        yield "recipe.momentum is not used: recipe.optimizer is adamw"
     given = cfg.model.get("checkpoint")
     if recipe.get("from_scratch") and not is_float(cfg) and given not in (None, "auto", "none"):
         yield f"model.checkpoint={given} is not used: recipe.from_scratch is true"
@@ -33,6 +36,11 @@ def unused(cfg: DictConfig) -> Iterator[str]:
         method = make_method(cfg)
         if method.step_inputs != "prefix" and len(passes(method, Schedule())) < 2:
             yield "quantizer.reconstruct.step_inputs is not used: there is no second pass"
+        if method.granularity != "none" and method.drop > 0 and not method.quantized_inputs:
+            yield (
+                "quantizer.reconstruct.drop is not used: "
+                "quantizer.reconstruct.quantized_inputs is false"
+            )
         if method.correction_inputs != "quantized" and not method.bias_correction:
             yield (
                 "quantizer.reconstruct.correction_inputs is not used: "
