@@ -18,7 +18,8 @@ Gradients (eq. 3, 5), e = dL/dx_hat.
     g = 1 / sqrt(N * qmax)        (section 2.2)
     N: number of weights of the layer, or number of features of the activation. "Features" read as
     *per sample* is `count: sample`, the default for activations; many codes count the batch too
-    (`count: tensor`), which makes g smaller by sqrt(batch). Per channel, N is the count of one row.
+    (`count: tensor`), which makes g smaller by sqrt(batch), the micro-batch of one process: with
+    `recipe.accumulate=4` g is twice that of one batch. Per channel, N is the count of one row.
 
 Initialisation.  scale = 2 * mean|x| / sqrt(qmax), from the float weights and from the first batch
     (`init: lsq`); `init: mse` minimises the squared error instead and is what the configs use: at

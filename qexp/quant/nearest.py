@@ -23,7 +23,7 @@ Gradients, e = dL/dx_hat, inside = [x_int was not clipped].  Only used when the 
     (BRECQ's and QDrop's activations; training on after PTQ), or to pass e to the layers before.
     dL/dx     = e * inside
     dL/dscale = g * sum e * ((x_int - zero) - inside * u),   g = 1 / sqrt(N * (qmax - qmin))
-    N: elements that share the step, those of the whole batch for inputs (LSQ's default counts one
+    N: elements that share the step, of the whole micro-batch for inputs (LSQ's default: one
     sample). Adam, which PTQ uses, does not see g; SGD does (LSQ section 2.2). zero is not learned.
 
 Departs from the papers:
