@@ -20,11 +20,13 @@ from qexp import plot
 from qexp.errors import ConfigError, DataError, RunError
 from qexp.models.digest import weights_sha256
 from qexp.quant.codebook import Codebook
+from qexp.quant.convert import quant_layers
 from qexp.quant.dorefa import PACT
 from qexp.quant.lsq import LSQ
 from qexp.quant.quantizer import Quantizer
 from qexp.recipes import outcome, picture
 from qexp.recipes import qat as qat_module
+from qexp.recipes.build import load_run
 from qexp.recipes.evaluate import evaluate, evaluate_run
 from qexp.recipes.loss import training_loss
 from qexp.recipes.optimize import (
@@ -311,6 +313,22 @@ def test_fair_control_trains_the_float_network_on(tmp_path: Path, float_run: Pat
     assert result["w_bits"] == 32
     assert result["recipe"] == "qat"
     assert result["size_bytes"] == result["fp32_bytes"]
+
+
+def test_steps_of_random_weights_fit_what_training_sees(tmp_path: Path) -> None:
+    """Batch norm's averages of 0 and 1 would give steps that no input reaches."""
+    scratch = ("recipe.from_scratch=true", "model.depth=56", "max_steps=1", "recipe.lr=1e-9")
+    first = ("quantizer=lsq", "quantizer.weight.init=lsq", "quantizer.act.init=lsq")
+    _, folder = train(tiny(tmp_path, *scratch, *first))
+    model, _, _ = load_run(folder, "last.pt", "cpu")
+    layer = quant_layers(model)["layer3.8.conv2"]
+    codes: list[torch.Tensor] = []
+    layer.register_forward_pre_hook(
+        lambda module, inputs: codes.append(module.act_quantizer.codes(inputs[0]))
+    )
+    model.train()(torch.randn(16, 3, 8, 8))
+    assert (codes[0] > 0).float().mean() > 0.3  # behind a ReLU half of them are 0
+    assert codes[0].unique().numel() > 8
 
 
 def test_nan_loss_stops_the_run_naming_step_and_layer(tmp_path: Path, float_run: Path) -> None:

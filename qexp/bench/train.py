@@ -135,7 +135,7 @@ def _group(s: Settings, model: str, dtype: torch.dtype, mode: str, device: torch
     for name in s.quantizers:
         cfg = composed(name, model, s.bits, s.overrides)
         network = build.make_network(cfg, copy.deepcopy(net), (3, size, size))
-        calibrate_(network.model, images)
+        calibrate_(network.model, images, untrained=True)
         found.append(contender(name, network.model, mode))
     if s.peers:
         print(peers.note(mode))
@@ -143,7 +143,7 @@ def _group(s: Settings, model: str, dtype: torch.dtype, mode: str, device: torch
         for name in peers.peers():
             network = copy.deepcopy(net)
             peers.quantize_as_(name, network, layers, _widths(s, model, layers))
-            calibrate_(network, images)
+            calibrate_(network, images, untrained=True)
             found.append(contender(name, network, "off"))
     return Group(layers, found)
 

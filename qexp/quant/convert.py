@@ -8,7 +8,7 @@ layer from the already quantized prefix; `unquantize_` gives the float network b
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -24,7 +24,7 @@ from qexp.quant.modules import (
     leave_fast_path_,
 )
 from qexp.quant.quantizer import Identity, Quantizer
-from qexp.quant.trace import Layer, evaluated
+from qexp.quant.trace import Layer, batch_statistics, evaluated
 
 
 class Bits(NamedTuple):
@@ -173,12 +173,19 @@ def quantizers(model: nn.Module) -> dict[str, Quantizer]:
 
 
 @torch.no_grad()
-def calibrate_(model: nn.Module, images: Tensor, *, fresh_only: bool = False) -> list[str]:
+def calibrate_(
+    model: nn.Module, images: Tensor, *, fresh_only: bool = False, untrained: bool = False
+) -> list[str]:
     """Set every quantizer: weights from themselves, inputs from one batch of images.
 
     Each layer sees the output of the already quantized layers before it. Batch norm statistics
-    stay as they are. `fresh_only` leaves quantizers that are calibrated as they are.
-    Shape: images [N, C, H, W], normalised, from the training split.
+    stay as they are.
+
+    Args:
+        model: a network with quantized layers.
+        images: [N, C, H, W], normalised, from the training split.
+        fresh_only: leave quantizers that are calibrated as they are.
+        untrained: the weights are random: batch norms go by `images`, as in the first step.
 
     Returns:
         The layers whose unsigned input quantizer saw negative values, which it makes zero.
@@ -200,7 +207,7 @@ def calibrate_(model: nn.Module, images: Tensor, *, fresh_only: bool = False) ->
         if not (fresh_only and bool(module.weight_quantizer.calibrated)):
             module.weight_quantizer.calibrate(module.weight)
         handles.append(module.register_forward_pre_hook(partial(set_input, name)))
-    with evaluated(model, handles):
+    with evaluated(model, handles), batch_statistics(model) if untrained else nullcontext():
         model(images)
     return negative
 

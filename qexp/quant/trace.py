@@ -67,6 +67,25 @@ def evaluated(model: nn.Module, hooks: Iterable[RemovableHandle] = ()) -> Iterat
             hook.remove()
 
 
+@contextmanager
+def batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Batch norms take mean and variance from the batch inside the block, in eval mode too.
+
+    Their running averages are left out, not changed. With random weights those are still 0 and 1,
+    and what the network computes by them is far larger than in training: steps set there round
+    all inputs of a ResNet-56's last blocks to 0.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    kept = [(m.running_mean, m.running_var) for m in norms]
+    for norm in norms:
+        norm.running_mean = norm.running_var = None
+    try:
+        yield
+    finally:
+        for norm, (mean, variance) in zip(norms, kept, strict=True):
+            norm.running_mean, norm.running_var = mean, variance
+
+
 @torch.no_grad()
 def trace(model: nn.Module, input_shape: Sequence[int], batch: int = 2) -> list[Layer]:
     """The layers of `model` in execution order.

@@ -98,7 +98,8 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
     if saved is None:
         if leads:
             take_over_(model, network.bits, start.ptq, run)
-            warn_clipped(run, calibrate_(model, images, fresh_only=True))
+            random = start.source is None
+            warn_clipped(run, calibrate_(model, images, fresh_only=True, untrained=random))
         distributed.share_(model)
         check_calibrated(model)
         outcome.log_plan(run, network)
