@@ -373,6 +373,16 @@ def test_gradients_of_earlier_micro_batches_outlive_a_replay(
         torch.testing.assert_close(a, b)
 
 
+def test_the_compilers_word_on_tf32_fails_no_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to torch 2.11 at least it is a warning, and warnings are errors here: on a GPU each test
+    that compiles would fail."""
+    from torch._inductor import compile_fx
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    compile_fx._warn_tf32_disabled.__wrapped__()  # type: ignore[attr-defined]
+
+
 def test_scoring_does_not_have_what_is_compiled_compiled_again() -> None:
     counter = CompileCounter()
     double = torch.compile(lambda x: 2 * x, backend=counter)
