@@ -104,6 +104,31 @@ def test_a_failed_run_has_its_traceback_and_no_result(tmp_path: Path, cfg: DictC
     assert not (folder / "result.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("keys", "advice"),
+    [
+        (
+            {"batch_size": 4, "accumulate": 1},
+            "Set saved=blocks, raise recipe.accumulate or lower recipe.batch_size; in a sweep, "
+            "sweep.jobs_per_gpu.",
+        ),
+        (
+            {"batch_size": 4, "minibatch": 2},
+            "Lower recipe.batch_size or recipe.minibatch; in a sweep, sweep.jobs_per_gpu.",
+        ),
+    ],
+)
+def test_a_gpu_without_memory_is_one_line(
+    tmp_path: Path, cfg: DictConfig, keys: dict[str, int], advice: str
+) -> None:
+    cfg = OmegaConf.merge(cfg, {"recipe": keys})  # type: ignore[assignment]
+    with pytest.raises(RunError) as caught, open_run(tmp_path / "run", cfg):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0")
+    line = f"run: the GPU is out of memory. {advice}"
+    assert str(caught.value) == status_of(tmp_path / "run")["error"] == line
+    assert "Tried to allocate 2.00 GiB" in (tmp_path / "run" / "train.log").read_text()
+
+
 def test_a_run_without_a_result_is_no_success(tmp_path: Path, cfg: DictConfig) -> None:
     with pytest.raises(RunError, match="without a result"), open_run(tmp_path / "run", cfg):
         pass

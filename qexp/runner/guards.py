@@ -1,4 +1,4 @@
-"""What surrounds a run: a disk that refuses a write, SIGTERM, torch's global state."""
+"""What surrounds a run: a disk that refuses a write, a full GPU, SIGTERM, torch's global state."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import gc
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,24 @@ def os_errors(folder: Path) -> Iterator[None]:
         raise failure from error
     finally:
         threading.excepthook = before
+
+
+@contextmanager
+def gpu_memory(recipe: Container[str]) -> Iterator[None]:
+    """Turn a GPU that has no memory for what the block asks of it into one line.
+
+    Args:
+        recipe: its keys.
+    """
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        trains = "accumulate" in recipe
+        less = "Set saved=blocks, raise recipe.accumulate or lower" if trains else "Lower"
+        raise RunError(
+            f"run: the GPU is out of memory. {less} recipe.batch_size"
+            f"{'' if trains else ' or recipe.minibatch'}; in a sweep, sweep.jobs_per_gpu."
+        ) from error
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from qexp.runner import distributed
 from qexp.runner.atomic import finite, torn, write_bytes, write_json
 from qexp.runner.environment import describe, note_earlier_
 from qexp.runner.folder import EARLIER, RESULT, STATUS, claim, identity, owner, read_json
-from qexp.runner.guards import global_state, os_errors, sigterm
+from qexp.runner.guards import global_state, gpu_memory, os_errors, sigterm
 from qexp.runner.overrides import task_overrides
 from qexp.runner.resuming import Before, take
 
@@ -211,7 +211,7 @@ def open_run(
     """
     if not distributed.world().leads:
         place, resumed = distributed.told(("", False))
-        with sigterm(), global_state():
+        with sigterm(), global_state(), gpu_memory(cfg.get("recipe", ())):
             yield Follower(Path(place), resumed)
         return
     with os_errors(folder):
@@ -230,7 +230,8 @@ def open_run(
             run.event("resume" if resume else "start", commit=run._environment["commit"])
             for line in run._differences:
                 run.warn(line)
-            yield run
+            with gpu_memory(cfg.get("recipe", ())):
+                yield run
             if not run.finished:
                 raise RunError(f"run: {folder} ended without a result. Call run.finish(result).")
         except BaseException as error:
