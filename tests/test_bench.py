@@ -78,6 +78,31 @@ def test_bench_writes_a_row_for_every_quantizer_and_the_control(qexp: Qexp) -> N
     assert json.loads(Path("bench/env.json").read_text())["threads"] == 1
 
 
+def test_a_bench_that_ends_early_leaves_what_it_measured(
+    qexp: Qexp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = bench._group
+
+    def fails(s: Settings, model: str, dtype: torch.dtype, *more: Any) -> Any:
+        if dtype == torch.bfloat16:
+            raise KeyboardInterrupt
+        return group(s, model, dtype, *more)
+
+    monkeypatch.setattr(bench, "_group", fails)
+    assert qexp("bench", "train", "dtype=fp32,bf16", "compile=off", *TINY).code == 130
+    rows = json.loads(Path("bench/bench.json").read_text())
+    assert [(r["quantizer"], r["dtype"]) for r in rows] == [("fp32 again", "fp32"), ("lsq", "fp32")]
+
+
+def test_a_bench_of_several_groups_has_one_folder(qexp: Qexp) -> None:
+    for folder in ("bench", "bench-2"):
+        done = qexp("bench", "train", "dtype=fp32,bf16", "compile=off", *TINY)
+        assert done.code == 0, done.err
+        assert done.out.endswith(f"bench: {folder}/bench.json, bench.csv, bench.png\n")
+        assert len(json.loads(Path(folder, "bench.json").read_text())) == 4
+    assert not Path("bench-3").exists()
+
+
 def test_peers_are_quantized_whatever_the_first_quantizer_is(qexp: Qexp) -> None:
     words = ("quantizer=fp32,lsq", "bitwidth.weight=3", "compile=off", "peers=true")
     done = qexp("bench", "train", *words, *TINY)

@@ -20,7 +20,7 @@ from qexp.bench.engines import (
     check_engine,
     engines_of,
 )
-from qexp.bench.output import write_folder
+from qexp.bench.output import unused, write_folder
 from qexp.errors import ConfigError
 
 pytest.importorskip("onnx")
@@ -72,7 +72,7 @@ def test_an_earlier_bench_is_not_written_over(tmp_path: Path) -> None:
         path.write_bytes(b"")
 
     for number in (1, 2, 3):
-        write_folder(tmp_path / "b", [{"x": number}], draw, seed=0, threads=1)
+        write_folder(unused(tmp_path / "b"), [{"x": number}], draw, seed=0, threads=1)
     found = {p.parent.name: json.loads(p.read_text()) for p in tmp_path.glob("*/bench.json")}
     assert found == {"b": [{"x": 1}], "b-2": [{"x": 2}], "b-3": [{"x": 3}]}
 

@@ -44,7 +44,7 @@ from qexp.bench.engines import (
     pack,
 )
 from qexp.bench.floor import in_turn
-from qexp.bench.output import write_folder
+from qexp.bench.output import say_written, unused, write_folder
 from qexp.bench.settings import fields_of, no_count, no_option
 from qexp.bench.table import device_name
 from qexp.bench.train import composed
@@ -133,6 +133,7 @@ def bench_inference(cfg: DictConfig) -> list[dict[str, Any]]:
             composed(name, model, s.bits, s.overrides)
     print(f"{device_name(at.device)}, {at.threads} CPU thread(s), W{s.bits}A{s.bits}", flush=True)
     rows: list[dict[str, Any]] = []
+    folder: Path | None = None
     for model in s.models:
         for batch in s.batch:
             with tf32(False):
@@ -143,7 +144,9 @@ def bench_inference(cfg: DictConfig) -> list[dict[str, Any]]:
             found = table.rows(contenders, {**facts, "image_size": images.shape[-1]})
             print(table.text(found), flush=True)
             rows += found
-    write_folder(Path(s.out), rows, table.draw, seed=s.seed, threads=at.threads)
+            place = folder or unused(Path(s.out))
+            folder = write_folder(place, rows, table.draw, seed=s.seed, threads=at.threads)
+    say_written(folder)
     return rows
 
 

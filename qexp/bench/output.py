@@ -29,6 +29,15 @@ def noise(again: Mapping[str, Any]) -> str:
     return f"noise: float against itself differs by {wall:.1%} (wall), {cpu:.1%} (CPU)"
 
 
+def unused(folder: Path) -> Path:
+    """`folder`, or where it holds an earlier bench `folder-2`, ..."""
+    wanted, number = folder, 1
+    while (folder / "bench.json").exists():
+        number += 1
+        folder = wanted.with_name(f"{wanted.name}-{number}")
+    return folder
+
+
 def write_folder(
     folder: Path,
     rows: Sequence[Mapping[str, Any]],
@@ -36,15 +45,11 @@ def write_folder(
     *,
     seed: int,
     threads: int,
-) -> None:
-    """Write bench.json, bench.csv (all fields of all rows), env.json and bench.png.
+) -> Path:
+    """Write bench.json, bench.csv (all fields of all rows), env.json and bench.png; the folder.
 
-    Where `folder` holds an earlier bench, `folder-2`, ... is written instead.
+    Called after each group: a bench that ends early leaves what it measured.
     """
-    wanted, number = folder, 1
-    while (folder / "bench.json").exists():
-        number += 1
-        folder = wanted.with_name(f"{wanted.name}-{number}")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "bench.json", list(rows))
     write_json(folder / "env.json", describe(seed, threads))
@@ -53,4 +58,9 @@ def write_folder(
         writer.writeheader()
         writer.writerows(rows)
     draw(folder / "bench.png", rows)
+    return folder
+
+
+def say_written(folder: Path | None) -> None:
+    """The line about the files."""
     print(f"bench: {folder}/bench.json, bench.csv, bench.png")

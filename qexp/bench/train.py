@@ -29,7 +29,7 @@ from torch import nn
 from qexp import messages
 from qexp.bench import peers, table
 from qexp.bench.floor import measure_machine
-from qexp.bench.output import write_folder
+from qexp.bench.output import say_written, unused, write_folder
 from qexp.bench.settings import DTYPES, Settings
 from qexp.bench.step import AGAIN, EAGER, FLOAT, Contender, Group, make_step, take_turns
 from qexp.config import configs_dir
@@ -67,6 +67,7 @@ def bench_train(cfg: DictConfig) -> list[dict[str, Any]]:
         for name in s.quantizers:
             composed(name, model, s.bits, s.overrides)
     rows: list[dict[str, Any]] = []
+    folder: Path | None = None
     print(f"{table.device_name(device)}, {threads} CPU threads, batch {s.batch}", flush=True)
     for dtype in s.dtype:
         with tf32(True):  # as cuDNN's convolutions take it in training
@@ -81,7 +82,9 @@ def bench_train(cfg: DictConfig) -> list[dict[str, Any]]:
                 new = table.rows(group, machine, {**facts, **s.facts(threads)})
                 print(table.text(new), flush=True)
                 rows += new
-    write_folder(Path(s.out), rows, table.draw, seed=s.seed, threads=threads)
+                place = folder or unused(Path(s.out))
+                folder = write_folder(place, rows, table.draw, seed=s.seed, threads=threads)
+    say_written(folder)
     return rows
 
 
