@@ -1,11 +1,12 @@
 """How fast images come, for each CPU core, and what holds them up.
 
-    python scripts/bench_data.py results/bench_data [--images 96] [--model resnet20]
+    python scripts/bench_data.py results/bench_data [--images 96] [--model resnet20] [--device cpu]
 
 Two pipelines: small images that live on the device as uint8 (CIFAR's sizes, crop and flip), beside
 a float training step of `--model`; and folders of JPEGs (made ones of ImageNet's mean size, 500 x
 375 pixels, photograph-like in detail), stage by stage, beside a step of a ResNet-18 of 224 pixels.
-Times are CPU seconds of one thread. Writes data.json.
+Times are CPU seconds of one thread; with `--device cuda`, of the small images and their step, wall
+seconds on the GPU. Writes data.json.
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ from qexp.data.augment import normalise
 from qexp.data.decode import collate
 from qexp.data.folder import Folder
 from qexp.models.build import build_model
-from qexp.runner.device import keep_memory, set_threads
+from qexp.runner.device import keep_memory, pick_device, set_threads, synchronize
 
 PIXELS = (500, 375)  # ImageNet's mean width and height
 QUALITY = 95
+TRIES = 10  # on a GPU
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -43,10 +45,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--images", type=int, default=96)
     parser.add_argument("--model", default="resnet20")
+    parser.add_argument("--device", default="cpu", help="of the small images and their model")
     given = parser.parse_args(argv)
     set_threads(1)
     keep_memory()
-    found = {"small": small(given.model), "folder": folder(given.images)}
+    device = pick_device(given.device)
+    found = {"small": small(given.model, device), "folder": folder(given.images)}
     for name, rates in found.items():
         print(name)
         for key, value in rates.items():
@@ -65,9 +69,23 @@ def cpu_seconds(work: Callable[[], Any], tries: int = 2) -> float:
     return min(took)
 
 
+def seconds(work: Callable[[], Any], device: torch.device) -> float:
+    """CPU time of `work` on a CPU; on a GPU wall time until it is done, the least of some tries."""
+    if device.type == "cpu":
+        return cpu_seconds(work)
+    took = []
+    for _ in range(TRIES):
+        synchronize(device)
+        began = time.perf_counter()
+        work()
+        synchronize(device)
+        took.append(time.perf_counter() - began)
+    return min(took)
+
+
 def step_of(model: nn.Module, x: Tensor) -> Callable[[], None]:
     """A training step's forward and backward."""
-    y = torch.zeros(len(x), dtype=torch.int64)
+    y = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     return lambda: F.cross_entropy(model(x), y).backward()
 
 
@@ -78,22 +96,23 @@ def model_named(name: str, classes: int) -> nn.Module:
     return build_model(node, classes, 3).train()
 
 
-def small(model: str) -> dict[str, Any]:
-    """Images a second and core of the device-resident loader, and of the model it feeds."""
+def small(model: str, device: torch.device) -> dict[str, Any]:
+    """Images a second of the device-resident loader, and of the model it feeds; of one core."""
     words = ["dataset=synthetic", "dataset.train_images=4096", "dataset.pad=4", "dataset.flip=true"]
     with initialize_config_dir(str(configs_dir()), version_base="1.3"):
         node = compose("train", words).dataset
-    dataset: Any = instantiate(node, _convert_="all", batch_size=128, seed=0)
+    dataset: Any = instantiate(node, _convert_="all", batch_size=128, seed=0, device=device)
     count = dataset.steps_per_epoch * 128
-    loaded = count / cpu_seconds(lambda: [None for _ in dataset.train_batches(0)])
+    loaded = count / seconds(lambda: [None for _ in dataset.train_batches(0)], device)
     x, _ = next(dataset.train_batches(0))
-    net = model_named(model, 10)
+    net = model_named(model, 10).to(device)
     step = step_of(net, x)
     step()
-    trained = len(x) / cpu_seconds(step)
+    trained = len(x) / seconds(step, device)
+    per = "img/s per core" if device.type == "cpu" else "img/s"
     return {
-        "loader img/s per core": loaded,
-        f"{model} float step img/s per core": trained,
+        f"loader {per}": loaded,
+        f"{model} float step {per}": trained,
         "loader's share of a step (%)": 100 * trained / (loaded + trained),
     }
 
