@@ -94,7 +94,7 @@ def render(root: Path, name: str, papers: Sequence[Paper], start: Path, form: st
     folder = root / "results" / name
     tables = make_tables(read_runs([folder]), papers)
     if form == "full":
-        return markdown(tables).strip()
+        return markdown(tables, beside=start).strip()
     if form:
         base = form.partition(" ")[2]
         against.check_known(tables, base)

@@ -280,6 +280,22 @@ def test_unfinished_runs_without_a_config_are_not_taken_for_one(tmp_path, capsys
     ]
 
 
+def test_every_row_leads_to_all_its_runs(tmp_path, capsys) -> None:
+    runs = tmp_path / "runs"
+    for seed, name in enumerate(("a", "b")):
+        make_run(runs, name, seed=seed)
+    make_run(runs, "c", seed=2, state="failed", error="out of memory")
+    for ending in ("md", "html"):
+        report(capsys, str(runs), "--out", str(tmp_path / f"page/x.{ending}"))
+    text = (tmp_path / "page/x.md").read_text()
+    assert "| [0](../runs/a) [1](../runs/b) [failed 2](../runs/c) |" in text
+    page = (tmp_path / "page/x.html").read_text()
+    table = page.split("<h3>")[0]
+    assert (
+        '<a href="../runs/b/result.json">1</a> <a href="../runs/c">failed 2</a></sub></td>' in table
+    )
+
+
 def test_an_error_that_quotes_a_class_is_text_in_markdown(tmp_path, capsys) -> None:
     make_run(tmp_path, "a", state="failed", error="got <class 'int'> | worse")
     assert "got &lt;class 'int'> \\| worse" in report(capsys, str(tmp_path))

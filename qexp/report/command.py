@@ -52,12 +52,15 @@ def main(argv: list[str]) -> int:
     if given.against is not None:
         against.check_known(tables, given.against)
     form = given.format or _format_of(given.out)
+    beside = Path(given.out).parent if given.out else Path()
     if form == "html":
         from qexp.report.html import page
 
-        text = page(tables, Path(given.out).parent if given.out else Path(), given.against)
+        text = page(tables, beside, given.against)
+    elif form == "md":
+        text = markdown(tables, given.against, beside)
     else:
-        text = {"md": markdown, "csv": to_csv}[form](tables, given.against)
+        text = to_csv(tables, given.against)
     _deliver(text, given.out)
     return 0
 

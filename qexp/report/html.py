@@ -8,23 +8,22 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from qexp.figure import number
 from qexp.report import against
 from qexp.report.cells import COLUMNS, NONE, cells
 from qexp.report.differences import Difference, differences
-from qexp.report.markdown import NOTE, WARNING, protocol_lines, size, titles
+from qexp.report.markdown import NOTE, WARNING, protocol_lines, relative, size, titles
 from qexp.report.plot import MOST, Curve, Look, Point, learning, looks, pareto
 from qexp.report.protocols import Differing, differing
 from qexp.report.rows import Row, Table
 from qexp.report.runs import RunRecord
 
+TOP1 = "top-1, last epoch"  # the column whose numbers lead to their runs
 FILES = ("result.json", "config.yaml", "layers.csv", "train.log")
 # What accuracy is drawn against: of result.json, and the factor to the axis' unit.
 COSTS = {
@@ -140,9 +139,8 @@ def _table(rows: Sequence[Row], beside: Path) -> str:
     lines = []
     for i, row in enumerate(rows):
         shown = {name: escape(column[i]) for name, column in columns.items()}
-        if row.counted:  # the name leads to the first seed's result, the details below to all
-            link = _relative(row.first.folder / "result.json", beside)
-            shown["method"] = f'<a href="{escape(link)}">{shown["method"]}</a>'
+        links = " ".join(_run_link(run, beside) for run in (*row.counted, *row.unfinished))
+        shown[TOP1] += f" <sub>{links}</sub>"
         data = "".join(f'<td class="{_kind(n)}">{text}</td>' for n, text in shown.items())
         state = "done" if row.counted else "failed"
         lines.append(f'<tr class="{state}">{data}</tr>')
@@ -152,6 +150,12 @@ def _table(rows: Sequence[Row], beside: Path) -> str:
     return (
         f'<table class="rows"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
     )
+
+
+def _run_link(run: RunRecord, beside: Path) -> str:
+    name = f"{run.seed}" if run.done else f"{run.state} {run.seed}"
+    target = run.folder / "result.json" if run.done else run.folder
+    return f'<a href="{escape(relative(target, beside))}">{escape(name)}</a>'
 
 
 def _kind(column: str) -> str:
@@ -226,7 +230,7 @@ def _details(row: Row, beside: Path) -> str:
 
 def _run_line(run: RunRecord, beside: Path) -> str:
     files = [
-        f'<a href="{escape(_relative(run.folder / name, beside))}">{name}</a>'
+        f'<a href="{escape(relative(run.folder / name, beside))}">{name}</a>'
         for name in FILES
         if (run.folder / name).is_file()
     ]
@@ -256,7 +260,3 @@ def _layer_table(rows: Sequence[Mapping[str, str]]) -> str:
         f'<div class="wide"><table class="layers"><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table></div>"
     )
-
-
-def _relative(path: Path, beside: Path) -> str:
-    return quote(Path(os.path.relpath(path.resolve(), beside.resolve())).as_posix())

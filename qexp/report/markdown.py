@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import quote
 
 from qexp.report import against
 from qexp.report.cells import COLUMNS, cells
 from qexp.report.protocols import Differing, brief, differing
-from qexp.report.rows import Table
+from qexp.report.rows import Row, Table
 
 WARNING = "Rows of different tables ran under different protocols: do not compare them."
+RUNS = "runs by seed"
 NOTE = (
     "top-1 in percent on the test split at the last epoch, mean ± sample standard deviation over "
     "n seeds; drop = float - ours."
 )
 
 
-def markdown(tables: Sequence[Table], base: str | None = None) -> str:
+def markdown(tables: Sequence[Table], base: str | None = None, beside: Path | None = None) -> str:
     """All tables, with the protocols below each; contents first where there are several.
 
     Args:
         base: name of the row that the others of each table are compared with.
+        beside: the folder it will lie in, from which links lead; the current one if None.
     """
     names = titles(tables)
     parts = [contents(tables)] if len(tables) > 1 else []
     if apart := differing(tables):
         parts += [WARNING, *map(_differing, apart)]
     for table, name in zip(tables, names, strict=True):
-        lines = [f"## {plain(name)}", "", *_table(COLUMNS, [cells(row) for row in table.rows])]
+        told = [[*cells(row), run_links(row, beside or Path())] for row in table.rows]
+        lines = [f"## {plain(name)}", "", *_table((*COLUMNS, RUNS), told)]
         parts.append("\n".join([*lines, "", *map(plain, protocol_lines(table))]))
         if base is not None:
             parts.append(compared(table, base))
@@ -88,6 +94,19 @@ def _cell(text: str) -> str:
 def plain(text: str) -> str:
     """One line in which nothing is a tag, as in an error that quotes `<class 'int'>`."""
     return " ".join(re.sub(r"<(?!/?sub>)", "&lt;", text).splitlines())
+
+
+def run_links(row: Row, beside: Path) -> str:
+    """`[0](folder) [1](folder)`: each seed's run, with its config and result; `failed 2` of one
+    that is not done."""
+    named = [(f"{run.seed}", run) for run in row.counted]
+    named += [(f"{run.state} {run.seed}", run) for run in row.unfinished]
+    return " ".join(f"[{name}]({relative(run.folder, beside)})" for name, run in named)
+
+
+def relative(path: Path, beside: Path) -> str:
+    """A link to `path` in a page that lies in the folder `beside`."""
+    return quote(Path(os.path.relpath(path.resolve(), beside.resolve())).as_posix())
 
 
 def protocol_lines(table: Table) -> list[str]:
