@@ -3,7 +3,9 @@
     python scripts/collect.py results/fashion_methods outputs/fashion_mini-resnet8 [...]
 
 Every run below the given folders is copied to `TABLE/<name>-s<seed>[-k]/`: result.json,
-config.yaml, layers.csv, metrics.jsonl, answers.npz, and a status.json with its state and error.
+config.yaml, layers.csv, metrics.jsonl, answers.npz, a status.json with its state and error, an
+env.json with what numbers may depend on, and a checkpoints.json with the hashes of last.pt and
+best.pt, as `float_sha256` of the runs that start from them has it.
 A run whose tree differed from its commit, or that has none, is refused: its numbers cannot be
 traced. A run that is not done is left out and named.
 """
@@ -17,11 +19,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from qexp.models.digest import weights_sha256
 from qexp.report.runs import read_run
 from qexp.runner.answers import ANSWERS
 from qexp.runner.folder import RESULT, STATUS, find_runs, read_json, read_status
 
 COPIED = (RESULT, "config.yaml", "layers.csv", "metrics.jsonl", ANSWERS)
+CHECKPOINTS = ("last.pt", "best.pt")
+ENVIRONMENT = ("commits", "python", "packages", "platform", "cpu", "threads", "gpus", "cuda")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,6 +76,16 @@ def copy(run: Path, table: Path) -> Path:
     status = read_status(run)
     kept = {key: status[key] for key in ("state", "error", "identity") if key in status}
     (target / STATUS).write_text(json.dumps(kept, indent=2) + "\n")
+    env = read_json(run / "env.json")
+    found = {
+        "env.json": {key: env[key] for key in ENVIRONMENT if key in env},
+        "checkpoints.json": {
+            name: weights_sha256(run / name) for name in CHECKPOINTS if (run / name).is_file()
+        },
+    }
+    for file, content in found.items():
+        if content:
+            (target / file).write_text(json.dumps(content, indent=2) + "\n")
     return target
 
 

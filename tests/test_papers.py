@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from qexp.errors import ConfigError
+from qexp.models.digest import network_sha256
 from qexp.report.papers import COLUMNS, KINDS, VERIFIED, match, read_papers
 
 ROOT = Path(__file__).parents[1]
@@ -297,3 +299,21 @@ def test_what_is_not_collected_is_named(tmp_path: Path, capsys: pytest.CaptureFi
     assert collect.main([str(table), str(tmp_path / "nowhere")]) == 2
     assert f"no runs at or below: {tmp_path / 'nowhere'}" in capsys.readouterr().err
     assert not table.exists()
+
+
+def test_a_collected_run_keeps_what_it_ran_on_and_the_hash_of_its_weights(tmp_path: Path) -> None:
+    collect, run = _script("collect"), tmp_path / "outputs/fp32/1"
+    run.mkdir(parents=True)
+    (run / "status.json").write_text('{"state": "done"}')
+    (run / "result.json").write_text('{"top1": 90.0, "seed": 0, "commit": "c0"}')
+    env = {"cwd": "/home/me", "command": "qexp train", "packages": {"torch": "2.9"}, "threads": 1}
+    (run / "env.json").write_text(json.dumps(env))
+    weights = {"weight": torch.ones(2)}
+    torch.save({"model": weights, "bits": None, "start": {}, "time": 1.0}, run / "last.pt")
+    assert collect.main([str(tmp_path / "results/demo"), str(run)]) == 0
+    kept = tmp_path / "results/demo/fp32-s0"
+    assert json.loads((kept / "checkpoints.json").read_text()) == {
+        "last.pt": network_sha256(weights)
+    }
+    told = json.loads((kept / "env.json").read_text())
+    assert told == {"packages": {"torch": "2.9"}, "threads": 1}
