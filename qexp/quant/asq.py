@@ -37,8 +37,8 @@ ReLU gives 0, beta_n = 1e-8, the sample saturates and the adapter gets no gradie
 bias, the same for every sample: all but that bias get no gradient, and ASQ is LSQ with a factor
 (`constant_factors`). The second one happens: of the ten-epoch runs of results/cifar10_qat_short,
 that at W4A4 (from the third epoch on) and one of three at W3A3 end so in layer1.0.conv1, four
-hidden units. `leak: 0.01` lets the hidden units pass a hundredth of what is below 0, which cannot
-die.
+hidden units. With `leak: 0.01`, a hundredth of what is below 0 passes, which cannot die: 0.27 less
+at W4A4, 0.26 more at W3A3, that seed.
 
 What the adapter buys (results/cifar10_qat_short: CIFAR-10, ten epochs, three seeds) over LSQ, with
 POST weights: +0.48 (deviation 0.60) at W2A2, +0.04 (0.09) at W3A3, which three seeds do not tell
