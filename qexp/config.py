@@ -66,8 +66,11 @@ def run_name(*, _root_: DictConfig) -> str:
         return str(quantizer.get("name"))
     name = mixed_name(quantizer) or str(quantizer.get("name"))
     if policy.get("name") not in (None, "uniform"):
-        budget = policy.get("budget")
-        return f"{name}-{policy.get('name')}" + (f"{budget:g}" if budget is not None else "")
+        budget, kind = policy.get("budget"), policy.get("budget_kind", "average_bits")
+        if budget is None:
+            return f"{name}-{policy.get('name')}"
+        size = f"{budget:g}" if kind == "average_bits" else f"{budget:.15g}{kind}"
+        return f"{name}-{policy.get('name')}{size}"
     sides = ("weight", "act")
     w, a = (32 if "Identity" in str(quantizer.get(k)) else policy.get(k) for k in sides)
     return f"{name}-w{w}a{a}"

@@ -163,6 +163,11 @@ def test_configs_are_found_beside_the_package() -> None:
             {"name": "sensitivity", "budget": 3.5},
             "lsq-sensitivity3.5",
         ),
+        (
+            {"name": "lsq", "weight": 1, "act": 1},
+            {"name": "sensitivity", "budget": 389324800, "budget_kind": "bops"},
+            "lsq-sensitivity389324800bops",
+        ),
     ],
 )
 def test_a_run_is_named_by_method_and_bits(quantizer: dict, bitwidth: dict, name: str) -> None:
