@@ -27,16 +27,16 @@ from hydra.utils import instantiate
 from PIL import Image
 from torch import Tensor, nn
 
+from qexp.bench.floor import least_seconds
 from qexp.config import configs_dir
 from qexp.data.augment import normalise
 from qexp.data.decode import collate
 from qexp.data.folder import Folder
 from qexp.models.build import build_model
-from qexp.runner.device import keep_memory, pick_device, set_threads, synchronize
+from qexp.runner.device import keep_memory, pick_device, set_threads
 
 PIXELS = (500, 375)  # ImageNet's mean width and height
 QUALITY = 95
-TRIES = 10  # on a GPU
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -71,16 +71,7 @@ def cpu_seconds(work: Callable[[], Any], tries: int = 2) -> float:
 
 def seconds(work: Callable[[], Any], device: torch.device) -> float:
     """CPU time of `work` on a CPU; on a GPU wall time until it is done, the least of some tries."""
-    if device.type == "cpu":
-        return cpu_seconds(work)
-    took = []
-    for _ in range(TRIES):
-        synchronize(device)
-        began = time.perf_counter()
-        work()
-        synchronize(device)
-        took.append(time.perf_counter() - began)
-    return min(took)
+    return cpu_seconds(work) if device.type == "cpu" else least_seconds(work, device)
 
 
 def step_of(model: nn.Module, x: Tensor) -> Callable[[], None]:

@@ -109,15 +109,16 @@ def measure_machine(device: torch.device, dtype: torch.dtype) -> Machine:
     size, times = COPY_BYTES.get(device.type, COPY_BYTES["cpu"])
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
-    copied = _best(lambda: [target.copy_(source) for _ in range(times)], device) / times
+    copied = least_seconds(lambda: [target.copy_(source) for _ in range(times)], device) / times
     n = MATRIX.get(device.type, 1024)
     a = torch.randn(n, n, device=device, dtype=dtype)
     b = torch.randn(n, n, device=device, dtype=dtype)
-    multiplied = _best(lambda: a @ b, device)
+    multiplied = least_seconds(lambda: a @ b, device)
     return Machine(2 * size / copied, 2 * n**3 / multiplied)
 
 
-def _best(operation: Callable[[], object], device: torch.device) -> float:
+def least_seconds(operation: Callable[[], object], device: torch.device) -> float:
+    """Wall time of `operation` until `device` has done it, the least of ten tries."""
     times = []
     for _ in range(TRIES):
         synchronize(device)
