@@ -133,7 +133,7 @@ def bench_inference(cfg: DictConfig) -> list[dict[str, Any]]:
             composed(name, model, s.bits, s.overrides)
     print(f"{device_name(at.device)}, {at.threads} CPU thread(s), W{s.bits}A{s.bits}", flush=True)
     rows: list[dict[str, Any]] = []
-    folder: Path | None = None
+    folder = unused(Path(s.out))
     for model in s.models:
         for batch in s.batch:
             with tf32(False):
@@ -144,8 +144,7 @@ def bench_inference(cfg: DictConfig) -> list[dict[str, Any]]:
             found = table.rows(contenders, {**facts, "image_size": images.shape[-1]})
             print(table.text(found), flush=True)
             rows += found
-            place = folder or unused(Path(s.out))
-            folder = write_folder(place, rows, table.draw, seed=s.seed, threads=at.threads)
+            write_folder(folder, rows, table.draw, seed=s.seed, threads=at.threads)
     say_written(folder)
     return rows
 

@@ -45,8 +45,8 @@ def write_folder(
     *,
     seed: int,
     threads: int,
-) -> Path:
-    """Write bench.json, bench.csv (all fields of all rows), env.json and bench.png; the folder.
+) -> None:
+    """Write bench.json, bench.csv (all fields of all rows), env.json and bench.png.
 
     Called after each group: a bench that ends early leaves what it measured.
     """
@@ -58,9 +58,8 @@ def write_folder(
         writer.writeheader()
         writer.writerows(rows)
     draw(folder / "bench.png", rows)
-    return folder
 
 
-def say_written(folder: Path | None) -> None:
+def say_written(folder: Path) -> None:
     """The line about the files."""
     print(f"bench: {folder}/bench.json, bench.csv, bench.png")

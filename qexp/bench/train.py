@@ -67,7 +67,7 @@ def bench_train(cfg: DictConfig) -> list[dict[str, Any]]:
         for name in s.quantizers:
             composed(name, model, s.bits, s.overrides)
     rows: list[dict[str, Any]] = []
-    folder: Path | None = None
+    folder = unused(Path(s.out))
     print(f"{table.device_name(device)}, {threads} CPU threads, batch {s.batch}", flush=True)
     for dtype in s.dtype:
         with tf32(True):  # as cuDNN's convolutions take it in training
@@ -82,8 +82,7 @@ def bench_train(cfg: DictConfig) -> list[dict[str, Any]]:
                 new = table.rows(group, machine, {**facts, **s.facts(threads)})
                 print(table.text(new), flush=True)
                 rows += new
-                place = folder or unused(Path(s.out))
-                folder = write_folder(place, rows, table.draw, seed=s.seed, threads=threads)
+                write_folder(folder, rows, table.draw, seed=s.seed, threads=threads)
     say_written(folder)
     return rows
 
