@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import platform
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -158,6 +161,32 @@ def test_several_threads_and_gaps_in_memory() -> None:
             assert torch.equal(y, torch.bucketize(x.contiguous(), midpoints(borders)) * step)
     finally:
         torch.set_num_threads(threads)
+
+
+THREADS = """
+import os, torch
+from qexp.quant import gste_native as gste
+
+torch.set_num_threads(3)
+x, borders, step = torch.randn(1 << 18), torch.linspace(0, 2, 16), torch.tensor(0.1)
+x.mul(2)
+before = os.listdir("/proc/self/task")
+gste.gste_forward(x, borders[1:], step, 0)
+gste.gste_backward(x, x, borders, step, 0)
+x.mul(2)
+print(len(before) >= 3, os.listdir("/proc/self/task") == before, gste._library()._name)
+"""
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.system() != "Linux", reason="/proc")
+def test_the_threads_are_torchs_own() -> None:
+    """Others wait for a core that torch's own, which spin, do not leave: ten times the time."""
+    command = [sys.executable, "-c", THREADS]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    many, same, library = printed.split()
+    assert many == same == "True"
+    assert b"GOMP_parallel" in Path(library).read_bytes() or not shutil.which("g++")
 
 
 @needs_compiler

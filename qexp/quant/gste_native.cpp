@@ -250,24 +250,32 @@ void backward(const T* grad, const T* x, T* grad_x, int64_t n, const float* bord
     for (int j = 0; j < LANES; ++j) sums[k] += lanes[k][j];
 }
 
-// work(part, first, last) for `threads` parts of n elements at most, each whole chunks.
+// work(part, first, last) for `threads` parts of n elements at most, each whole chunks. Under OpenMP
+// the team is torch's own: beside threads that wait for its next loop, new ones would find no core.
 template <class F>
 void in_parallel(int64_t n, int threads, F work) {
   const int64_t chunks = (n + CHUNK - 1) / CHUNK;
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, chunks));
-  const auto edge = [&](int64_t t) { return std::min(n, chunks * t / parts * CHUNK); };
+  const auto run = [&](int64_t t) {
+    work(t, chunks * t / parts * CHUNK, std::min(n, chunks * (t + 1) / parts * CHUNK));
+  };
+  if (parts == 1) return run(0);
+#if defined(_OPENMP)
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+  for (int64_t t = 0; t < parts; ++t) run(t);
+#else
   std::vector<std::thread> others;
   others.reserve(parts);
   for (int64_t t = 1; t < parts; ++t) {
-    const auto run = [=] { work(t, edge(t), edge(t + 1)); };
     try {
-      others.emplace_back(run);
+      others.emplace_back(run, t);
     } catch (const std::system_error&) {  // no more threads
-      run();
+      run(t);
     }
   }
-  work(0, 0, edge(1));
+  run(0);
   for (auto& other : others) other.join();
+#endif
 }
 
 template <class T, int M>

@@ -7,6 +7,9 @@ Backward of 2 M float32 elements behind a ReLU at 2, 3 and 4 bits, one thread: 0
 with AVX-512, 1.0, 1.5 and 3.2 ms with AVX2, 6, 9 and 13 ms with neither; torch's passes 9.8 ms at 4
 bits (by hand, not kept; whole steps: results/bench_train).
 
+Several threads are torch's own, by OpenMP: others would wait for a core, as torch's spin between
+its loops (on two cores ten times the time, between two of torch's operators; by hand, not kept).
+
 The operators are opaque to torch.compile: a graph keeps its one piece and goes around them. Without
 a compiler, on other devices, for other dtypes or more than 15 segments, `available` is false and
 `gste` computes the same in torch.
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import itertools
 import os
 import platform
 import shutil
@@ -36,6 +40,7 @@ DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-pthread", "-fno-math-errno",
          "-fno-trapping-math", "-ffp-contract=off")  # fmt: skip
 MACHINE = ("-march=native", "-mcpu=native", "")  # what compilers call this machine; the first taken
+THREADS = ("-fopenmp", "")  # torch's threads, else the library starts some
 
 
 @torch.compiler.assume_constant_result
@@ -169,8 +174,9 @@ def _build(compiler: str, path: Path) -> None:
     os.close(handle)
     part = Path(name)
     try:
-        for machine in MACHINE:
-            command = [compiler, *FLAGS, *machine.split(), str(SOURCE), "-o", str(part)]
+        for machine, threads in itertools.product(MACHINE, THREADS):
+            options = [*FLAGS, *machine.split(), *threads.split()]
+            command = [compiler, *options, str(SOURCE), "-o", str(part)]
             if subprocess.run(command, capture_output=True, timeout=300).returncode == 0:
                 part.replace(path)
                 return
@@ -192,6 +198,6 @@ def _fingerprint(compiler: str) -> str:
         processor = next(line for line in lines if line.startswith(("flags", "Features")))
     except (OSError, StopIteration):
         processor = platform.node()
-    flags = " ".join((*FLAGS, *MACHINE))
+    flags = " ".join((*FLAGS, *MACHINE, *THREADS))
     parts = [SOURCE.read_bytes(), version, processor.encode(), flags.encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
