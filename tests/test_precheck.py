@@ -144,6 +144,24 @@ def test_a_reconstruction_without_sense_is_refused_before_anything_is_written(
             "recipe.optimizer=adamw recipe.momentum=0.8",
             "recipe.momentum is not used: recipe.optimizer is adamw",
         ),
+        (
+            "bitwidth=sensitivity bits=3 bitwidth.metric=fisher bitwidth.probes=9",
+            "bitwidth.probes is not used: bitwidth.metric is fisher",
+        ),
+        (
+            "bitwidth=sensitivity bits=3 bitwidth.allocation=random bitwidth.metric=loss",
+            "bitwidth.metric is not used: bitwidth.allocation is random",
+        ),
+        (
+            "bitwidth=sensitivity bits=3 bitwidth.metric=size bitwidth.images=64",
+            "bitwidth.images is not used: bitwidth.metric is size",
+        ),
+        (
+            "quantizer/weight=codebook quantizer.weight.adaptation=none quantizer.weight.gamma=0.9",
+            "quantizer.weight.gamma is not used: quantizer.weight.adaptation is none",
+        ),
+        ("bitwidth=sensitivity bits=3 bitwidth.probes=9 bitwidth.images=64", ""),
+        ("quantizer/weight=codebook quantizer.weight.gamma=0.9", ""),
         ("quantizer=qdrop quantizer.reconstruct.drop=0.2", ""),
         ("recipe.distill.weight=0.5 recipe.distill.temperature=4", ""),
         ("recipe.schedule=step recipe.milestones=[0.2]", ""),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 
+from hydra.utils import get_class
 from omegaconf import DictConfig
 
 from qexp.quant.plan import Schedule, passes
@@ -30,6 +32,9 @@ def unused(cfg: DictConfig) -> Iterator[str]:
     given = cfg.model.get("checkpoint")
     if recipe.get("from_scratch") and not is_float(cfg) and given not in (None, "auto", "none"):
         yield f"model.checkpoint={given} is not used: recipe.from_scratch is true"
+    yield from _mixed_precision(cfg.bitwidth)
+    if cfg.quantizer.get("weight"):
+        yield from _codebook(cfg.quantizer.weight)
     if cfg.get("sync_bn") and world().size == 1:
         yield "sync_bn is not used: there is one process"
     if not trains(recipe):
@@ -48,3 +53,33 @@ def unused(cfg: DictConfig) -> Iterator[str]:
             )
     if cfg.get("saved", "all") != "all" and not trains(recipe):
         yield f"saved={cfg.saved} is not used: recipe {recipe.name} keeps nothing for a backward"
+
+
+def _mixed_precision(policy: DictConfig) -> Iterator[str]:
+    """Of a policy that measures: what its control or its metric does not look at."""
+    if "allocation" not in policy:
+        return
+    if policy.allocation in ("random", "uniform"):
+        idle, because = ("metric", "probes", "images"), f"allocation is {policy.allocation}"
+    elif policy.metric == "size":
+        idle, because = ("probes", "images"), "metric is size"
+    elif policy.metric != "hutchinson":
+        idle, because = ("probes",), f"metric is {policy.metric}"
+    else:
+        return
+    yield from _idle(policy, "bitwidth", idle, because)
+
+
+def _codebook(weight: DictConfig) -> Iterator[str]:
+    """Of levels that do not follow the weights: the moving average."""
+    if weight.get("adaptation", "ema") != "ema":
+        idle = ("form", "gamma", "adapt_until", "dead_after")
+        yield from _idle(weight, "quantizer.weight", idle, f"adaptation is {weight.adaptation}")
+
+
+def _idle(section: DictConfig, name: str, keys: tuple[str, ...], because: str) -> Iterator[str]:
+    """A line for each key that is not at the default of what the section builds."""
+    known = inspect.signature(get_class(section._target_)).parameters
+    for key in keys:
+        if key in section and section[key] != known[key].default:
+            yield f"{name}.{key} is not used: {name}.{because}"
