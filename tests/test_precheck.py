@@ -46,6 +46,9 @@ REFUSED = {
     # the policy
     "bitwidth=pattern bitwidth.patterns=[{match:nix,weight:2}]": f"{POLICY}pattern: 'nix' matches",
     "bitwidth=sensitivity bits=1 bitwidth.images=8": f"{POLICY}sensitivity: the fewest bits cost",
+    "quantizer=post_released bitwidth=sensitivity bits=3 bitwidth.images=8": (
+        f"{POLICY}sensitivity: POSTReleased has 5 levels at 2 bits, which a budget does not count"
+    ),
     "bitwidth=sensitivity bitwidth.candidates=[]": f"{POLICY}sensitivity: *candidates must be",
     "bitwidth=sensitivity bitwidth.candidates=[2,32]": f"{POLICY}sensitivity: *candidates must be",
     "bitwidth=sensitivity bitwidth.probes=0": f"{POLICY}sensitivity: *probes and images must be",

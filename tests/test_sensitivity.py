@@ -166,8 +166,8 @@ def test_an_operation_without_second_derivative_is_named_before_any_data() -> No
 def test_a_network_without_inner_layers_has_no_bits_to_choose() -> None:
     layers = trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)), (4,))
     with pytest.raises(ValueError, match="no layer lies between the first and the last"):
-        Sensitivity(budget=3, metric="size").check(layers)
-    Sensitivity(budget=3, metric="size", first_last="same").check(layers)
+        Sensitivity(budget=3, metric="size").check(layers, LSQ)
+    Sensitivity(budget=3, metric="size", first_last="same").check(layers, LSQ)
 
 
 def test_hutchinson_traces_each_layers_own_block_of_the_hessian() -> None:

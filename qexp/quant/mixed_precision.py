@@ -140,14 +140,23 @@ class Sensitivity:
             Path(self.save).write_text(format_bits(bits))
         return bits
 
-    def check(self, layers: Sequence[Layer]) -> None:
+    def check(self, layers: Sequence[Layer], weight_factory: QuantizerFactory) -> None:
         """What can be found wrong without data; writes nothing.
 
         Raises:
-            ValueError: no layer to choose bits for, a budget below the fewest bits, or no folder
-                to save in.
+            ValueError: no layer to choose bits for, a budget below the fewest bits, weights whose
+                levels do not fit the bits that the budget counts, or no folder to save in.
         """
         self._allocate(layers, "uniform")
+        shape = self._free(layers)[0].weight_shape
+        for b in self.candidates:
+            quantizer = weight_factory(bits=b, signed=True, shape=shape)
+            if quantizer.num_levels > 2**b:
+                raise ValueError(
+                    f"{type(quantizer).__name__} has {quantizer.num_levels} levels at {b} bits, "
+                    "which a budget does not count; use bitwidth=uniform or another "
+                    "quantizer/weight"
+                )
         if self.save and not Path(self.save).parent.is_dir():
             raise ValueError(f"save={self.save}: there is no folder {Path(self.save).parent}")
         if self.save and Path(self.save).is_dir():

@@ -174,7 +174,7 @@ def nominal_bits(cfg: DictConfig, layers: Sequence[Layer]) -> dict[str, Bits] | 
     policy = build.make_policy(cfg)
     if hasattr(policy, "check"):
         with build.policy_errors(cfg):
-            policy.check(layers)
+            policy.check(layers, build.factories(cfg)["weight"])
     if not policy.needs_data:
         return None
     return Uniform(cfg.bits, cfg.bits, cfg.bitwidth.first_last).assign(layers)
