@@ -163,6 +163,11 @@ def test_a_reconstruction_without_sense_is_refused_before_anything_is_written(
             "quantizer/weight=codebook quantizer.weight.adaptation=none quantizer.weight.gamma=0.9",
             "quantizer.weight.gamma is not used: quantizer.weight.adaptation is none",
         ),
+        (
+            "bitwidth=sensitivity bits=3 model.checkpoint=none",
+            "bitwidth.metric looks at random weights",
+        ),
+        ("bitwidth=sensitivity bits=3 model.checkpoint=none bitwidth.metric=size", ""),
         ("bitwidth=sensitivity bits=3 bitwidth.probes=9 bitwidth.images=64", ""),
         ("quantizer/weight=codebook quantizer.weight.gamma=0.9", ""),
         ("quantizer=qdrop quantizer.reconstruct.drop=0.2", ""),

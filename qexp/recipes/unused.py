@@ -1,4 +1,4 @@
-"""What a config sets without effect: a line each, said when the run begins."""
+"""What a config sets without effect or sense: a line each, said when the run begins."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig
 
 from qexp.quant.plan import Schedule, passes
-from qexp.recipes.build import is_float, make_method, trains
+from qexp.recipes.build import is_float, make_method, needs_data, trains
 from qexp.recipes.settings import Distill, Settings
 from qexp.runner.distributed import world
 
@@ -33,6 +33,9 @@ def unused(cfg: DictConfig) -> Iterator[str]:
     if recipe.get("from_scratch") and not is_float(cfg) and given not in (None, "auto", "none"):
         yield f"model.checkpoint={given} is not used: recipe.from_scratch is true"
     yield from _mixed_precision(cfg.bitwidth)
+    untrained = recipe.get("from_scratch") or given in (None, "none")
+    if untrained and not is_float(cfg) and needs_data(cfg):
+        yield "bitwidth.metric looks at random weights; it is defined around a trained network"
     if cfg.quantizer.get("weight"):
         yield from _codebook(cfg.quantizer.weight)
     if cfg.get("sync_bn") and world().size == 1:
