@@ -36,7 +36,7 @@ MARK = re.compile(
     re.DOTALL,
 )
 # Of the protocol, what a reader of the README needs; its hash stands for all of it.
-TOLD = ("recipe", "epochs", "batch_size", "optimizer", "lr", "schedule", "amp", "images",
+TOLD = ("start", "recipe", "epochs", "batch_size", "optimizer", "lr", "schedule", "amp", "images",
         "iterations", "first_last", "distill.weight", "bn_reestimate")  # fmt: skip
 COUNTED = re.compile(r"([^:]+): (\d+)(?: in \d+ runs)?")  # a flag that is a sum
 MISSING = "missing"

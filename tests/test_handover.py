@@ -80,6 +80,7 @@ def test_a_start_without_batch_norm_is_trained_with_care_or_warned_of(
     result, folder = done(cfg)
     assert "recipe=qat_after_ptq" not in (folder / "train.log").read_text()
     assert result["protocol"]["grad_clip"] == 1.0
+    assert result["protocol"]["start"] == "post-training run"
     losses = [line["loss"] for line in events(folder, "epoch")]
     assert losses[1] < losses[0]
 

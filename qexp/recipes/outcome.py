@@ -166,6 +166,8 @@ def protocol(
     if not is_float(cfg):
         # Earlier runs took calibration samples at an even stride, and so saw parts of the images.
         known["act_sample"] = "random"
+    if start.get("folded"):  # from a float network there is no word, as there never was
+        known["start"] = "post-training run"
     if segments:
         known["segments"] = [dict(segment) for segment in segments]
     return {

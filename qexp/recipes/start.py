@@ -59,7 +59,7 @@ class FloatStart:
 
     def record(self) -> dict[str, Any]:
         """What the checkpoint keeps."""
-        keys = ("top1", "sha256", "source", "teacher_sha256", "file_sha256")
+        keys = ("top1", "sha256", "source", "teacher_sha256", "file_sha256", "folded")
         return {key: getattr(self, key) for key in keys}
 
 
