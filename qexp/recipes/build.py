@@ -96,6 +96,12 @@ def is_float(cfg: DictConfig) -> bool:
     return cfg.quantizer.get("weight") is None and cfg.quantizer.get("act") is None
 
 
+def is_untrained(cfg: DictConfig) -> bool:
+    """Whether the weights are random when the run begins."""
+    given = cfg.model.get("checkpoint")
+    return bool(cfg.recipe.get("from_scratch")) or given in (None, "none")
+
+
 def make_policy(cfg: DictConfig) -> Any:
     """The bit-width policy.
 

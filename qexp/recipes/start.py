@@ -17,7 +17,7 @@ from qexp.models.digest import file_sha256, weights_sha256
 from qexp.models.load import WEIGHTS_NAME, load_weights
 from qexp.quant.fold import fold_bn_
 from qexp.recipes.baseline import float_checkpoint, trained_checkpoint
-from qexp.recipes.build import is_float, make_model, trains
+from qexp.recipes.build import is_float, is_untrained, make_model, trains
 from qexp.recipes.evaluate import evaluate
 from qexp.recipes.handover import checkpoint_file, load_folded, read_ptq
 from qexp.recipes.settings import Settings
@@ -69,10 +69,9 @@ def check_teacher(cfg: DictConfig) -> None:
     Raises:
         ConfigError: so.
     """
-    recipe = cfg.recipe
-    distill = recipe.get("distill") or {}
-    untrained = recipe.get("from_scratch") or cfg.model.get("checkpoint") in (None, "none")
-    if distill.get("weight", 0) > 0 and distill.get("teacher", "float") == "float" and untrained:
+    distill = cfg.recipe.get("distill") or {}
+    by_float = distill.get("weight", 0) > 0 and distill.get("teacher", "float") == "float"
+    if by_float and is_untrained(cfg):
         raise ConfigError(
             "config: recipe.distill.teacher=float is a network with random weights here. Set "
             "recipe.distill.teacher=FILE, or model.checkpoint=auto with recipe.from_scratch=false."

@@ -5,11 +5,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 
-from hydra.utils import get_class
+from hydra.utils import get_object
 from omegaconf import DictConfig
 
 from qexp.quant.plan import Schedule, passes
-from qexp.recipes.build import is_float, make_method, needs_data, trains
+from qexp.recipes.build import is_float, is_untrained, make_method, needs_data, trains
 from qexp.recipes.settings import Distill, Settings
 from qexp.runner.distributed import world
 
@@ -33,8 +33,7 @@ def unused(cfg: DictConfig) -> Iterator[str]:
     if recipe.get("from_scratch") and not is_float(cfg) and given not in (None, "auto", "none"):
         yield f"model.checkpoint={given} is not used: recipe.from_scratch is true"
     yield from _mixed_precision(cfg.bitwidth)
-    untrained = recipe.get("from_scratch") or given in (None, "none")
-    if untrained and not is_float(cfg) and needs_data(cfg):
+    if is_untrained(cfg) and not is_float(cfg) and needs_data(cfg):
         yield "bitwidth.metric looks at random weights; it is defined around a trained network"
     if cfg.quantizer.get("weight"):
         yield from _codebook(cfg.quantizer.weight)
@@ -82,7 +81,7 @@ def _codebook(weight: DictConfig) -> Iterator[str]:
 
 def _idle(section: DictConfig, name: str, keys: tuple[str, ...], because: str) -> Iterator[str]:
     """A line for each key that is not at the default of what the section builds."""
-    known = inspect.signature(get_class(section._target_)).parameters
+    known = inspect.signature(get_object(section._target_)).parameters
     for key in keys:
-        if key in section and section[key] != known[key].default:
+        if key in section and key in known and section[key] != known[key].default:
             yield f"{name}.{key} is not used: {name}.{because}"
