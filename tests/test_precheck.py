@@ -144,6 +144,10 @@ def test_a_reconstruction_without_sense_is_refused_before_anything_is_written(
             "quantizer.reconstruct.drop is not used: quantizer.reconstruct.quantized_inputs is",
         ),
         (
+            "quantizer=qdrop recipe=qat",
+            "quantizer.reconstruct is not used: recipe qat trains",
+        ),
+        (
             "recipe.optimizer=adamw recipe.momentum=0.8",
             "recipe.momentum is not used: recipe.optimizer is adamw",
         ),

@@ -53,6 +53,8 @@ def unused(cfg: DictConfig) -> Iterator[str]:
                 "quantizer.reconstruct.correction_inputs is not used: "
                 "quantizer.reconstruct.bias_correction is false"
             )
+    elif cfg.quantizer.get("reconstruct"):
+        yield f"quantizer.reconstruct is not used: recipe {recipe.name} trains"
     if cfg.get("saved", "all") != "all" and not trains(recipe):
         yield f"saved={cfg.saved} is not used: recipe {recipe.name} keeps nothing for a backward"
 
