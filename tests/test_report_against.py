@@ -13,7 +13,7 @@ import pytest
 from scipy import stats
 
 from qexp.errors import ConfigError
-from qexp.report.against import compare, without_base
+from qexp.report.against import COLUMNS, cells, compare, without_base
 from qexp.report.command import main
 from qexp.report.differences import Difference, differences
 from qexp.report.plot import looks
@@ -130,6 +130,16 @@ def test_a_float_control_stands_beside_all_widths_and_a_start_beside_none(tmp_pa
     assert compare(table(start), "fp32") == []
 
 
+def test_differences_that_are_all_the_same_have_neither_interval_nor_p(tmp_path: Path) -> None:
+    seeds(tmp_path, "lsq", (88.0, 88.1, 88.2))
+    seeds(tmp_path, "asq", (88.1, 88.2, 88.3))  # 0.1 each, but for the last bit of a float
+    seeds(tmp_path, "adq", (88.0, 88.1, 88.2))
+    first, second = compare(table(tmp_path), "lsq")
+    assert {first.row.name: first.above, second.row.name: second.above} == {"asq": 3, "adq": 0}
+    for made in (first, second):
+        assert (made.interval, made.p, made.p_holm) == (None, None, None)
+
+
 def answer(folder: Path, right: np.ndarray, labels: np.ndarray) -> None:
     write_answers(folder / ANSWERS, np.where(right, labels, labels + 1), labels)
 
@@ -158,8 +168,12 @@ def test_the_deviation_over_images_is_mcnemars_of_one_seed_and_falls_with_more(
     two = np.mean(
         [a.astype(int) - b for a, b in zip(tops["asq"], tops["lsq"], strict=True)][1:], axis=0
     )
+    assert made.answered == made.seeds
     (made,) = compare(table(tmp_path), "lsq")
     assert made.over_images == pytest.approx(100 * two.std(ddof=1) / 2000**0.5)
+    assert made.seeds == [0, 1, 2]
+    assert made.answered == [1, 2]
+    assert cells(made)[COLUMNS.index("over images")].endswith(" of 1 2")
     one = tmp_path / "one"
     for method in ("lsq", "asq"):
         top1 = 100 * float(tops[method][0].mean())

@@ -21,7 +21,9 @@ One rule for every method, so that rows of a table can be compared:
   Ideal     bits * weights / 8, rounded up: what a size quoted in a paper often is.
   MACs      Of layers alone. The two products of attention, q k^T and weights v, multiply float
             activations and no weight; they are in no count.
-  BOPs      sum over layers of macs * w_bits * a_bits, for one sample (HAWQ-V3).
+  BOPs      sum over layers of macs * w_bits * a_bits, for one sample (HAWQ-V3). What quantizers
+            compute themselves (thresholds, adapters, a border for each row) is in no count; what
+            it costs in time is measured (`qexp bench inference`).
 """
 
 from __future__ import annotations

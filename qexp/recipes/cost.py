@@ -51,8 +51,8 @@ from qexp.runner.device import (
 # Pixel values of the timed steps, about: a batch of CIFAR; a plan must not take minutes.
 MEASURED = 128 * 3 * 32 * 32
 FEWEST = 8  # images of the timed steps
-# A step's memory above the parameters, as a multiple of what it keeps for backward: 1.66 for a
-# float ResNet-20 in eager mode, 1.41 for LSQ (results/bench_train).
+# A step's memory above the parameters, as a multiple of what it keeps for backward: 1.5 to 1.9 for
+# a float ResNet-20 in eager mode, 1.45 to 1.8 for LSQ (results/bench_train, peak and saved bytes).
 WORKING = 1.5
 # A unit's step, the same: above its share of what the network keeps come mixed and dropped inputs,
 # and the copies that quantizers make. 7.2 for QDrop's first block of a ResNet-8, eagerly.

@@ -14,14 +14,14 @@ makes of the p of all that a table compares at the same bits (Scandinavian Journ
 1979): where it is below 0.05, at most one such set in twenty holds a false finding.
 
 All of it is about other seeds, on the same test images. What other images would add is a column of
-its own, `over images`, where the runs kept their answers (answers.npz): with c_i the mean over the
-n seeds of [ours right on i] - [base right on i],
+its own, `over images`, of the seeds on which both runs kept their answers (answers.npz; named where
+they are fewer than n): with c_i the mean over these seeds of [ours right on i] - [base right on i],
 
     over images = sample deviation of the N c_i / sqrt(N)
 
-the deviation that d has over draws of N images. Of one seed it is McNemar's, about sqrt(q / N) with
-q the share of images on which just one of the two is right; it says whether these two networks
-differ, not whether their methods do.
+the deviation that their d has over draws of N images. Of one seed it is McNemar's, about
+sqrt(q / N) with q the share of images on which just one of the two is right; it says whether these
+two networks differ, not whether their methods do.
 
 A float row as the base (`--against fp32`, the float network trained on with the same schedule)
 stands beside the rows of all bits.
@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,7 @@ from qexp.report.runs import RunRecord
 from qexp.runner.answers import ANSWERS, read_right
 
 LEVEL = 0.95  # of the interval
+SAME = 1e-6  # points: two top-1 less apart are of as many images
 SAME_TOP1 = 0.05  # points between a top-1 and its answers: scored again on another processor
 COLUMNS = (
     "method", "bits", "top-1 - base", "95 % interval", "p", "p, Holm", "above on", "seeds",
@@ -53,8 +54,8 @@ NOTE = (
     "Points of top-1 over the base at the same bits, mean ± sample deviation of the differences "
     "seed by seed, over the seeds that both have; interval and p of Student's t for pairs; Holm: "
     "p that allows for all methods compared at the same bits. All this is about other seeds; over "
-    "images: the deviation over other test images. Bytes and bit operations are ratios to the "
-    "base's."
+    "images: the deviation over other test images, of the seeds named or all. Bytes and bit "
+    "operations are ratios to the base's; what quantizers themselves compute is in no count."
 )
 
 
@@ -69,7 +70,7 @@ class Comparison:
         p: two-sided, None where it is not known; `p_holm` allows for all of the table's rows at
             these bits.
         over_images: deviation of the difference over draws of test images, points, from the
-            seeds of which both have kept their answers; None without any.
+            seeds of which both have kept their answers, `answered`; None without any.
         above: on how many of `seeds` the row has the higher top-1.
     """
 
@@ -81,6 +82,7 @@ class Comparison:
     p: float | None = None
     p_holm: float | None = None
     over_images: float | None = None
+    answered: list[Any] = field(default_factory=list)
     above: int = 0
 
     def ratio(self, key: str) -> float | None:
@@ -135,9 +137,9 @@ def _pair(row: Row, base: Row) -> Comparison:
     seeds = [seed for seed in ours if seed is not None and seed in theirs]
     pairs = [(ours[seed], theirs[seed]) for seed in seeds]
     found = [run.result["top1"] - other.result["top1"] for run, other in pairs]
-    made = Comparison(row, base, seeds, Stat.of(found), above=sum(d > 0 for d in found))
-    made.over_images = _over_images(pairs)
-    if made.top1 and made.top1.std:
+    made = Comparison(row, base, seeds, Stat.of(found), above=sum(d > SAME for d in found))
+    made.over_images, made.answered = _over_images(pairs)
+    if made.top1 and made.top1.std is not None and made.top1.std > SAME:
         from scipy.stats import t as student
 
         error = made.top1.std / math.sqrt(made.top1.n)
@@ -147,16 +149,23 @@ def _pair(row: Row, base: Row) -> Comparison:
     return made
 
 
-def _over_images(pairs: Sequence[tuple[RunRecord, RunRecord]]) -> float | None:
-    answers = [(_right(ours), _right(theirs)) for ours, theirs in pairs]
-    known = [right for both in answers if None not in both for right in both if right is not None]
-    if not known:
-        return None
-    (first, labels), *others = known
-    if len(first) < 2 or not all(np.array_equal(labels, other) for _, other in others):
-        return None
-    ours, theirs = (np.mean([right for right, _ in known[i::2]], axis=0) for i in (0, 1))
-    return 100 * float((ours - theirs).std(ddof=1)) / math.sqrt(len(first))
+def _over_images(pairs: Sequence[tuple[RunRecord, RunRecord]]) -> tuple[float | None, list[Any]]:
+    """The deviation, and the seeds that it is of."""
+    ours, theirs, seeds = [], [], []
+    for mine, other in pairs:
+        right, base = _right(mine), _right(other)
+        if right is not None and base is not None:
+            ours.append(right)
+            theirs.append(base)
+            seeds.append(mine.seed)
+    if not seeds:
+        return None, []
+    first, labels = ours[0]
+    if len(first) < 2 or not all(np.array_equal(labels, kept) for _, kept in (*ours, *theirs)):
+        return None, []
+    apart = np.mean([right for right, _ in ours], axis=0)
+    apart -= np.mean([right for right, _ in theirs], axis=0)
+    return 100 * float(apart.std(ddof=1)) / math.sqrt(len(first)), seeds
 
 
 def _right(run: RunRecord) -> tuple[np.ndarray, np.ndarray] | None:
@@ -189,9 +198,17 @@ def cells(made: Comparison) -> list[str]:
         probability(made.p_holm),
         f"{made.above} of {n}" if n else NONE,
         " ".join(map(str, made.seeds)) or "none in common",
-        NONE if made.over_images is None else f"± {made.over_images:.2f}",
+        _over(made),
         *(_ratio(made.ratio(key)) for key in ("size_bytes", "bops")),
     ]
+
+
+def _over(made: Comparison) -> str:
+    """`± 0.18`; `± 0.18 of 1 2` where not all seeds have kept their answers."""
+    if made.over_images is None:
+        return NONE
+    some = "" if made.answered == made.seeds else f" of {' '.join(map(str, made.answered))}"
+    return f"± {made.over_images:.2f}{some}"
 
 
 def _ratio(value: float | None) -> str:
