@@ -14,9 +14,10 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qexp.quant.adaround import AdaRound
@@ -479,6 +480,44 @@ def test_a_training_step_traces_as_one_graph(case: Case) -> None:
     got = step(q, graph, x)  # type: ignore[arg-type]
     for a, b in zip(got, step(twin, twin, x), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+class Block(nn.Module):
+    """A layer around a quantizer in a residual block: its gradient comes from a mean as well."""
+
+    def __init__(self, quantizer: Quantizer, role: str) -> None:
+        super().__init__()
+        self.quantizer, self.role = quantizer, role
+        self.first, self.norm = nn.Conv2d(3, FIELD[0], 3), nn.BatchNorm2d(FIELD[0])
+        self.second = nn.Conv2d(FIELD[0], WEIGHT[0], 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, weight = self.norm(self.first(x)), self.second.weight
+        h = h if self.role == "signed" else h.relu()
+        if self.role == "weight":
+            y = F.conv2d(h, self.quantizer(weight), padding=1)
+        else:
+            y = F.conv2d(self.quantizer(h), weight, padding=1)
+        return (h[:, : WEIGHT[0]] + y.relu()).mean((2, 3))
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("case", first_of_each_class(), ids=lambda c: c.name)
+def test_in_a_traced_network_gradients_meet_their_elements_in_any_memory_order(
+    case: Case, order: torch.memory_format
+) -> None:
+    q, _ = case.calibrated(3)
+    model = Block(q, case.role).to(memory_format=order).train()  # type: ignore[call-overload]
+    twin = copy.deepcopy(model)
+    x = torch.randn(4, 3, 7, 7, generator=torch.Generator().manual_seed(0)).to(memory_format=order)
+    torch._dynamo.reset()
+    found = []
+    for net, fn in ((model, torch.compile(model, backend="aot_eager")), (twin, twin)):
+        y = fn(x)
+        (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+        found.append([y.detach(), *(p.grad for p in net.parameters() if p.grad is not None)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow

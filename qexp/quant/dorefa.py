@@ -58,14 +58,15 @@ from torch import Tensor, nn
 from qexp.quant.calibrate import mse_scale
 from qexp.quant.functional import (
     MIN_SCALE,
-    as_rows,
     dequantize,
     fake_quantize,
     from_rows,
     in_order_of,
     kernel,
     midpoints,
+    operands,
     quantize,
+    sum_to,
 )
 from qexp.quant.quantizer import Quantizer
 
@@ -217,7 +218,7 @@ def _pact_backward(grad: Tensor, x: Tensor, alpha: Tensor, signed: bool) -> tupl
     grad_x = torch.where(above | below, zero, grad)
     # dL/dalpha = sum e * ([x >= alpha] - [x <= -alpha])                      [1, 1]
     pushed = torch.where(above, grad, torch.where(below, -grad, zero) if signed else zero)
-    return grad_x, pushed.float().sum(1, keepdim=True)
+    return grad_x, sum_to(pushed.float(), alpha)
 
 
 def _pact_step(alpha: Tensor, qmax: int) -> Tensor:
@@ -230,16 +231,15 @@ class _PACT(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, alpha: Tensor, qmin: int, qmax: int) -> Tensor:
         ctx.save_for_backward(x, alpha)
         ctx.signed = qmin < 0
-        scale = _pact_step(alpha, qmax).view(1, 1)
-        return from_rows(_pact_forward(as_rows(x, 1), scale, qmin, qmax), x)
+        rows, scale = operands(x, _pact_step(alpha, qmax))
+        return from_rows(_pact_forward(rows, scale, qmin, qmax), x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, alpha = ctx.saved_tensors
-        grad = in_order_of(grads[0], x)
-        grad_x, grad_alpha = _pact_backward(
-            as_rows(grad, 1), as_rows(x, 1), alpha.view(1, 1), ctx.signed
-        )
+        rows, clip = operands(x, alpha)
+        grad, _ = operands(in_order_of(grads[0], x), alpha)
+        grad_x, grad_alpha = _pact_backward(grad, rows, clip, ctx.signed)
         return from_rows(grad_x, x), grad_alpha.view(()), None, None  # the bounds are constants
 
 

@@ -46,7 +46,14 @@ import torch
 from torch import Tensor, nn
 
 from qexp.quant.calibrate import covering_step, sample
-from qexp.quant.functional import MIN_SCALE, as_rows, from_rows, in_order_of, kernel
+from qexp.quant.functional import (
+    MIN_SCALE,
+    from_rows,
+    in_order_of,
+    kernel,
+    operands,
+    sum_to,
+)
 from qexp.quant.quantizer import Quantizer
 
 WIDTHS = 80  # candidate ranges, from 1/80 of the data's to all of it
@@ -167,7 +174,7 @@ def _nearest_backward(
     grad_x = torch.where(inside, grad, torch.zeros_like(grad))
     # dL/dscale = sum e * ((x_int - zero) - inside * u)                       [R, 1]
     t = x_int.clamp(qmin, qmax) - zero - torch.where(inside, u, torch.zeros_like(u))
-    return grad_x, (grad.float() * t).sum(1, keepdim=True)
+    return grad_x, sum_to(grad.float() * t, scale)
 
 
 class _Nearest(torch.autograd.Function):
@@ -177,19 +184,17 @@ class _Nearest(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, scale, zero)
         ctx.qmin, ctx.qmax, ctx.g = qmin, qmax, g
-        rows = scale.numel()
-        step = scale.reshape(rows, 1).clamp_min(MIN_SCALE)
-        y = _nearest_forward(as_rows(x, rows), step, zero.reshape(rows, 1), qmin, qmax)
+        rows, step = operands(x, scale.clamp_min(MIN_SCALE))
+        y = _nearest_forward(rows, step, operands(x, zero)[1], qmin, qmax)
         return from_rows(y, x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, zero = ctx.saved_tensors
-        rows = scale.numel()
-        step = scale.reshape(rows, 1).clamp_min(MIN_SCALE)
-        grad = in_order_of(grads[0], x)
+        rows, step = operands(x, scale.clamp_min(MIN_SCALE))
+        grad, _ = operands(in_order_of(grads[0], x), scale)
         grad_x, grad_scale = _nearest_backward(
-            as_rows(grad, rows), as_rows(x, rows), step, zero.reshape(rows, 1), ctx.qmin, ctx.qmax
+            grad, rows, step, operands(x, zero)[1], ctx.qmin, ctx.qmax
         )
         # zero, the bounds and g are constants
         return (
