@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -309,6 +311,25 @@ def test_a_linear_layer_has_a_row_per_input_and_needs_no_columns() -> None:
     x = torch.rand(4, 10)
     q.calibrate(x)
     assert q(x).shape == x.shape
+
+
+@pytest.mark.parametrize("per", ["row", "channel", "tensor"])
+def test_a_linear_layer_takes_images_with_channels_last_in_any_memory_order(per: Any) -> None:
+    torch.manual_seed(0)
+    q = AQuant(4, signed=True, shape=(6,), per=per, init="zero")
+    with torch.no_grad():
+        q.border.uniform_(-0.5, 0.5)
+    x = torch.randn(2, 6, 5, 7).permute(0, 2, 3, 1)
+    q.calibrate(x)
+    found = []
+    for order in (x, x.contiguous()):
+        one = order.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        y = q(one)
+        (y * torch.arange(y.numel()).view(y.shape).cos()).sum().backward()
+        assert one.grad is not None
+        found.append((y.detach(), one.grad, q.codes(one.detach())))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_health_counts_the_rows_whose_border_leaves_its_range() -> None:

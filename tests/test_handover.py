@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 from qexp.errors import CheckpointError, ConfigError
 from qexp.quant.convert import quant_layers
+from qexp.quant.power import APoT
 from qexp.recipes import build
 from qexp.recipes.evaluate import evaluate_run
 from qexp.runner import checkpoint
@@ -134,6 +135,39 @@ def test_another_kind_or_width_is_calibrated_anew_and_told(
     assert line in (folder / "train.log").read_text()
     model, _, _ = build.load_run(folder, "last.pt", "cpu")
     assert all(bool(layer.weight_quantizer.calibrated) for layer in quant_layers(model).values())
+
+
+def test_a_grid_of_other_options_is_calibrated_anew(
+    tmp_path: Path, ptq_runs: dict[str, Path]
+) -> None:
+    start = f"model.checkpoint={ptq_runs['qdrop']}/last.pt"
+    words = ("quantizer=nearest", "bits=2", *STILL, start)
+    parts = ("quantizer.act", "quantizer.weight", "quantizer.outer.act", "quantizer.outer.weight")
+    _, folder = done(tiny(tmp_path / "symmetric", *words, *(f"{p}.symmetric=true" for p in parts)))
+    model, _, _ = build.load_run(folder, "last.pt", "cpu")
+    for layer in quant_layers(model).values():
+        for quantizer in (layer.weight_quantizer, layer.act_quantizer):
+            assert not quantizer.zero.any()
+    assert (
+        " of another kind, width or grid are calibrated anew" in (folder / "train.log").read_text()
+    )
+
+
+@pytest.mark.parametrize("additive", [True, False])
+def test_levels_that_are_constants_are_those_of_the_options(
+    tmp_path: Path, ptq_runs: dict[str, Path], additive: bool
+) -> None:
+    float_start = ptq_runs["qdrop"].parents[1] / "fp32" / "run"
+    before = post_trained(tmp_path / "apot", "apot", float_start, "recipe=ptq", "bits=4")
+    start = f"model.checkpoint={before}/last.pt"
+    more = (f"quantizer.weight.additive={additive}", "bits=4", *STILL, start)
+    _, folder = done(tiny(tmp_path / "on", "quantizer=apot", *more))
+    model, _, _ = build.load_run(folder, "last.pt", "cpu")
+    grid = model.get_submodule("layer1.0.conv1.weight_quantizer").grid
+    fresh = APoT(4, shape=(4, 4, 3, 3), additive=additive).grid
+    assert torch.equal(grid, fresh)
+    old = checkpoint.load(before / "last.pt")["model"]["layer1.0.conv1.weight_quantizer.grid"]
+    assert torch.equal(old, fresh) == additive
 
 
 def test_training_from_a_post_training_run_resumes_bit_for_bit(

@@ -311,6 +311,40 @@ def test_record_gives_what_the_unit_sees_and_refuses_what_does_not_run() -> None
         record(case.reference, nn.Conv2d(3, 3, 1), case.data.images, 24, store, output=True)
 
 
+class InPlace(nn.Module):
+    """A block between convolutions that activates its input, in place or not."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.in_place = in_place
+        self.first, self.last = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.hardswish(x, inplace=self.in_place)
+        return x + self.last(F.relu(self.first(x[:, :3])))
+
+
+def test_a_unit_that_changes_its_input_in_place_learns_from_what_it_was() -> None:
+    rows = []
+    for in_place in (False, True):
+        torch.manual_seed(0)
+        reference = nn.Sequential(nn.Conv2d(3, 4, 3), InPlace(in_place), nn.Flatten()).eval()
+        model = copy.deepcopy(reference)
+        layers = trace(model, (3, 8, 8))
+        quantize_(model, layers, {n.name: Bits(2, 3) for n in layers}, AdaRound, Nearest)
+        data = Data(torch.randn(48, 3, 8, 8), torch.randn(32, 3, 8, 8))
+        with float_operands(model):
+            calibrate_(model, data.images)
+        store = Store(torch.device("cpu"), math.inf, None)
+        unit = Unit("1", ("1.first", "1.last"))
+        row = reconstruct_unit(
+            model, reference, unit, data, passes(QDROP, FAST)[0], QDROP, FAST, store, batch_size=32
+        )
+        rows.append({k: row[k] for k in ("error_before", "error")})
+    assert rows[0] == rows[1]
+    assert rows[0]["error"] < rows[0]["error_before"]
+
+
 def test_fisher_weights_are_the_damped_gradient_of_the_logits() -> None:
     case = Case()
     unit = Unit("layer1.0", ("layer1.0.conv1", "layer1.0.conv2"))

@@ -50,7 +50,9 @@ from qexp.quant.quantizer import Quantizer
 
 ZETA, GAMMA = 1.1, -0.1  # the stretch of the sigmoid (section 4)
 DECIDED = 0.01  # a weight counts as decided when h is this close to 0 or 1
-MARGIN = 1e-3  # steps between a latent weight and the border of its code: float32 safety
+# Steps between a latent weight and the border of its code: float32 safety, and for codes far from
+# zero, as of 12 bits and more, a share of their number.
+MARGIN, FAR = 1e-3, 2.0**-21
 
 
 class _Floor(torch.autograd.Function):
@@ -196,8 +198,10 @@ class AdaRound(Quantizer):
         scale = self.scale.clamp_min(MIN_SCALE)
         codes = self.codes(x).float()
         # The outermost codes take everything beyond them.
-        low = torch.where(codes > self.qmin, codes - self.zero - 0.5 + MARGIN, -torch.inf)
-        high = torch.where(codes < self.qmax, codes - self.zero + 0.5 - MARGIN, torch.inf)
+        middle = codes - self.zero
+        margin = (FAR * middle.abs()).clamp_min(MARGIN)
+        low = torch.where(codes > self.qmin, middle - 0.5 + margin, -torch.inf)
+        high = torch.where(codes < self.qmax, middle + 0.5 - margin, torch.inf)
         return (torch.clamp(x.float() / scale, low, high) * scale).to(x.dtype)
 
     def extra_bytes(self) -> int:

@@ -179,10 +179,12 @@ class AQuant(Quantizer):
 
     def _unview(self, y: Tensor, like: Tensor) -> Tensor:
         """Undo `_view`: [A, R, M] -> the shape and memory format of `like`."""
-        if like.dim() == 4 and not like.is_contiguous() and self.per != "tensor":
+        if self.per == "tensor":
+            return from_rows(y[0], like)
+        if len(self.shape) != 1 and like.dim() == 4 and not like.is_contiguous():
             n, c, h, w = like.shape
             return y.reshape(n, h, w, c).permute(0, 3, 1, 2)
-        return from_rows(y[0], like) if self.per == "tensor" else y.reshape(like.shape)
+        return y.reshape(like.shape)
 
     def borders(self, u: Tensor) -> Tensor:
         """B for u = x / scale, differentiable. Shape: [A, R, M]."""
@@ -252,6 +254,11 @@ class AQuant(Quantizer):
             "clamped_steps": (self.scale.detach() <= MIN_SCALE).sum(),
             "borders_at_bound": ((border <= 0) | (border >= 1)).any(1).sum(),
         }
+
+    @property
+    def kind(self) -> str:
+        # What `mixing` means depends on the fusion, its shape does not.
+        return super().kind + ("" if self.fusion == "none" else f" fusion={self.fusion}")
 
     def extra_repr(self) -> str:
         kind = {1: "constant", 2: "linear", 3: "quadratic"}[self.border.shape[0]]

@@ -106,13 +106,16 @@ def record(
             arrays[name] = store.array((len(images), *value.shape[1:]))
         arrays[name][first : first + len(value)].copy_(value)
 
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
-        keep("input", inputs[0])
+    def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        keep("input", inputs[0])  # now: the unit may work in place
+
+    def after(module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
         if output:
             keep("output", y)
         raise _StopForward
 
-    with evaluated(model, [unit.register_forward_hook(hook)]):
+    hooks = [unit.register_forward_pre_hook(before), unit.register_forward_hook(after)]
+    with evaluated(model, hooks):
         for first in range(0, len(images), batch_size):
             try:
                 model(images[first : first + batch_size])

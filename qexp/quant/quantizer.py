@@ -77,6 +77,11 @@ class Quantizer(nn.Module):
         self.register_buffer("calibrated", torch.tensor(False))
 
     @property
+    def kind(self) -> str:
+        """The class, with those of its options that its state does not show and depends on."""
+        return type(self).__name__
+
+    @property
     def num_levels(self) -> int:
         """How many different codes there are."""
         return self.qmax - self.qmin + 1

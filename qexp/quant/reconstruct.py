@@ -103,7 +103,8 @@ def relative_error(
     total, power = torch.zeros((), device=device), torch.zeros((), device=device)
     for first in range(0, len(x), batch_size):
         target = y[first : first + batch_size].to(device)
-        out = unit(x[first : first + batch_size].to(device))
+        # A copy: the unit may work in place, and x is used again.
+        out = unit(x[first : first + batch_size].to(device, copy=True))
         total += (out - target).square().sum()
         power += target.square().sum()
     return float(total / power.clamp_min(1e-30))

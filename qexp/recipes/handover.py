@@ -3,7 +3,7 @@
 A PTQ run's finished `last.pt` holds `float`, the folded network with each weight moved to where
 round-to-nearest gives its learned code, and the state of every quantizer. Training starts from
 both: batch norms are folded into the fresh network and `float` loaded; a quantizer of the same
-kind and width takes its state over, any other is calibrated anew.
+kind, width and grid takes its state over, any other is calibrated anew.
 
 AdaRound's learned decisions are in the weights of `float`. So `nearest` weights take over its grid
 and are its codes, bit for bit; AdaRound itself takes the grid and decides anew, to the same codes.
@@ -89,12 +89,12 @@ def take_over_(
                 taken += 1
             else:
                 left += 1
-    rest = f"; {left} of another kind or width are calibrated anew" if left else ""
+    rest = f"; {left} of another kind, width or grid are calibrated anew" if left else ""
     run.info(f"start: {taken} quantizers take over the state of the post-training run{rest}")
 
 
 def _fits(quantizer: Quantizer, kind: str | None) -> bool:
-    return kind is not None and type(quantizer).__name__ in STAND_IN.get(kind, (kind,))
+    return kind is not None and quantizer.kind in STAND_IN.get(kind, (kind,))
 
 
 def _own(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -106,6 +106,10 @@ def _copy(quantizer: Quantizer, state: Mapping[str, Tensor], weight: Tensor) -> 
     ours = {k: v for k, v in quantizer.state_dict().items() if k != "rounding"}
     if any(k not in state or state[k].shape != v.shape for k, v in ours.items()):
         return False
+    if getattr(quantizer, "symmetric", False) and state["zero"].any():
+        return False  # it has no zero point, in a file neither
+    if "grid" in ours and not torch.equal(ours["grid"], state["grid"].to(ours["grid"])):
+        return False  # constants, of other options
     quantizer.load_state_dict({k: state[k] for k in ours}, strict=False)
     if isinstance(quantizer, AdaRound):
         quantizer.round_nearest(weight)

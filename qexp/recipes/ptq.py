@@ -106,7 +106,7 @@ def ptq(cfg: DictConfig, run: Run) -> dict[str, Any]:
             "sizes": sizes(dataset),
             "sensitivity": network.sensitivity,
             "folded": True,
-            "kinds": {n: type(q).__name__ for n, q in quantizers(model).items()},
+            "kinds": {n: q.kind for n, q in quantizers(model).items()},
             "start": start.record(),
             "units": done,
         }
