@@ -128,6 +128,18 @@ def test_pattern_for_an_outer_layer_is_an_error_unless_the_rule_lets_it(
     assert Pattern(4, 4, patterns, first_last="same").assign(layers)["0"] == Bits(4, 4)
 
 
+def test_a_pattern_that_earlier_ones_leave_no_layer_is_an_error_but_in_a_file(
+    layers: list[Layer], tmp_path: Path
+) -> None:
+    every, one = {"match": "*", "weight": 2}, {"match": "2", "weight": 3}
+    with pytest.raises(ValueError, match=r"'2' changes nothing: '\*' before it takes '2'"):
+        Pattern(4, 4, [every, one]).assign(layers)
+    assert Pattern(4, 4, [one, every]).assign(layers)["2"].weight == 3
+    table = tmp_path / "bits.yaml"
+    table.write_text(format_bits({"2": Bits(3, 3)}))
+    assert Pattern(4, 4, [every], file=str(table)).assign(layers)["2"].weight == 2
+
+
 def test_misspelt_key_of_a_pattern_is_an_error() -> None:
     with pytest.raises(ValueError, match="match, weight and act"):
         Pattern(4, 4, [{"match": "*", "wieght": 3}])

@@ -636,6 +636,7 @@ def test_an_exported_run_evaluates_to_the_same_top1(
     alone = qexp("eval", f"checkpoint={file}", "device=cpu")  # synthetic, but of other sizes
     assert alone.code == 1
     assert "Give the run it was trained in: run=FOLDER" in alone.err
+    assert alone.err.startswith("warning: images of 'synthetic' depend on settings")
 
 
 def test_a_file_away_from_its_run_is_scored_without_a_word_about_a_run(

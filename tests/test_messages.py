@@ -489,4 +489,4 @@ def test_a_value_that_needs_quotes_gets_them(qexp: Qexp) -> None:
 def test_a_trained_quantized_run_is_no_start(qexp: Qexp, tmp_path: Path) -> None:
     torch.save({"conv1.weight": torch.ones(1), "conv1.act_quantizer.scale": torch.ones(1)}, "x.pt")
     said = qexp("train", "dataset=synthetic", "model=resnet8", "model.checkpoint=x.pt")
-    assert "it is of a trained quantized run" in said.err
+    assert "it is of a quantized run. A start is a float network" in said.err

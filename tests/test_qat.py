@@ -13,18 +13,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compose import stopped_in_epoch, tiny
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from waiting import Watch
 
 from qexp import plot
 from qexp.errors import ConfigError, DataError, RunError
 from qexp.models.digest import weights_sha256
+from qexp.quant.bitwidth import Progressive
 from qexp.quant.codebook import Codebook
 from qexp.quant.convert import quant_layers
 from qexp.quant.dorefa import PACT
 from qexp.quant.lsq import LSQ
 from qexp.quant.quantizer import Quantizer
-from qexp.recipes import outcome, picture
+from qexp.quant.trace import Layer
+from qexp.recipes import build, outcome, picture
 from qexp.recipes import qat as qat_module
 from qexp.recipes.build import load_run
 from qexp.recipes.evaluate import evaluate, evaluate_run
@@ -303,6 +305,50 @@ def test_stages_that_were_not_reached_are_not_recorded(tmp_path: Path, float_run
     options = [f"model.checkpoint={float_run}", "recipe.epochs=4", "max_steps=1"]
     result, _ = train(tiny(tmp_path, *options, "bitwidth=progressive", "bits=2"))
     assert result["w_bits"] == result["bits"]["weight_by_param"] > 2
+
+
+STAGES = ("bitwidth=progressive", "bitwidth.stages=[{until: 1, bits: 8}, {bits: 2}]", "bits=2")
+
+
+def test_the_best_epoch_is_one_at_the_last_widths(
+    tmp_path: Path, float_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = iter([90.0, 10.0, 20.0, 15.0])
+    score = qat_module._score
+    monkeypatch.setattr(qat_module, "_score", lambda *of: score(*of)._replace(top1=next(found)))
+    options = [f"model.checkpoint={float_run}", "recipe.epochs=4", *STAGES]
+    result, folder = train(tiny(tmp_path, *options))
+    assert (result["top1_best"], result["best_epoch"], result["top1"]) == (20.0, 3, 15.0)
+    assert {b[0] for b in checkpoint.load(folder / "best.pt")["bits"].values()} == {2, 8}
+
+
+def test_the_width_of_a_run_in_stages_is_that_of_its_inner_layers() -> None:
+    layers = [
+        Layer(str(i), "linear", (4, 4), (4,), 1, (4,), False, place)
+        for i, place in enumerate(("first", "inner", "inner", "last"))
+    ]
+    policy = Progressive([{"until": 1, "bits": 8}, {"bits": 2}])
+    bits = policy.assign(layers, epoch=1, epochs=2)
+    network = build.Network(torch.nn.Module(), layers, policy, bits, [])
+    assert outcome._nominal(OmegaConf.create(), "weight", network) == 2
+
+
+@pytest.mark.parametrize("first", [8, 32])
+def test_layers_of_a_later_stage_keep_as_little_for_backward(
+    tmp_path: Path, float_run: Path, monkeypatch: pytest.MonkeyPatch, first: int
+) -> None:
+    kept: list[set[bool]] = []
+    begin = qat_module._train_epoch
+
+    def look(forward: Any, model: torch.nn.Module, *rest: Any) -> None:
+        kept.append({layer.input_again for layer in quant_layers(model).values()})
+        begin(forward, model, *rest)
+
+    monkeypatch.setattr(qat_module, "_train_epoch", look)
+    stages = f"bitwidth.stages=[{{until: 1, bits: {first}}}, {{bits: 2}}]"
+    options = [f"model.checkpoint={float_run}", "recipe.epochs=2", "saved=inputs"]
+    train(tiny(tmp_path, *options, "bitwidth=progressive", stages, "bits=2"))
+    assert kept[1] == {True}
 
 
 def test_fair_control_trains_the_float_network_on(tmp_path: Path, float_run: Path) -> None:

@@ -84,6 +84,55 @@ def test_a_longer_training_is_told_from_an_uninterrupted_one(tmp_path: Path) -> 
     assert [s["to"]["recipe.epochs"] for s in again["protocol"]["segments"]] == [2, 3]
 
 
+def test_a_longer_training_that_would_widen_the_bits_again_is_refused(tmp_path: Path) -> None:
+    stages = "bitwidth.stages=[{until: 0.4, bits: 8}, {bits: 2}]"
+    words = ("bitwidth=progressive", stages, "bits=2", "model.checkpoint=none", "quantizer=lsq")
+    train(tiny(tmp_path, *words, "recipe.epochs=3"))
+    before = read_json(tmp_path / "run" / "result.json")
+    with pytest.raises(ConfigError, match=r"would go back from \(2, 2\) to \(8, 8\) bits"):
+        train(tiny(tmp_path, *words, "recipe.epochs=10"), resume=True)
+    assert read_json(tmp_path / "run" / "result.json") == before
+    assert train(tiny(tmp_path, *words, "recipe.epochs=5"), resume=True)["epochs"] == 5
+
+
+def test_a_done_run_without_its_checkpoint_is_not_begun_anew(qexp: Qexp, tmp_path: Path) -> None:
+    assert qexp("train", *TINY, *START, "folder=run").code == 0
+    run = tmp_path / "run"
+    (run / "last.pt").unlink()
+    before = {p.name: p.read_bytes() for p in run.iterdir() if p.is_file()}
+    said = qexp("resume", "run", "recipe.epochs=2")
+    assert said.err == (
+        "resume: run is done, and its last.pt is gone: there is nothing to go on from. "
+        "Start a new run.\n"
+    )
+    assert {p.name: p.read_bytes() for p in run.iterdir() if p.is_file()} == before
+
+
+def test_without_its_config_a_run_goes_on_as_it_was_or_not_at_all(
+    qexp: Qexp, tmp_path: Path
+) -> None:
+    with stopped_in_epoch(2):
+        train(tiny(tmp_path, *START[:1], "recipe.epochs=2"))
+    write_hydra(tmp_path)
+    (tmp_path / "run" / "config.yaml").unlink()
+    said = qexp("resume", "run", "seed=7")
+    assert "config.yaml is missing, so what seed=7 changes cannot be told" in said.err
+    assert said.code == 2
+    assert qexp("resume", "run").code == 0
+    assert read_json(tmp_path / "run" / "result.json")["epochs"] == 2
+
+
+def test_a_resumed_run_knows_all_that_was_typed(qexp: Qexp, tmp_path: Path) -> None:
+    assert qexp("train", *TINY, *START, "folder=run").code == 0
+    first = read_json(tmp_path / "run" / "result.json")["overrides"]
+    assert qexp("resume", "run", "recipe.epochs=2").code == 0
+    assert qexp("resume", "run", "recipe.epochs=3", "recipe.lr=0.01").code == 0
+    result = read_json(tmp_path / "run" / "result.json")
+    later = ["recipe.epochs=2", "recipe.epochs=3", "recipe.lr=0.01"]
+    assert result["overrides"] == [*first, *later]
+    assert len(read_json(tmp_path / "run" / "env.json")["commands"]) == 3
+
+
 def test_where_and_how_may_change_and_leave_no_mark(tmp_path: Path) -> None:
     first = train(tiny(tmp_path, *START))
     options = ("recipe.save_every=2", "threads=1", "float.epochs=9")

@@ -416,6 +416,19 @@ def layer(name: str) -> Layer:
     return Layer(name, "conv", (2, 2, 1, 1), (2, 1, 1), 4, (2, 1, 1), False, "inner")
 
 
+def test_a_budget_is_the_decimal_that_was_given() -> None:
+    """2.3 * 100 is a float below 230."""
+    shapes = {"first": 40, "a": 70, "b": 30, "last": 40}
+    layers = [
+        Layer(name, "conv", (n, 1, 1, 1), (1, 1, 1), 4, (n, 1, 1), False, place)
+        for (name, n), place in zip(
+            shapes.items(), ("first", "inner", "inner", "last"), strict=True
+        )
+    ]
+    bits = Sensitivity(2.3, metric="size", candidates=(2, 3)).assign(layers)
+    assert (bits["a"].weight, bits["b"].weight) == (2, 3)  # 2.3 bits a weight
+
+
 @pytest.mark.parametrize(
     ("names", "groups"),
     [

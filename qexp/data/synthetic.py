@@ -7,6 +7,7 @@ pattern plus pixel noise. A network learns it within a few steps. Same arguments
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,8 @@ class Synthetic(InMemory):
     train_images: int = 2048
     test_images: int = 512
     noise: float = 32.0
+
+    by_settings: ClassVar[bool] = True  # other settings, other images of the same name
 
     def read(self) -> Images:
         for key in ("classes", "image_size", "channels", "train_images", "test_images"):

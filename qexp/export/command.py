@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -275,7 +276,7 @@ def load_packed(
 
 def _named_dataset(data: Any, device: torch.device, root: str | None) -> Any:
     """One of our data sets, with the file's normalisation: a file names no code and no path."""
-    from hydra.utils import instantiate
+    from hydra.utils import get_class, instantiate
 
     from qexp.recipes.build import moved_to
 
@@ -288,6 +289,12 @@ def _named_dataset(data: Any, device: torch.device, root: str | None) -> Any:
         )
     node: Any = OmegaConf.load(names[data["name"]])
     moved_to(root, node)
+    if getattr(get_class(node._target_), "by_settings", False):
+        print(
+            f"warning: images of '{data['name']}' depend on settings that the file does not hold; "
+            "these are the defaults. The run's own: run=FOLDER",
+            file=sys.stderr,
+        )
     for key in ("mean", "std"):
         if len(data[key]) != len(node.get(key) or ()):
             raise CheckpointError(f"export: the file's {key} is not that of '{data['name']}'.")

@@ -188,8 +188,8 @@ def describe_difference(model: nn.Module, state: Mapping[str, Tensor]) -> str:
         )
     if any("_quantizer." in key for key in unexpected):
         return (
-            "it is of a trained quantized run. Only float networks and post-training runs can be "
-            "a start."
+            "it is of a quantized run. A start is a float network or a post-training run, a "
+            "teacher is a float network."
         )
     shapes = [f"{k} {list(state[k].shape)} not {list(ours[k].shape)}" for k in wrong]
     parts = [

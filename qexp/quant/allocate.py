@@ -21,6 +21,7 @@ import math
 import random
 import re
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Literal, NamedTuple
 
 from qexp.quant.trace import Layer
@@ -72,7 +73,7 @@ class _Choice(NamedTuple):
 
 def allocate(
     cost: Cost,
-    budget: float,
+    budget: float | Fraction,
     *,
     omega: Mapping[str, Mapping[int, float]] | None = None,
     groups: Sequence[Sequence[str]] | None = None,

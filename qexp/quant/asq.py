@@ -148,7 +148,7 @@ class ASQ(Quantizer):
         init: `lsq` (released) or `mse`, for the step.
     """
 
-    carried = ("adapter", "mean_abs")  # of the input, whatever the width
+    carried = ("adapter", "mean_abs")  # of the input; a new width's step is taken at beta = 1
 
     dead_samples: Tensor
     dead_layer: Tensor

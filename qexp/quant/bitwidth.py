@@ -130,7 +130,8 @@ class Pattern:
 
     Raises:
         ValueError: (also from `assign`) on a glob that matches no layer, with the closest names; on
-            one that asks only the first or last layer for what the first_last rule denies it.
+            one that asks only the first or last layer for what the first_last rule denies it; on
+            one of `patterns` whose layers all match earlier ones.
     """
 
     needs_data = False
@@ -150,6 +151,7 @@ class Pattern:
         if isinstance(patterns, Mapping):
             patterns = [{"match": glob, **entry} for glob, entry in patterns.items()]
         self.entries = [self._entry(entry) for entry in patterns or ()]
+        self.typed = len(self.entries)  # of a file any may be overruled
         if file:
             self.entries += parse_bits(Path(file).read_text()).items()
 
@@ -166,7 +168,7 @@ class Pattern:
     def assign(self, layers: Sequence[Layer], **context: Any) -> dict[str, Bits]:
         """Bits by layer name."""
         names = [layer.name for layer in layers]
-        for glob, own in self.entries:
+        for i, (glob, own) in enumerate(self.entries):
             matched = [layer for layer in layers if fnmatchcase(layer.name, glob)]
             if not matched:
                 close = ", ".join(_closest(glob.partition("*")[0] or glob.strip("*"), names))
@@ -175,6 +177,13 @@ class Pattern:
                 raise ValueError(
                     f"'{glob}' matches only the first or last layer, whose bits are decided by "
                     f"first_last={self.first_last}; set first_last=same"
+                )
+            before = [other for other, _ in self.entries[: min(i, self.typed)]]
+            taken = [next((g for g in before if fnmatchcase(x.name, g)), None) for x in matched]
+            if i < self.typed and None not in taken:
+                raise ValueError(
+                    f"'{glob}' changes nothing: '{taken[0]}' before it takes '{matched[0].name}', "
+                    "the first match wins; put it first"
                 )
         return {
             layer.name: layer_bits(layer, self._own(layer), self.first_last) for layer in layers

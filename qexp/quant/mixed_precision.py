@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -193,7 +194,8 @@ class Sensitivity:
         if self.budget_kind != "average_bits":
             outside = sum(self._cost(x, fixed[x.name]) for x in layers if x.name in fixed)
             per_weight = 1
-        budget = self.budget * per_weight - outside
+        # Exactly the decimal that was given: 2.3 * 100 is a float below 230.
+        budget = Fraction(str(self.budget)) * per_weight - outside
         least = sum(min(own.values()) for own in cost.values())
         if least > budget:
             fewest = f"{(least + outside) / per_weight:.6g} {UNITS[self.budget_kind]}"

@@ -20,6 +20,7 @@ from qexp.quant.quantizer import Identity
 from qexp.recipes import picture
 from qexp.recipes.build import Network, is_float
 from qexp.recipes.evaluate import Score
+from qexp.recipes.stages import staged
 from qexp.recipes.watch import health
 from qexp.report.runs import UNIFORM
 from qexp.runner.atomic import write_bytes
@@ -87,7 +88,7 @@ def log_epoch(
         "val_top1": val.top1 if val else None,
         "lr": optimizer.param_groups[0]["lr"],
         "images_per_s": state["trained"] / max(state["train_s"], 1e-9),
-        "bits": network.policy.bits_at(epoch - 1, epochs) if _staged(network) else None,
+        "bits": network.policy.bits_at(epoch - 1, epochs) if staged(network) else None,
         "codebooks": picture.codebooks(network.model),
     }
     state["history"].append(row)
@@ -129,10 +130,6 @@ def measured(state: Mapping[str, Any], dataset: Any, epochs: int) -> dict[str, A
         "epochs": len(history),
         "images_per_s": sorted(row["images_per_s"] for row in history)[len(history) // 2],
     }
-
-
-def _staged(network: Network) -> bool:
-    return network.policy is not None and hasattr(network.policy, "bits_at")
 
 
 def weights_only(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -259,8 +256,9 @@ def _nominal(cfg: DictConfig, operand: str, network: Network) -> int | None:
     inner = [layers[x.name] for x in network.layers if x.position == "inner" and x.name in layers]
     if inner and all(isinstance(getattr(x, f"{operand}_quantizer"), Identity) for x in inner):
         return 32
-    if _staged(network):  # the stage that was reached
-        found = Counter(getattr(bits, operand) for bits in network.bits.values())
+    if staged(network):  # the stage that was reached
+        names = [x.name for x in network.layers if x.position == "inner"] or list(network.bits)
+        found = Counter(getattr(network.bits[name], operand) for name in names)
         return found.most_common(1)[0][0]
     asked = cfg.bitwidth.get(operand)
     if isinstance(asked, int):

@@ -32,8 +32,7 @@ from qexp.models.load import load_tensors_
 from qexp.models.opened import own_names
 from qexp.quant.convert import Bits, calibrate_, check_calibrated, quantizers, shared_weights
 from qexp.quant.quantizer import Quantizer
-from qexp.quant.rebits import rebits_
-from qexp.recipes import build, outcome, picture
+from qexp.recipes import build, outcome, picture, stages
 from qexp.recipes.absent import sizes
 from qexp.recipes.compilation import compile_for, eager_afterwards
 from qexp.recipes.evaluate import Score, evaluate, save_answers
@@ -118,6 +117,8 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
             state[key] = saved[key].to(device) if isinstance(value, Tensor) else saved[key]
         network.sensitivity = saved.get("sensitivity", {})
         checkpoint.set_rng_state(saved["rng"])
+        if run.changed:
+            stages.refuse_wider(network, state["epoch"], s.epochs)
         run.info(f"resumed after epoch {state['epoch']}, step {state['step']}")
     distributed.own_random_numbers(cfg.seed, state["epoch"] * dataset.steps_per_epoch)
     count, saved_as = steps * s.batch_size, cfg.get("saved", "all")
@@ -147,7 +148,8 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
     # The loop.
     while state["epoch"] * dataset.steps_per_epoch < steps:
         epoch = state["epoch"]
-        if _change_bits(cfg, s, network, images, epoch, run):
+        if stages.change_bits_(cfg, network, forward, images, epoch, s.epochs, run):
+            state["best"] = stages.no_best()
             distributed.share_(model)
             optimizer = carry_momentum(optimizer, optimizer_of(model, s))
         movement, begun = Movement(model), state["step"]
@@ -203,7 +205,7 @@ def _first_state(
         "hits": torch.zeros((), device=device, dtype=torch.int64),
         "seen": 0,  # training images of the present epoch
         "history": [],
-        "best": {"selected": -1.0, "top1": -1.0, "epoch": -1},
+        "best": stages.no_best(),
         "train_s": 0.0,  # of the last epoch, or its last part
         "trained": 0,  # images in that time
         "test_s": 0.0,
@@ -275,21 +277,6 @@ def _train_epoch(
     state["step"] = until
     state["train_s"] = time.perf_counter() - began
     state["trained"] = state["seen"] - seen
-
-
-def _change_bits(
-    cfg: DictConfig, s: Settings, network: build.Network, images: Tensor, epoch: int, run: Run
-) -> bool:
-    """Give the layers the widths of this epoch, when the policy changes them over time."""
-    if network.policy is None or not hasattr(network.policy, "bits_at"):
-        return False
-    bits = dict(network.policy.assign(network.layers, epoch=epoch, epochs=s.epochs))
-    if bits == network.bits:
-        return False
-    rebits_(network.model, network.layers, bits, **build.factories(cfg), images=images)
-    network.bits = bits
-    run.info(f"epoch {epoch}: bits are now {network.policy.bits_at(epoch, s.epochs)}")
-    return True
 
 
 def _score(model: nn.Module, average: WeightAverage | None, dataset: Any, split: str) -> Score:

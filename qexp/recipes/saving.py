@@ -40,8 +40,7 @@ def save_less_(model: nn.Module, saved: str) -> None:
     Raises:
         ConfigError: `blocks` of a network that torch.fx cannot trace, or that has none.
     """
-    for layer in quant_layers(model).values():
-        layer.input_again = saved == "inputs" and layer.act_quantizer.replays
+    quantize_inputs_again_(model, saved)
     if saved != "blocks":
         return
     try:
@@ -55,6 +54,12 @@ def save_less_(model: nn.Module, saved: str) -> None:
     for name in blocks:
         block = model.get_submodule(name)
         block.forward = partial(_checkpointed, block, block.forward)
+
+
+def quantize_inputs_again_(model: nn.Module, saved: str) -> None:
+    """The part of `save_less_` that layers need again when their quantizers are replaced."""
+    for layer in quant_layers(model).values():
+        layer.input_again = saved == "inputs" and layer.act_quantizer.replays
 
 
 def kept_bytes(model: nn.Module, step: Callable[[], None]) -> int:

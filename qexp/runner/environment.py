@@ -94,7 +94,8 @@ def note_earlier_(now: dict[str, Any], before: Mapping[str, Any]) -> list[str]:
 
     Args:
         now: of `describe`; gets `commits`, oldest first, where they are not all one.
-        before: the env.json of the part before; empty where it is not known.
+        before: the env.json of the part before; empty where it is not known. Its commands are
+            added too, as `commands`.
 
     Returns:
         A line for each difference that numbers may depend on.
@@ -102,6 +103,8 @@ def note_earlier_(now: dict[str, Any], before: Mapping[str, Any]) -> list[str]:
     if not before:
         return []
     lines, known = [], [*before.get("commits", [_commit(before)])]
+    commands = [*before.get("commands", [before.get("command")])]
+    now["commands"] = [*commands, now["command"]]
     if _commit(now) != known[-1]:
         lines.append(f"this run was begun by commit {known[-1]}, it goes on with {_commit(now)}")
         known.append(_commit(now))

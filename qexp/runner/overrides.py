@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+
+BEGUN_WITH = ".hydra/overrides.yaml"
 
 
 def task_overrides() -> list[str]:
@@ -15,3 +19,22 @@ def task_overrides() -> list[str]:
         return []
     typed: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
     return list(typed)
+
+
+def typed(path: Path) -> list[str]:
+    """The overrides that a file of a run's folder keeps; none where it is missing or damaged."""
+    try:
+        return [str(o) for o in OmegaConf.load(path)]
+    except Exception:  # no file; yaml and OmegaConf raise their own kinds
+        return []
+
+
+def without_ours(overrides: Sequence[str]) -> list[str]:
+    """Those that a user typed: `qexp resume` gives two itself."""
+    return [o for o in overrides if o.partition("=")[0] not in ("folder", "dry_run")]
+
+
+def all_overrides(folder: Path, resumed: str) -> list[str]:
+    """What a resumed run was begun with, then what its resumes were given (file `resumed`)."""
+    begun, later = typed(folder / BEGUN_WITH), typed(folder / resumed)
+    return [*begun, *(o for o in later if o not in begun)]

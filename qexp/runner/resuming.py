@@ -31,7 +31,7 @@ from qexp.runner.folder import (
     read_status,
     refuse_running,
 )
-from qexp.runner.overrides import task_overrides
+from qexp.runner.overrides import task_overrides, typed, without_ours
 
 CHECKPOINT = "last.pt"
 RESUME = "resume"  # hydra.job.name of a `qexp resume`
@@ -77,8 +77,7 @@ def _resume_overrides() -> list[str]:
 
     if not HydraConfig.initialized() or HydraConfig.get().job.name != RESUME:
         return []
-    ours = ("folder", "dry_run")  # given by `qexp resume` itself
-    return [o for o in task_overrides() if o.partition("=")[0] not in ours]
+    return without_ours(task_overrides())
 
 
 def next_segments(
@@ -94,8 +93,20 @@ def next_segments(
         ConfigError: a key that cannot change any more, or another number of processes.
     """
     path, earlier = folder / "config.yaml", status.get("segments", [])
-    if not (folder / CHECKPOINT).is_file() or not path.is_file():
+    if not (folder / CHECKPOINT).is_file():
+        if status.get("state") == "done" and read_json(folder / RESULT):
+            raise ConfigError(
+                f"resume: {folder} is done, and its {CHECKPOINT} is gone: there is nothing to go "
+                "on from. Start a new run."
+            )
         return [*earlier]  # nothing was learned yet
+    if not path.is_file():
+        if new := [o for o in _resume_overrides() if o not in typed(folder / RESUMED)]:
+            raise ConfigError(
+                f"resume: {path} is missing, so what {new[0]} changes cannot be told. Bring it "
+                "back, or resume without changes."
+            )
+        return [*earlier]
     _same_processes(folder, status.get("processes", processes), processes)
     found = read_config(path, "Delete it: a resume writes it again.")
     before, now = (dict(_leaves(_plain(c))) for c in (found, cfg))

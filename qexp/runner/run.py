@@ -31,9 +31,9 @@ from qexp.errors import RunError, one_line
 from qexp.runner import distributed
 from qexp.runner.atomic import finite, torn, write_bytes, write_json
 from qexp.runner.environment import describe, note_earlier_
-from qexp.runner.folder import EARLIER, RESULT, STATUS, claim, identity, owner, read_json
+from qexp.runner.folder import EARLIER, RESULT, RESUMED, STATUS, claim, identity, owner, read_json
 from qexp.runner.guards import global_state, gpu_memory, os_errors, sigterm
-from qexp.runner.overrides import task_overrides
+from qexp.runner.overrides import all_overrides, task_overrides
 from qexp.runner.resuming import Before, take
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Run:
         self._environment: dict[str, Any] = describe(cfg.get("seed"), cfg.get("threads"))
         before = read_json(folder / "env.json") if resumed else {}
         self._differences = note_earlier_(self._environment, before)
-        self._overrides = task_overrides()
+        self._overrides = all_overrides(folder, RESUMED) if resumed else task_overrides()
 
     # What happened
 
