@@ -1,11 +1,12 @@
-"""Copy runs into `results/`, as they are committed: small text files, no weights, no host names.
+"""Copy runs into `results/`, as they are committed: small text files, no host names.
 
     python scripts/collect.py results/fashion_methods outputs/fashion_mini-resnet8 [...]
 
 Every run below the given folders is copied to `TABLE/<name>-s<seed>[-k]/`: result.json,
 config.yaml, layers.csv, metrics.jsonl, answers.npz, a status.json with its state and error, an
 env.json with what numbers may depend on, and a checkpoints.json with the hashes of last.pt and
-best.pt, as `float_sha256` of the runs that start from them has it.
+best.pt, as `float_sha256` of the runs that start from them has it. Weights stay where they are, but
+with `--weights` those of last.pt are kept as weights.safetensors: a start for other runs.
 A run whose tree differed from its commit, or that has none, is refused: its numbers cannot be
 traced. A run that is not done is left out and named.
 """
@@ -20,12 +21,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qexp.models.digest import weights_sha256
+from qexp.models.load import read_state
 from qexp.report.runs import read_run
 from qexp.runner.answers import ANSWERS
 from qexp.runner.folder import RESULT, STATUS, find_runs, read_json, read_status
 
 COPIED = (RESULT, "config.yaml", "layers.csv", "metrics.jsonl", ANSWERS)
 CHECKPOINTS = ("last.pt", "best.pt")
+WEIGHTS = "weights.safetensors"
 ENVIRONMENT = ("commits", "python", "packages", "platform", "cpu", "threads", "gpus", "cuda")
 
 
@@ -35,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("table", type=Path)
     parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--unfinished", action="store_true", help="take failed runs too")
+    parser.add_argument("--weights", action="store_true", help="keep the network of last.pt")
     given = parser.parse_args(argv)
     found = {folder: list(find_runs(folder)) for folder in given.folders}
     if empty := [folder for folder, runs in found.items() if not runs]:
@@ -49,7 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"refused, {why}: {run}", file=sys.stderr)
             refused += 1
         else:
-            print(copy(run, given.table))
+            target = copy(run, given.table)
+            if given.weights:
+                keep_weights(run, target)
+            print(target)
     return int(bool(refused))
 
 
@@ -87,6 +94,14 @@ def copy(run: Path, table: Path) -> Path:
         if content:
             (target / file).write_text(json.dumps(content, indent=2) + "\n")
     return target
+
+
+def keep_weights(run: Path, target: Path) -> None:
+    """Write what last.pt gives to a run that starts from it, as `model.checkpoint` reads it."""
+    from safetensors.torch import save_file
+
+    network = read_state(run / "last.pt")
+    save_file({k: v.contiguous() for k, v in network.items()}, target / WEIGHTS)
 
 
 def same(run: Path, target: Path) -> bool:

@@ -66,6 +66,23 @@ def test_a_runs_checkpoint_is_known_by_its_network_and_any_other_file_by_its_byt
     assert load_state(ResNet(8, 10), path) == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def test_safetensors_load_and_are_known_by_their_tensors(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    source, target = ResNet(8, 10), ResNet(8, 10)
+    path = tmp_path / "float.safetensors"
+    save_file(source.state_dict(), path, metadata={"by": "somebody"})
+    assert load_state(target, path) == network_sha256(source.state_dict())
+    for name, value in source.state_dict().items():
+        assert torch.equal(value, target.state_dict()[name])
+    save_file(source.state_dict(), path, metadata={"qexp": "{}"})
+    assert f"{path} is a packed network. Give the last.pt of" in fails(ResNet(8, 10), path)
+    path.write_bytes(path.read_bytes()[:2000])
+    said = fails(ResNet(8, 10), path)
+    assert f"{path} is truncated or not a safetensors file" in said
+    assert said.endswith("Write it with safetensors.torch.save_file(model.state_dict(), path).")
+
+
 def test_names_types_and_shapes_are_part_of_a_networks_hash() -> None:
     zeros = torch.zeros(2, 2)
     states = [{"a": zeros}, {"b": zeros}, {"a": zeros.view(4)}, {"a": zeros.bfloat16()},

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from qexp.errors import ConfigError
-from qexp.models.digest import network_sha256
+from qexp.models.digest import network_sha256, weights_sha256
 from qexp.report.papers import COLUMNS, KINDS, VERIFIED, match, read_papers
 
 ROOT = Path(__file__).parents[1]
@@ -317,3 +317,6 @@ def test_a_collected_run_keeps_what_it_ran_on_and_the_hash_of_its_weights(tmp_pa
     }
     told = json.loads((kept / "env.json").read_text())
     assert told == {"packages": {"torch": "2.9"}, "threads": 1}
+    assert not (kept / "weights.safetensors").exists()
+    assert collect.main([str(tmp_path / "results/demo"), str(run), "--weights"]) == 0
+    assert weights_sha256(kept / "weights.safetensors") == network_sha256(weights)

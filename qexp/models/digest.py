@@ -1,7 +1,8 @@
-"""What identifies weights: of a run's checkpoint its network, of any other file its bytes.
+"""What identifies weights: of a run's checkpoint its network, of a pickled file its bytes.
 
 A run's checkpoint also holds times, paths and random state, in which two runs that trained the
-same network differ.
+same network differ. A safetensors file holds tensors alone and is known by them, so that a network
+is the same start in either.
 """
 
 from __future__ import annotations
@@ -22,6 +23,30 @@ def file_sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def read_file(path: Path) -> Any:
+    """What a file of weights holds, on the CPU; it cannot run code.
+
+    Raises:
+        ImportError: a safetensors file, and no package to read it.
+        OSError: the file cannot be read; and whatever the readers raise of a damaged one.
+    """
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def is_packed(path: Path) -> bool:
+    """Whether a safetensors file that `read_file` has read is one of `qexp export`."""
+    if path.suffix != ".safetensors":
+        return False
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return "qexp" in (file.metadata() or {})
+
+
 def network_sha256(state: Mapping[str, Tensor]) -> str:
     """Hash of the names, types, shapes and bytes of tensors, in whatever order; hexadecimal."""
     digest = hashlib.sha256()
@@ -32,7 +57,8 @@ def network_sha256(state: Mapping[str, Tensor]) -> str:
 
 
 def weights_sha256(path: Path) -> str:
-    """Hash of the network that a run's checkpoint gives to the next run; else of the file.
+    """Hash of the network that a run's checkpoint gives to the next run, or of a safetensors file's
+    tensors; else of the file.
 
     A post-training run gives its folded float network and its quantizers.
 
@@ -40,9 +66,11 @@ def weights_sha256(path: Path) -> str:
         OSError: the file cannot be read.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_file(path)
     except Exception:  # zip, pickle, and storage readers each raise their own kinds
         return file_sha256(path)
+    if path.suffix == ".safetensors":
+        return network_sha256(content)
     if not isinstance(content, Mapping) or not set(content) >= RUN:
         return file_sha256(path)
     network = averaged(content) or content["model"]

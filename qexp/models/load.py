@@ -1,9 +1,10 @@
 """Float weights from a file or from torchvision: strict, safe to read, with a readable difference.
 
 A file may hold a plain state dict, or one under `state_dict` or `model`, with or without the
-`module.` prefix that DataParallel leaves. It is read with `weights_only=True`, so a checkpoint
-cannot run code. Nothing is copied into the model unless every key and shape fits; parts that the
-model is built without, and says so with None in their place, are left in the file.
+`module.` prefix that DataParallel leaves; pickled (.pt, .pth), read with `weights_only=True`, or
+safetensors: a checkpoint cannot run code. Nothing is copied into the model unless every key and
+shape fits; parts that the model is built without, and says so with None in their place, are left in
+the file.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from qexp.errors import CheckpointError, did_you_mean
 from qexp.models.build import resolve
-from qexp.models.digest import averaged, weights_sha256
+from qexp.models.digest import averaged, is_packed, read_file, weights_sha256
 from qexp.models.opened import own_names
 
 # `IMAGENET1K_V1`, `DEFAULT`, or `ResNet18_Weights.IMAGENET1K_V1`; a file name has a dot or a slash.
@@ -127,12 +128,27 @@ def read_state(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(missing_file(path))
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle, and storage readers each raise their own kinds
+        content = read_file(path)
+    except ImportError as error:
         raise CheckpointError(
-            f"checkpoint: {path} is truncated or not a PyTorch state dict ({first_line(error)}). "
-            "Write it with torch.save(model.state_dict(), path)."
+            f"checkpoint: {path} needs the package 'safetensors'. Try: pip install 'qexp[export]'"
         ) from error
+    except Exception as error:  # zip, pickle, and storage readers each raise their own kinds
+        kind, how = "a PyTorch state dict", "torch.save(model.state_dict(), path)"
+        if path.suffix == ".safetensors":
+            kind, how = (
+                "a safetensors file",
+                "safetensors.torch.save_file(model.state_dict(), path)",
+            )
+        raise CheckpointError(
+            f"checkpoint: {path} is truncated or not {kind} ({first_line(error)}). "
+            f"Write it with {how}."
+        ) from error
+    if is_packed(path):
+        raise CheckpointError(
+            f"checkpoint: {path} is a packed network. Give the last.pt of the run it was exported "
+            "from, if that is a float or a post-training run."
+        )
     content = averaged(content) or content
     for wrapper in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
