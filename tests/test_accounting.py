@@ -58,6 +58,25 @@ BN_BYTES = 4 * 4 * (4 + 6)
 MACS = (108 * 64, 216 * 16, 30)
 
 
+class Latents(nn.Module):
+    """A projection of k learned vectors, beside one of each image."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.first, self.latents = nn.Linear(12, 16), nn.Parameter(torch.randn(k, 16))
+        self.table, self.last = nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x.flatten(1)) @ self.table(self.latents).t() @ self.latents)
+
+
+@pytest.mark.parametrize("k", [3, 4, 8])
+def test_a_layer_over_a_table_works_on_all_its_rows_for_every_image(k: int) -> None:
+    layers = {layer.name: layer for layer in trace(Latents(k), (3, 2, 2))}
+    assert layers["table"].macs == k * 16 * 16
+    assert layers["first"].macs == 12 * 16
+
+
 def test_float_network_costs_four_bytes_an_element_and_32_bits_an_operand() -> None:
     model = small()
     got = account(model, trace(model, (3, 8, 8)))

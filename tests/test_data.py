@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torchvision.transforms import v2
 from qexp.data.augment import crop_flip, draw_crops, normalise, pad_images
 from qexp.data.cifar import CIFAR10
 from qexp.data.fashion import FashionMini, FashionMNIST
-from qexp.data.memory import InMemory
+from qexp.data.memory import Images, InMemory
 from qexp.data.sampling import derive_seed, split_train, stratified_order
 from qexp.data.synthetic import Synthetic
 from qexp.errors import ConfigError, DataError, QexpError
@@ -375,6 +376,29 @@ def test_missing_fashion_mnist_says_what_to_type(tmp_path: Path) -> None:
         FashionMNIST(
             name="fashion_mnist", root=str(tmp_path), mean=[0.3], std=[0.3], pad=2, flip=True
         )
+
+
+@dataclass(kw_only=True)
+class Own(InMemory):
+    """A data set of one's own: `root` says nothing of what is in it."""
+
+    fill: int
+    dtype: torch.dtype = torch.uint8
+
+    def read(self) -> Images:
+        images = torch.full((20, 3, 4, 4), self.fill, dtype=self.dtype)
+        labels = torch.arange(20) % 2
+        return Images(images, labels, images, labels)
+
+
+def test_a_data_set_of_ones_own_is_known_by_its_pixels() -> None:
+    fixed: dict[str, Any] = dict(name="own", mean=[0.5] * 3, std=[0.25] * 3, pad=0, flip=False)
+    fixed["batch_size"] = 10
+    told = [Own(**fixed, fill=n).protocol()["contents"] for n in (1, 1, 2)]
+    assert told[0] == told[1] != told[2]
+    assert "contents" not in synthetic().protocol()  # its settings say all
+    with pytest.raises(DataError, match=r"uint8 \[N, C, H, W\].*; got float32 \[20, 3, 4, 4\]"):
+        Own(**fixed, fill=1, dtype=torch.float32)
 
 
 def empty_split(data: InMemory) -> object:

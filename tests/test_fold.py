@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
@@ -140,6 +141,40 @@ def test_subclasses_fold_where_they_compute_what_torchs_own_do() -> None:
         Fold("3", "2", "folded"),
         Fold("5", None, "it has a forward of its own"),
     ]
+    torch.testing.assert_close(model(x), before)
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.weight - self.weight.mean(), self.bias)
+
+
+class ReadTwice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x)) + F.conv2d(x, self.conv.weight)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda: nn.Sequential(Standardised(3, 4, 3), nn.BatchNorm2d(4)), "a forward of its own"),
+        (ReadTwice, "the weight of conv is read elsewhere too"),
+    ],
+)
+def test_a_weight_that_is_not_just_multiplied_keeps_its_norm(
+    make: Callable[[], nn.Module], why: str
+) -> None:
+    model = with_statistics(make)
+    x = torch.randn(2, 3, 5, 5)
+    before = model(x)
+    (fold,) = fold_bn_(model)
+    assert fold.conv is None
+    assert why in fold.note
     torch.testing.assert_close(model(x), before)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hydra.utils import instantiate
@@ -192,4 +193,25 @@ def test_the_protocol_tells_folders_apart_by_what_is_in_them(root: Path, tmp_pat
     fewer, other = tmp_path / "fewer", tmp_path / "other"
     write_folder(fewer, per_class=5)
     write_folder(other, classes=("cat", "cow"))
-    assert len({contents(place) for place in (root, fewer, other)}) == 3
+    smaller = write_folder(tmp_path / "smaller")  # the same names, scaled
+    for path in (smaller / "val").rglob("*.png"):
+        Image.open(path).resize((7, 7)).save(path)
+    assert len({contents(place) for place in (root, fewer, other, smaller)}) == 4
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int32", "float32"])
+def test_an_image_of_more_than_8_bits_is_refused_not_cut_off(tmp_path: Path, dtype: str) -> None:
+    write_folder(tmp_path, per_class=2)
+    deep = tmp_path / "train" / "dog" / "1.png"
+    ramp = np.arange(40 * 40, dtype=dtype).reshape(40, 40)
+    Image.fromarray(ramp).save(deep, format="TIFF")
+    with pytest.raises(DataError, match=r"mode (I|F).*: more than 8 bits a channel"):
+        list(folder(tmp_path).train_batches(0))
+
+
+def test_more_processes_than_images_leave_some_without(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    for path in (tmp_path / "val").rglob("[1-9].png"):
+        path.unlink()
+    sets = [folder(tmp_path, batch_size=1, rank=r, world_size=4) for r in range(4)]
+    assert [sum(len(y) for _, y in one.eval_batches("test")) for one in sets] == [1, 1, 0, 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,35 @@ def test_safetensors_load_and_are_known_by_their_tensors(tmp_path: Path) -> None
     said = fails(ResNet(8, 10), path)
     assert f"{path} is truncated or not a safetensors file" in said
     assert said.endswith("Write it with safetensors.torch.save_file(model.state_dict(), path).")
+
+
+class Wrap(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = nn.Sequential(nn.Linear(2, 2), nn.InstanceNorm1d(2, track_running_stats=True))
+
+
+def test_a_prefix_that_is_the_networks_own_stays_and_counters_may_lack(tmp_path: Path) -> None:
+    state = Wrap().state_dict()
+    counters = [name for name in state if name.endswith("num_batches_tracked")]
+    assert counters
+    for name in counters:
+        del state[name]
+    torch.save(state, tmp_path / "x.pt")
+    target = Wrap()
+    load_state(target, tmp_path / "x.pt")
+    assert torch.equal(target.module[0].weight, state["module.0.weight"])
+
+
+def test_densenets_published_names_load(tmp_path: Path) -> None:
+    source, target = (torchvision.models.densenet121(num_classes=3) for _ in range(2))
+    old = re.compile(r"(denselayer\d+\.(?:norm|conv))([12])")
+    state = {old.sub(r"\1.\2", name): value for name, value in source.state_dict().items()}
+    assert "features.denseblock1.denselayer1.norm.1.weight" in state
+    torch.save(state, tmp_path / "x.pt")
+    load_state(target, tmp_path / "x.pt")
+    for name, value in source.state_dict().items():
+        assert torch.equal(value, target.state_dict()[name])
 
 
 def test_names_types_and_shapes_are_part_of_a_networks_hash() -> None:

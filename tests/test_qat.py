@@ -17,8 +17,9 @@ from omegaconf import DictConfig, OmegaConf
 from waiting import Watch
 
 from qexp import plot
-from qexp.errors import ConfigError, DataError, RunError
+from qexp.errors import CheckpointError, ConfigError, DataError, RunError
 from qexp.models.digest import weights_sha256
+from qexp.models.load import load_state
 from qexp.quant.bitwidth import Progressive
 from qexp.quant.codebook import Codebook
 from qexp.quant.convert import quant_layers
@@ -779,6 +780,30 @@ def test_training_loop_has_no_host_sync_before_its_check(
     options = ("recipe.grad_clip=1.0", "recipe.accumulate=2", "recipe.ema=0.9")
     train(tiny(tmp_path, f"model.checkpoint={float_run}", "recipe.epochs=1", *options))
     assert waits == []
+
+
+class Masked(torch.nn.Linear):
+    mask: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.register_buffer("mask", torch.full((2, 2), float("-inf")).triu(1))
+
+
+def test_a_mask_of_infinities_is_no_divergence(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), Masked())
+    qat_module.check_finite(model, torch.ones(3), epoch=1)
+    average = WeightAverage(model, 0.9)
+    average.update(model)
+    assert torch.equal(average.state["1.mask"], model[1].mask)
+    torch.save(model.state_dict(), tmp_path / "x.pt")
+    load_state(model, tmp_path / "x.pt")
+    model[1].mask[0, 0] = float("nan")
+    with pytest.raises(RunError, match="layer '1' first"):
+        qat_module.check_finite(model, torch.ones(3), epoch=1)
+    torch.save(model.state_dict(), tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=r"NaN or infinite values \(1.mask\)"):
+        load_state(model, tmp_path / "x.pt")
 
 
 def test_a_weight_that_overflows_at_the_last_step_stops_the_run() -> None:

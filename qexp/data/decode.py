@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
@@ -41,7 +42,7 @@ class Decoded(Dataset):
         kept = torch.get_rng_state()  # of the run, when no worker process stands between
         torch.default_generator.manual_seed(derive_seed("cut", self.seed, epoch, index))
         try:
-            return self.cut(self.files.loader(path)), label
+            return self.cut(load_rgb(path)), label
         except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, ...
             reason = str(error).split("\n")[0].replace(f" '{path}'", "").rstrip(".")[:80]
             return DataError(
@@ -49,6 +50,18 @@ class Decoded(Dataset):
             )
         finally:
             torch.set_rng_state(kept)
+
+
+def load_rgb(path: str) -> Image.Image:
+    """The image, as torchvision's loader has it, of at most 8 bits a channel.
+
+    Raises:
+        ValueError: more bits, which PIL would cut off: white or black images.
+    """
+    with open(path, "rb") as file, Image.open(file) as image:
+        if image.mode[:1] in ("I", "F"):
+            raise ValueError(f"mode {image.mode}: more than 8 bits a channel")
+        return image.convert("RGB")
 
 
 def collate(items: list[tuple[Tensor, int] | DataError]) -> tuple[Tensor, Tensor] | DataError:
@@ -105,9 +118,13 @@ def check_classes(train: ImageFolder, test: ImageFolder, expected: int | None, r
 
 
 def contents(*parts: ImageFolder) -> str:
-    """Twelve hex digits of the class names and how many images each has, in every part.
+    """Twelve hex digits of the class names and how many images each has, in every part, and of the
+    last part (val/, the smaller one) the names and sizes of the files.
 
     They tell data sets of one name apart wherever they lie; no image is read.
     """
     counts = [{files.classes[k]: n for k, n in Counter(files.targets).items()} for files in parts]
-    return hashlib.sha256(json.dumps(counts, sort_keys=True).encode()).hexdigest()[:12]
+    places = [Path(path) for path, _ in parts[-1].samples]
+    sizes = sorted((f"{p.parent.name}/{p.name}", p.stat().st_size) for p in places)
+    told = json.dumps([counts, sizes], sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()[:12]

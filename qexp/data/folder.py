@@ -185,8 +185,10 @@ class Folder:
     def _central_batches(
         self, files: ImageFolder, index: Tensor
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        batches = ([(i, 0) for i in part.tolist()] for part in index.split(self.batch_size))
-        yield from self._batches(files, self._central, batches)
+        parts = index.split(self.batch_size) if len(index) else ()  # split gives one empty part
+        yield from self._batches(
+            files, self._central, ([(i, 0) for i in p.tolist()] for p in parts)
+        )
 
     def calibration_images(self, n: int, seed: int, *, augment: bool = False) -> Tensor:
         """n different training images, centrally cut; the same for every process.

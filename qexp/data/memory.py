@@ -6,6 +6,7 @@ A data set is a subclass that says how to `read` its images; everything else is 
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from qexp.data.sampling import (
     step_slice,
     steps_in_epoch,
 )
-from qexp.errors import ConfigError
+from qexp.errors import ConfigError, DataError
 
 
 class Images(NamedTuple):
@@ -38,6 +39,25 @@ class Images(NamedTuple):
     test_images: Tensor
     test_labels: Tensor
     classes: tuple[str, ...] = ()
+
+
+def contents(images: Images) -> str:
+    """Twelve hex digits of all pixels and labels: a name and a place do not say what is in them.
+
+    Raises:
+        DataError: they are not what `Images` says.
+    """
+    digest = hashlib.sha256()
+    for tensor, dtype, axes in zip(
+        images[:4], (torch.uint8, torch.int64) * 2, (4, 1) * 2, strict=True
+    ):
+        if tensor.dtype != dtype or tensor.dim() != axes:
+            raise DataError(
+                f"data: read() must give images uint8 [N, C, H, W] and labels int64 [N]; got "
+                f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}."
+            )
+        digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()[:12]
 
 
 @dataclass(kw_only=True)
@@ -80,6 +100,7 @@ class InMemory(ABC):
                 f"config: dataset.pad={self.pad} is not a whole number of pixels >= 0."
             )
         images = self.read()
+        self._contents = None if type(self).__module__.startswith("qexp.") else contents(images)
         channels, self._height, self._width = images.train_images.shape[1:]
         self.input_shape = (channels, self._height, self._width)
         self.num_classes = int(images.train_labels.max()) + 1
@@ -109,6 +130,7 @@ class InMemory(ABC):
         """What was done to the images, for result.json."""
         return {
             "dataset": self.name,
+            **({"contents": self._contents} if self._contents else {}),
             "train_images": self.train_size,
             "val_images": self._val_size,
             "test_images": len(self._splits["test"][1]),

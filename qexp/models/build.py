@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from qexp.errors import ConfigError, QexpError, did_you_mean, one_line, reason
 
@@ -102,6 +103,11 @@ def build_model(model: Mapping[str, Any], num_classes: int, in_channels: int) ->
         raise ConfigError(
             f"config: model._target_={model['_target_']} returns a {type(network).__name__}, no "
             "nn.Module. Name a class or function that makes a network."
+        )
+    if any(isinstance(p, UninitializedParameter) for p in network.parameters()):
+        raise ConfigError(
+            f"config: model '{name}' has lazy layers, whose sizes follow from the first image. "
+            "Give them their sizes."
         )
     if next(network.parameters(), None) is None:
         raise ConfigError(

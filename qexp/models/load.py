@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 
 from qexp.errors import CheckpointError, did_you_mean
 from qexp.models.build import resolve
@@ -27,6 +27,7 @@ from qexp.models.opened import own_names
 # `IMAGENET1K_V1`, `DEFAULT`, or `ResNet18_Weights.IMAGENET1K_V1`; a file name has a dot or a slash.
 WEIGHTS_NAME = re.compile(r"(\w+_Weights\.)?[A-Z][A-Z0-9_]*")
 WRAPPERS = ("state_dict", "model")
+DENSE = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.\w+)$")
 
 
 def load_weights(model: nn.Module, target: str, checkpoint: str) -> str:
@@ -68,7 +69,7 @@ def load_tensors_(model: nn.Module, state: Mapping[str, Tensor], *, assign: bool
     A plain dict lacks torch's version marks, which a module may insist on (torchvision's MNASNet).
     They are given as the model has them; batch norms get none, and may so lack their counter.
     """
-    norms = {name for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    norms = {name for name, m in model.named_modules() if isinstance(m, _NormBase)}
     marks: Any = getattr(model.state_dict(), "_metadata", {})
     marked: Any = OrderedDict(own_names(model, state))
     marked._metadata = {name: mark for name, mark in marks.items() if name not in norms}
@@ -102,15 +103,32 @@ def check_weights(model: nn.Module, target: str, checkpoint: str) -> None:
 
 def fitting_state(model: nn.Module, path: Path) -> dict[str, Tensor]:
     """The state dict in a file, once every key, shape and value of it can be loaded."""
-    state = _without_absent_parts(model, read_state(path))
+    ours = model.state_dict()
+    state = _without_absent_parts(model, _renamed(ours, read_state(path)))
     if difference := describe_difference(model, state):
         raise CheckpointError(f"checkpoint: {path} does not fit the model: {difference}")
-    diverged = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
+    floating = {k: v for k, v in state.items() if v.is_floating_point()}
+    diverged = [k for k, v in floating.items() if not v.isfinite().all() and not _same(v, ours, k)]
     if diverged:
         raise CheckpointError(
             f"checkpoint: {path} holds NaN or infinite values ({', '.join(diverged[:3])}"
             f"{', ...' if len(diverged) > 3 else ''}). Give one from before its training diverged."
         )
+    return state
+
+
+def _same(value: Tensor, ours: Mapping[str, Tensor], name: str) -> bool:
+    """Whether it is what the network is built with: a mask may hold infinities."""
+    return name in ours and torch.equal(value.cpu(), ours[name].to("cpu", value.dtype))
+
+
+def _renamed(ours: Mapping[str, Tensor], state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`state` without DataParallel's prefix, and with the names that DenseNet's layers have now."""
+    prefixed = all(name.startswith("module.") for name in state)
+    if prefixed and not all(name.startswith("module.") for name in ours):
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+    if any(name not in ours for name in state):  # torchvision renames its published files so
+        state = {DENSE.sub(r"\1\2", name): value for name, value in state.items()}
     return state
 
 
@@ -124,7 +142,7 @@ def _without_absent_parts(model: nn.Module, state: dict[str, Tensor]) -> dict[st
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """The state dict in a file, on the CPU, without wrapper and `module.` prefix."""
+    """The state dict in a file, on the CPU, without wrapper."""
     if not path.is_file():
         raise CheckpointError(missing_file(path))
     try:
@@ -158,8 +176,6 @@ def read_state(path: Path) -> dict[str, Tensor]:
             f"checkpoint: {path} holds no state dict (a mapping from names to tensors). "
             "Write it with torch.save(model.state_dict(), path)."
         )
-    if all(name.startswith("module.") for name in content):
-        content = {name.removeprefix("module."): value for name, value in content.items()}
     return dict(content)  # without torch's version marks: see `load_tensors_`
 
 

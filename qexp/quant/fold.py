@@ -76,6 +76,7 @@ def fold_bn_(model: nn.Module) -> list[Fold]:
     graph = trace_graph(model)
     modules: dict[str, Any] = dict(model.named_modules())
     count = calls(graph)
+    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     report = []
     for node in graph.nodes:
         if node.op != "call_module" or not isinstance(modules[str(node.target)], nn.BatchNorm2d):
@@ -93,6 +94,10 @@ def fold_bn_(model: nn.Module) -> list[Fold]:
             report.append(Fold(name, None, f"{source.target} shares its weight"))
         elif "weight" not in conv._parameters:  # weight_norm and the like: what is scaled is lost
             report.append(Fold(name, None, f"{source.target} computes its weight in each pass"))
+        elif _own_forward(conv):
+            report.append(Fold(name, None, f"{source.target} has a forward of its own"))
+        elif {f"{source.target}.weight", f"{source.target}.bias"} & read:
+            report.append(Fold(name, None, f"the weight of {source.target} is read elsewhere too"))
         elif type(modules[name]).forward is not nn.BatchNorm2d.forward:
             report.append(Fold(name, None, "it has a forward of its own"))
         elif modules[name].running_var is None:
@@ -102,6 +107,11 @@ def fold_bn_(model: nn.Module) -> list[Fold]:
             replace_(model, name, nn.Identity())
             report.append(Fold(name, str(source.target), "folded"))
     return report
+
+
+def _own_forward(conv: nn.Conv2d) -> bool:
+    own, plain = type(conv), nn.Conv2d
+    return own.forward is not plain.forward or own._conv_forward is not plain._conv_forward
 
 
 def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:

@@ -10,7 +10,7 @@ checkpoints (recipes/signs.py), and `calibrate_` reports inputs that contradict 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -127,6 +127,8 @@ def trace(model: nn.Module, input_shape: Sequence[int], batch: int = 2) -> list[
     with evaluated(model, handles):
         model(noise)
 
+    lengths = {name: len(x) for name, (_, x, _) in seen.items()}
+    tables = _tables(model, lengths, noise, generator) if {*lengths.values()} != {batch} else set()
     layers = []
     for i, (name, (module, x, y)) in enumerate(seen.items()):
         weight: Tensor = module.weight  # type: ignore[assignment]
@@ -137,7 +139,7 @@ def trace(model: nn.Module, input_shape: Sequence[int], batch: int = 2) -> list[
         else:
             kind, field = "linear", (weight.shape[1],)
         # Windows of an image may lie in the batch dimension; a table of positions has no batch.
-        samples = batch if len(x) % batch == 0 else 1
+        samples = batch if len(x) % batch == 0 and name not in tables else 1
         if samples == 1 and x.dim() == 3 and x.shape[1] == batch:  # tokens before the batch
             x, samples = x.transpose(0, 1), batch
         windows = len(x) // samples
@@ -155,3 +157,27 @@ def trace(model: nn.Module, input_shape: Sequence[int], batch: int = 2) -> list[
             )
         )
     return layers
+
+
+def _tables(
+    model: nn.Module, lengths: Mapping[str, int], noise: Tensor, generator: torch.Generator
+) -> set[str]:
+    """Layers whose input is as long for one image more: rows of a table, not of a batch.
+
+    Args:
+        lengths: of the first axis of each layer's input, for `noise`.
+    """
+    found: set[str] = set()
+
+    def hook(name: str) -> Callable[..., None]:
+        def compare(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if len(inputs[0]) == lengths[name]:
+                found.add(name)
+
+        return compare
+
+    more = torch.randn(len(noise) + 1, *noise.shape[1:], generator=generator).to(noise)
+    named = dict(model.named_modules())
+    with evaluated(model, [named[n].register_forward_pre_hook(hook(n)) for n in lengths]):
+        model(more)
+    return found

@@ -141,14 +141,16 @@ def optimizer_of(model: nn.Module, s: Settings) -> torch.optim.Optimizer:
 class WeightAverage:
     """Exponential moving average of a network's state: avg <- decay * avg + (1-decay) * now.
 
-    Buffers that are not floating point (counters) are copied. Warm start: the decay at step t is
-    min(decay, (1+t)/(10+t)), as in torchvision's and timm's references.
+    Buffers that are not floating point (counters), or not finite (masks), are copied. Warm start:
+    the decay at step t is min(decay, (1+t)/(10+t)), as in torchvision's and timm's references.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.step = 0
         self.state = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        floating = [(k, v) for k, v in self.state.items() if v.is_floating_point()]
+        self.floating = [k for k, v in floating if bool(v.isfinite().all())]
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
@@ -156,13 +158,11 @@ class WeightAverage:
         decay = min(self.decay, (1 + self.step) / (10 + self.step))
         self.step += 1
         now = model.state_dict()
-        floating = [k for k, v in self.state.items() if v.is_floating_point()]
         torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
-            [self.state[k] for k in floating], [now[k] for k in floating], 1 - decay
+            [self.state[k] for k in self.floating], [now[k] for k in self.floating], 1 - decay
         )
-        for k, v in self.state.items():
-            if not v.is_floating_point():
-                v.copy_(now[k])
+        for k in self.state.keys() - set(self.floating):
+            self.state[k].copy_(now[k])
 
     @contextmanager
     def applied(self, model: nn.Module, *, keep: bool = False) -> Iterator[None]:

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from qexp.errors import RunError
 from qexp.quant.convert import quant_layers, quantizers
 from qexp.quant.plan import Method
+from qexp.quant.quantizer import Quantizer
 
 
 class Movement:
@@ -42,11 +44,22 @@ def first_non_finite(model: nn.Module) -> str:
     One host sync when all is well.
     """
     state = [(n, t) for n, t in model.state_dict().items() if t.is_floating_point()]
-    finite = torch.stack([torch.isfinite(t).all() for _, t in state]).tolist()
-    for (name, _), fine in zip(state, finite, strict=True):
+    free = _may_be_infinite(model)
+    flags = [(~t.isnan() if n in free else t.isfinite()).all() for n, t in state]
+    for (name, _), fine in zip(state, torch.stack(flags).tolist(), strict=True):
         if not fine:
             return f", layer '{name.rpartition('.')[0]}' first"
     return ""
+
+
+def _may_be_infinite(model: nn.Module) -> set[str]:
+    """Buffers of the network's own, such as the mask of an attention."""
+    return {
+        f"{name}.{own}" if name else own
+        for name, module in model.named_modules()
+        if not isinstance(module, (_NormBase, Quantizer))
+        for own, _ in module.named_buffers(recurse=False)
+    }
 
 
 def check_finite(model: nn.Module, losses: Tensor, epoch: int, saved: int = 0) -> None:
