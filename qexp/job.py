@@ -120,7 +120,9 @@ def _take_up(cfg: DictConfig) -> bool:
     from qexp.runner import distributed
     from qexp.runner.folder import find_unfinished, identity
 
-    begun = find_unfinished(Path(cfg.out), identity(cfg)) if distributed.restarts() else None
+    processes, begun = distributed.world().size, None
+    if distributed.restarts():
+        begun = find_unfinished(Path(cfg.out), identity(cfg), processes)
     if begun is None:
         return False
     with open_dict(cfg):

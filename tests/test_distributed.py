@@ -12,10 +12,12 @@ import time
 from pathlib import Path
 
 import ddp_worker
+import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
 from conftest import Qexp
+from PIL import Image
 from torch import nn
 
 from qexp.errors import ConfigError
@@ -120,6 +122,7 @@ def test_a_restarted_command_finds_the_run_it_began(tmp_path: Path) -> None:
         (tmp_path / name / "status.json").write_text(json.dumps(status))
     assert find_unfinished(tmp_path, "mine") == tmp_path / "a"
     assert find_unfinished(tmp_path, "none") is None
+    assert find_unfinished(tmp_path, "mine", processes=2) is None  # begun by one
 
 
 # ---------------------------------------------------------------------------------------------
@@ -190,6 +193,26 @@ def test_two_processes_equal_one_at_the_same_global_batch(tmp_path: Path) -> Non
     assert len(steps) == 8
     for key in steps:  # the same calibration
         assert theirs[key].item() == pytest.approx(mine[key].item(), rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_an_image_that_another_process_cannot_read_does_not_lose_the_epoch(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        for name in ("cat", "dog"):
+            (tmp_path / "d" / part / name).mkdir(parents=True)
+            for i in range(8):
+                noise = np.random.default_rng(i).integers(0, 255, (12, 12, 3), dtype=np.uint8)
+                Image.fromarray(noise).save(tmp_path / "d" / part / name / f"{i}.png")
+    (tmp_path / "d" / "val" / "cat" / "1.png").write_bytes(b"no image")  # process 1 scores it
+    tiny = [word for word in TINY if not word.startswith("dataset")]
+    data = ("dataset=imagefolder", "dataset.root=d", "dataset.crop=8", "dataset.resize=12")
+    data = (*data, "recipe.calibration_images=16")
+    words = (*tiny, *data, "dataset.workers=0", "recipe.epochs=1", "recipe.batch_size=4")
+    said, _ = torchrun(tmp_path, "train", *words).communicate(timeout=200)
+    assert "1.png cannot be read as an image" in said
+    kept = checkpoint.load(only_run(tmp_path) / "last.pt")
+    assert (kept["epoch"], kept["step"]) == (0, 2)  # all trained, not scored
 
 
 @pytest.mark.slow

@@ -11,8 +11,10 @@ import torch
 from compose import TINY_PTQ, tiny
 from torch import nn
 
-from qexp.quant.convert import quantizers
+from qexp.quant.convert import Bits, quantize_, quantizers
 from qexp.quant.functional import kernels_compiled
+from qexp.quant.lsq import LSQ
+from qexp.quant.trace import trace
 from qexp.recipes import compilation, cost, plan, units
 from qexp.recipes.ptq import ptq
 from qexp.recipes.qat import qat
@@ -31,19 +33,31 @@ def test_cost_is_the_timed_step_times_the_images(
 ) -> None:
     threads: list[int] = []
 
-    def fixed(*step: object) -> tuple[float, float]:
+    def fixed(*step: object) -> tuple[float, float, float]:
         threads.append(torch.get_num_threads())
-        return 0.5, 2.0**20  # seconds and bytes for an image
+        return 0.5, 2.0**20, 3 * 2.0**30  # seconds and bytes for an image, bytes for any
 
     monkeypatch.setattr(cost, "_image_cost", fixed)
     before = torch.get_num_threads()
     line = cost_line(tmp_path, "recipe.epochs=4", "recipe.batch_size=16", "threads=2")
     # 4 epochs of 3 steps of 16 images, and 4 times 32 test images at a third of a step's time
     assert "about 2 min" in line  # 0.5 * (192 + 43) s
-    assert f"{1.5 * 16 / 1024:.2f} GB" in line
+    assert f"{1.5 * (3 + 16 / 1024):.2f} GB" in line
     assert "2 img/s" in line
     assert threads == [2]  # those of the run
     assert torch.get_num_threads() == before
+
+
+def test_what_a_step_keeps_of_its_weights_is_not_multiplied_by_the_batch() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 4096), nn.ReLU(), nn.Linear(4096, 3))
+    quantize_(model, trace(model, (3, 4, 4)), {"1": Bits(4, 4), "3": Bits(4, 4)}, LSQ, LSQ)
+    for quantizer in quantizers(model).values():
+        quantizer.calibrated.fill_(True)
+    _, each, fixed = cost._image_cost(model, (3, 4, 4), 8, Settings())
+    weights = 4 * (48 * 4096 + 4096 * 3)
+    assert weights <= fixed < 1.1 * weights
+    _, alike, _ = cost._image_cost(model, (3, 4, 4), 32, Settings())
+    assert each == pytest.approx(alike, rel=0.01)
 
 
 def test_cost_is_measured_on_the_runs_own_network(tmp_path: Path) -> None:
@@ -52,7 +66,7 @@ def test_cost_is_measured_on_the_runs_own_network(tmp_path: Path) -> None:
 
 
 def test_a_teachers_pass_is_in_the_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cost, "_image_cost", lambda *step: (1.0, 0.0))
+    monkeypatch.setattr(cost, "_image_cost", lambda *step: (1.0, 0.0, 0.0))
     words = ("recipe.epochs=1", "recipe.batch_size=16", "recipe.distill.weight=0.5")
     # 48 images and a third more for the teacher; a third of 32 test images
     assert "about 75 s" in cost_line(tmp_path, *words)
@@ -63,10 +77,10 @@ def test_the_step_is_timed_with_the_runs_arithmetic_and_kernels(
 ) -> None:
     seen: list[tuple[Settings, bool]] = []
 
-    def spy(model: nn.Module, shape: object, batch: int, s: Settings) -> tuple[float, float]:
+    def spy(model: nn.Module, shape: object, batch: int, s: Settings) -> tuple[float, ...]:
         seen.append((s, kernels_compiled()))
         assert {type(q).__name__ for q in quantizers(model).values()} == {"ASQ", "POST", "LSQ"}
-        return 1.0, 0.0
+        return 1.0, 0.0, 0.0
 
     monkeypatch.setattr(cost, "_image_cost", spy)
     monkeypatch.setattr(cost, "compiler_available", lambda device: (True, "g++"))
@@ -111,7 +125,7 @@ def test_the_cost_s_memory_follows_saved_and_accumulate(tmp_path: Path) -> None:
 def test_cost_of_reconstruction_counts_every_pass(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cost, "_image_cost", lambda *step: (1.0, 0.0))
+    monkeypatch.setattr(cost, "_image_cost", lambda *step: (1.0, 0.0, 0.0))
     words = ("quantizer=brecq", "recipe.iterations=20", "recipe.step_iterations=10")
     text = plan.plan(tiny(tmp_path, *words, base=TINY_PTQ))
     # ResNet-8: a first layer, three blocks, a last layer; the outer two have no rounding to learn
@@ -164,7 +178,7 @@ def test_the_memory_of_a_reconstruction_is_about_that_of_the_run(
 def test_what_a_plan_keeps_on_disk_is_not_in_its_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cost, "_image_cost", lambda *step: (1.0, 0.0))
+    monkeypatch.setattr(cost, "_image_cost", lambda *step: (1.0, 0.0, 0.0))
     recorded = 3 * 16 * 32 * 32 * 4 * 384 / 2**30  # a block's inputs and output
     whole = plan.plan(tiny(tmp_path, *LARGE, base=TINY_PTQ))
     spilled = plan.plan(tiny(tmp_path, *LARGE, "recipe.cache_gb=0", base=TINY_PTQ))
@@ -187,7 +201,7 @@ def test_a_post_training_plan_has_the_sizes_of_the_run(tmp_path: Path) -> None:
 def test_a_plan_of_widths_that_change_shows_the_last_and_names_the_stages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cost, "_image_cost", lambda *step: (1.0, 0.0))
+    monkeypatch.setattr(cost, "_image_cost", lambda *step: (1.0, 0.0, 0.0))
     words = ("bitwidth=progressive", "bits=2", "recipe.epochs=10")
     text = plan.plan(tiny(tmp_path, *words))
     assert "bits:     weights 2 by parameter" in text

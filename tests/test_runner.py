@@ -205,6 +205,7 @@ def test_the_first_event_after_a_kill_is_a_line_of_its_own(tmp_path: Path, cfg: 
         run.finish({})
     path = tmp_path / "run" / "metrics.jsonl"
     path.write_bytes(path.read_bytes()[:-5])
+    (tmp_path / "run" / "result.json").unlink()
     with open_run(tmp_path / "run", cfg, resume=True) as run:
         run.event("epoch", epoch=2)
         run.finish({})
@@ -481,6 +482,11 @@ def test_find_done_wants_a_done_run_of_the_same_config(tmp_path: Path, cfg: Dict
         run.finish({"top1": 1.0})
     assert find_done(tmp_path, identity(cfg)) == run.dir
     assert find_done(tmp_path, "other") is None
+    assert find_done(tmp_path, identity(cfg), processes=2) is None  # another batch
+    status = {**read_status(run.dir), "processes": 2}
+    (run.dir / "status.json").write_text(json.dumps(status))
+    assert find_done(tmp_path, identity(cfg)) is None
+    assert find_done(tmp_path, identity(cfg), processes=2) == run.dir
     assert find_runs(tmp_path) == [tmp_path / "a" / "1", tmp_path / "a" / "2"]
 
 

@@ -95,8 +95,21 @@ def test_inputs_keep_what_float_keeps_and_blocks_less(act: Any) -> None:
     model = network(act)
     floating = kept(ResNet(depth=8, num_classes=4, width=0.5).train(), "all")
     assert kept(model, "all") > 1.3 * floating
-    assert kept(model, "inputs") < 1.03 * floating
+    weights = 4 * sum(layer.weight.numel() for layer in quant_layers(model).values())
+    assert kept(model, "inputs") < 1.03 * floating + weights
     assert kept(model, "blocks") < 0.6 * floating
+
+
+def test_quantized_weights_are_counted_in_every_mode() -> None:
+    """Autograd asks the innermost hooks alone, and `inputs` has its own."""
+    wide = nn.Sequential(*(nn.Conv2d(64, 64, 3, padding=1) for _ in range(3)))
+    layers = trace(wide, (64, 2, 2))
+    quantize_(wide, layers, {layer.name: Bits(4, 4) for layer in layers}, LSQ, LSQ)
+    x = torch.randn(2, 64, 2, 2)
+    calibrate_(wide, x)
+    save_less_(wide.train(), "inputs")
+    weights = sum(4 * layer.weights for layer in layers)
+    assert kept_bytes(wide, lambda: wide(x).sum().backward()) >= weights
 
 
 def test_evaluation_and_checkpoints_do_not_see_the_mode() -> None:

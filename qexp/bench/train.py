@@ -70,14 +70,14 @@ def bench_train(cfg: DictConfig) -> list[dict[str, Any]]:
     folder = unused(Path(s.out))
     print(f"{table.device_name(device)}, {threads} CPU threads, batch {s.batch}", flush=True)
     for dtype in s.dtype:
-        with tf32(True):  # as cuDNN's convolutions take it in training
+        with tf32(True):  # the rate of convolutions: cuDNN takes it in training
             machine = measure_machine(device, DTYPES[dtype])
         print(table.rates(machine, dtype), flush=True)
         for model in s.models:
             for mode in modes:
                 facts = {"model": model, "dtype": dtype, "compile": mode, "device": str(device)}
                 group = _group(s, model, DTYPES[dtype], mode, device)
-                with torch._dynamo.config.patch(recompile_limit=VARIANTS), tf32(True):
+                with torch._dynamo.config.patch(recompile_limit=VARIANTS):
                     take_turns(group.contenders, s.repeats, s.warmup, device)
                 new = table.rows(group, machine, {**facts, **s.facts(threads)})
                 print(table.text(new), flush=True)

@@ -9,7 +9,9 @@ bits are those of the two operands it multiplies.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +23,10 @@ from qexp.quant.quantizer import Quantizer
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+# Who counts what is kept (`saving.kept_bytes`): autograd asks the innermost hooks alone.
+KEPT: ContextVar[Callable[[Tensor], Any] | None] = ContextVar("kept", default=None)
 
 
 class QuantizedOperands:
@@ -66,8 +72,11 @@ class QuantizedOperands:
         place, dtype, shape = x_hat.data_ptr(), x_hat.dtype, x_hat.shape
 
         def pack(t: Tensor) -> Tensor | None:
-            same = t.data_ptr() == place and t.dtype == dtype and t.shape == shape
-            return None if same else t
+            if t.data_ptr() == place and t.dtype == dtype and t.shape == shape:
+                return None
+            if (count := KEPT.get()) is not None:
+                count(t)
+            return t
 
         @torch.no_grad()
         def unpack(kept: Tensor | None) -> Tensor:

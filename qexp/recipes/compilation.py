@@ -50,7 +50,7 @@ from torch import Tensor, nn
 
 from qexp.errors import ConfigError
 from qexp.quant.convert import quant_layers, quantizers
-from qexp.quant.functional import compile_kernels, vector_width
+from qexp.quant.functional import VARIANTS, compile_kernels, vector_width
 from qexp.quant.trace import Layer
 from qexp.recipes.saving import save_less_
 from qexp.runner.device import compiler_available, keep_memory
@@ -112,6 +112,8 @@ def compiled(
         graphs: replay forward and backward as CUDA graphs.
         half_width: vectors of 256 bits where a CPU has wider ones (`thin`).
     """
+    limit = torch._dynamo.config.recompile_limit  # a graph for each stage of widths
+    torch._dynamo.config.recompile_limit = max(limit, VARIANTS)
     backend = _backend(device.type == "cpu", saved != "all", graphs, half_width)
     forward = torch.compile(model, backend=backend, **options)
     return _replayed(model, forward) if graphs else forward

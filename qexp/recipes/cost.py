@@ -64,11 +64,21 @@ LEFT_OUT = "compilation, loading, and a float baseline that must be trained firs
 
 
 class Timed(NamedTuple):
-    """A step on this machine: for one image, and how it was run."""
+    """A step on this machine, and how it was run.
+
+    Attributes:
+        seconds: for one image.
+        kept: bytes kept for backward of one image; fixed: of any number (quantized weights).
+    """
 
     seconds: float
-    kept: float  # bytes kept for backward
+    kept: float
+    fixed: float
     how: str
+
+    def bytes(self, images: float) -> float:
+        """Kept by a step of so many images."""
+        return self.fixed + self.kept * images
 
 
 def training(cfg: DictConfig, card: Card, model: nn.Module, layers: Sequence[Layer]) -> list[str]:
@@ -85,7 +95,7 @@ def training(cfg: DictConfig, card: Card, model: nn.Module, layers: Sequence[Lay
     images += steps / per_epoch * card.test_size / 3
     parameters = 4 * sum(p.numel() for p in model.parameters())
     # With gradients and momentum.
-    memory = 3 * parameters + WORKING * cost.kept * s.batch_size / s.accumulate
+    memory = 3 * parameters + WORKING * cost.bytes(s.batch_size / s.accumulate)
     source = "from random weights" if s.from_scratch else cfg.model.checkpoint
     return [
         f"training: {s.epochs} epochs of {per_epoch} steps of {s.batch_size} images, {steps:,} "
@@ -127,7 +137,7 @@ def reconstruction(
     numbers = sum(p.numel() for net in (model, reference) for p in net.parameters())
     numbers += (s.images + s.held_out) * prod(card.input_shape)
     forward = FORWARD * 4 * widest * max(s.batch_size, s.act_images)
-    step = LEARNING * share * cost.kept * s.minibatch
+    step = LEARNING * share * cost.bytes(s.minibatch)
     memory = 4 * numbers + cache + max(forward, step)
     disk = f", {(recorded - cache) / 2**30:.2f} GB on disk" if recorded > cache else ""
     images += sum(learned) * (s.images + s.held_out) / 3 + 2 * card.test_size / 3
@@ -188,17 +198,19 @@ def _timed(
     try:
         compile_kernels(kernels)
         save_less_(model.to(device), cfg.saved)
-        seconds, kept = _image_cost(model, card.input_shape, size, s)
+        seconds, kept, fixed = _image_cost(model, card.input_shape, size, s)
     finally:
         compile_kernels(False)
         set_threads(threads)
-    return Timed(seconds, kept, f"{device} {'with compiled kernels' if kernels else 'eagerly'}")
+    return Timed(
+        seconds, kept, fixed, f"{device} {'with compiled kernels' if kernels else 'eagerly'}"
+    )
 
 
 def _image_cost(
     model: nn.Module, shape: tuple[int, ...], batch: int, s: Settings
-) -> tuple[float, float]:
-    """Seconds forward and backward, the faster of two, and bytes kept; both for one image."""
+) -> tuple[float, float, float]:
+    """Seconds forward and backward of an image, the faster of two; bytes kept of it, and of any."""
     device = next(model.parameters()).device
     if device.type == "cpu":
         keep_memory()  # as the run does
@@ -207,12 +219,15 @@ def _image_cost(
     x: Any = torch.randn(batch, *shape, device=device)
     y = torch.zeros(batch, dtype=torch.int64, device=device)
 
-    def step() -> None:
-        loss, _ = training_loss(model, None, x, y, s)
+    def step(n: int = batch) -> None:
+        loss, _ = training_loss(model, None, x[:n], y[:n], s)
         loss.backward()
 
     step()  # compiles
-    kept = kept_bytes(model, step)
+    kept, half = kept_bytes(model, step), batch // 2
+    each = kept / batch
+    if half > 1:  # batch norm wants two
+        each = (kept - kept_bytes(model, lambda: step(half))) / (batch - half)
     took = []
     for _ in range(2):
         synchronize(device)
@@ -220,7 +235,7 @@ def _image_cost(
         step()
         synchronize(device)
         took.append(time.perf_counter() - began)
-    return min(took) / batch, kept / batch
+    return min(took) / batch, each, max(0.0, kept - each * batch)
 
 
 def _duration(seconds: float) -> str:

@@ -120,11 +120,15 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
         if run.changed:
             stages.refuse_wider(network, state["epoch"], s.epochs)
         run.info(f"resumed after epoch {state['epoch']}, step {state['step']}")
-    distributed.own_random_numbers(cfg.seed, state["epoch"] * dataset.steps_per_epoch)
     count, saved_as = steps * s.batch_size, cfg.get("saved", "all")
     forward = compile_for(cfg.compile, model, network.layers, count, device, run, saved_as, s.amp)
 
+    def draw() -> None:  # where a resume draws on from, too
+        step = state["epoch"] * dataset.steps_per_epoch + state["step"]
+        distributed.own_random_numbers(cfg.seed, step)
+
     def save(best: bool = False) -> None:
+        draw()
         if not leads:
             return
         content = {
@@ -146,6 +150,7 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
         run.status("running")  # with the time so far: a kill leaves nothing else
 
     # The loop.
+    draw()
     while state["epoch"] * dataset.steps_per_epoch < steps:
         epoch = state["epoch"]
         if stages.change_bits_(cfg, network, forward, images, epoch, s.epochs, run):
@@ -157,6 +162,8 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
         if s.bn_reestimate and (epoch + 1) * dataset.steps_per_epoch >= steps:
             with nullcontext() if average is None else average.applied(model, keep=True):
                 reestimate_bn_(model, dataset.train_batches(s.epochs), s.bn_reestimate)
+        if distributed.world().size > 1:
+            save()  # an image that another process cannot read must not lose the epoch
         began = time.perf_counter()
         try:
             test = _score(model, average, dataset, "test")

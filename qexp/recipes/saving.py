@@ -30,6 +30,7 @@ from qexp.errors import ConfigError
 from qexp.quant.blocks import find_blocks
 from qexp.quant.convert import quant_layers
 from qexp.quant.fold import trace_graph
+from qexp.quant.modules import KEPT
 
 MODES = ("all", "inputs", "blocks")
 
@@ -76,8 +77,12 @@ def kept_bytes(model: nn.Module, step: Callable[[], None]) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return t
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        step()
+    before = KEPT.set(keep)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            step()
+    finally:
+        KEPT.reset(before)
     return sum(kept.values())
 
 

@@ -149,7 +149,10 @@ def led(work: Callable[[], T]) -> T:
 
 
 def own_random_numbers(seed: int, step: int) -> None:
-    """Give each process but 0 a stream of its own from `step` on: dropout masks must differ."""
+    """Give each process but 0 a stream of its own from `step` on: dropout masks must differ.
+
+    Called where a run begins, resumes or saves, so that it goes on alike after each checkpoint.
+    """
     if not _world.leads:
         torch.manual_seed((seed * _world.size + _world.rank) * 1_000_003 + step)
 

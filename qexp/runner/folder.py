@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -205,19 +205,25 @@ def find_runs(root: Path) -> list[Path]:
     return sorted({path.parent for path in root.rglob(STATUS)}, key=lambda path: (path.name, path))
 
 
-def find_unfinished(root: Path, identity: str) -> Path | None:
-    """The newest run under `root` of the config with this identity that ended without a result."""
+def find_unfinished(root: Path, identity: str, processes: int = 1) -> Path | None:
+    """The newest run under `root` that `_alike` finds and that ended without a result."""
     for folder in reversed(find_runs(root)):
         status = read_status(folder)
         ended = status.get("state") in ("dead", "failed", "interrupted")
-        if ended and status.get("identity") == identity:
+        if ended and _alike(status, identity, processes):
             return folder
     return None
 
 
-def find_done(root: Path, identity: str) -> Path | None:
-    """The newest finished run under `root` of the config with this identity."""
+def find_done(root: Path, identity: str, processes: int = 1) -> Path | None:
+    """The newest finished run under `root` that `_alike` finds."""
     for folder in reversed(find_runs(root)):
-        if read_json(folder / STATUS).get("identity") == identity and is_done(folder):
+        if _alike(read_json(folder / STATUS), identity, processes) and is_done(folder):
             return folder
     return None
+
+
+def _alike(status: Mapping[str, Any], identity: str, processes: int) -> bool:
+    """Whether a run is of the config with this identity, trained by so many processes together:
+    they make another batch."""
+    return status.get("identity") == identity and status.get("processes", 1) == processes
