@@ -6,6 +6,7 @@ import copy
 import csv
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torchvision.models.swin_transformer import (
 )
 
 from qexp.engine.network import integer_network
-from qexp.errors import CheckpointError
+from qexp.errors import CheckpointError, ConfigError
 from qexp.export.network import restore
 from qexp.export.packed import pack_network
 from qexp.models.attention import Attention
@@ -352,6 +353,44 @@ def test_torch_fx_sees_the_projections_for_any_number_of_images(
     assert all(sum("attn" in n or "attention" in n for n in b.layers) >= 2 for b in blocks)
     assert len(blocks) == (2 if size == 16 else 4)
     assert unfit(ours, [unit.name for unit in units], x) == {}
+
+
+class TokensFirst(nn.Module):
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        self.batch_first, self.stem = batch_first, nn.Linear(6, 16)
+        self.encoder = nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=batch_first)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x[:, 0])  # [N, T, C]
+        x = self.encoder(x) if self.batch_first else self.encoder(x.transpose(0, 1)).transpose(0, 1)
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize("tokens", [4, 5])
+def test_a_factor_a_sample_wants_the_samples_first(tokens: int) -> None:
+    torch.manual_seed(0)
+    shape = (1, tokens, 6)
+    for batch_first in (True, False):
+        model = TokensFirst(batch_first).eval()
+        open_attention_(model, shape)
+        layers = trace(model, shape)
+        bits = {layer.name: Bits(4, 4) for layer in layers}
+        ahead = {layer.name for layer in layers if layer.tokens_first}
+        assert ahead == (set() if batch_first else {"encoder.linear1", "encoder.linear2"})
+        linear = {layer.name: layer for layer in layers}["encoder.linear1"]
+        assert (linear.macs, linear.act_shape) == (tokens * 16 * 32, (tokens, 16))
+        if batch_first:
+            quantize_(model, layers, bits, LSQ, ASQ)
+            x = torch.randn(6, *shape)
+            calibrate_(model, x)
+            with torch.no_grad():
+                torch.testing.assert_close(torch.cat([model(a) for a in x.split(1)]), model(x))
+            continue
+        quantize_(copy.deepcopy(model), layers, bits, LSQ, partial(ASQ, factor="frozen"))
+        with pytest.raises(ConfigError, match=r"'encoder.linear1' .* the model with batch_first"):
+            quantize_(model, layers, bits, LSQ, ASQ)
 
 
 def test_weights_of_a_vit_are_all_in_layers_but_its_positions() -> None:

@@ -290,6 +290,35 @@ def test_linear_layers_take_tokens() -> None:
     check_layer(model, x)
 
 
+class Looks(nn.Module):
+    """A model that reads attributes of its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weighs, self.linear = False, nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[..., : self.linear.in_features]
+        return self.linear(x.to(self.linear.weight.dtype) if self.weighs else x)
+
+
+def test_a_layer_has_its_sizes_and_says_that_it_has_no_weight() -> None:
+    model = Looks()
+    quantize_(model, trace(model, (7,)), {"linear": Bits(4, 4)}, LSQ, LSQ)
+    x = torch.randn(4, 7)
+    calibrate_(model, x)
+    layer: Any = model.linear
+    how, codes, parts = encode(layer.weight_quantizer, layer.weight, "linear")
+    with torch.no_grad():
+        expected = model(x)
+    model.linear = IntegerLayer(layer, Weight(how, codes, parts), "integer")  # type: ignore[assignment]
+    torch.testing.assert_close(model(x), expected)
+    assert model(x[:0]).shape == (0, 3)
+    model.weighs = True
+    with pytest.raises(ConfigError, match="Use engine=float"):
+        model(x)
+
+
 def test_an_unknown_input_is_named() -> None:
     packed = packed_of(network("lsq"))
     with pytest.MonkeyPatch.context() as patch:
@@ -303,7 +332,8 @@ def test_weights_stay_codes() -> None:
     entry = packed.header.layers[1]
     assert torch.equal(weight_of(packed, entry).codes, packed.codes(entry))
     layer: Any = integer_network(packed).get_submodule(entry.name)
-    assert not hasattr(layer, "weight")
+    with pytest.raises(ConfigError, match="has the integers alone"):
+        layer.weight  # noqa: B018
 
 
 # Command

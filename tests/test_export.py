@@ -855,6 +855,25 @@ def test_a_header_with_odd_data_is_refused(change: dict, message: str) -> None:
         parse(text)
 
 
+@pytest.mark.parametrize("name", ["New\u00a0York", "گربه\u200cها", "\N{WOMAN}\u200d\N{ROCKET}"])
+def test_classes_are_named_in_any_script(name: str) -> None:
+    header = packed_of(network("lsq")).header
+    names = [name, *"bcdefghij"]
+    text = replace(header, data={**header.data, "classes": names}).to_json()
+    assert parse(text).data["classes"] == names
+
+
+def test_wide_layers_and_small_adapters_are_described(tmp_path: Path) -> None:
+    header = packed_of(network("asq+post")).header
+    wide = replace(header.layers[-1], shape=(10, 81_920))
+    inputs = [replace(i, keywords={**i.keywords, "reduction": 1100}) for i in header.inputs]
+    text = replace(header, layers=(*header.layers[:-1], wide), inputs=tuple(inputs)).to_json()
+    assert parse(text).layers[-1].shape == (10, 81_920)
+    huge = replace(header.layers[-1], shape=(2**30, 2**30))
+    with pytest.raises(FormatError, match="shape must have at most"):
+        parse(replace(header, layers=(huge,)).to_json())
+
+
 def test_a_data_set_without_files_has_no_place(qexp: Qexp, run_folder: Path) -> None:
     said = qexp("eval", f"run={run_folder}", "dataset.root=x", "device=cpu")
     assert said.code == 2

@@ -552,6 +552,33 @@ def test_onnxruntime_rounds_no_input_of_a_linear_layer(method: str, bits: int, w
     assert {n.op_type for n in written.graph.node if read & set(n.input)} == {"Max"}
 
 
+class Chain(nn.Module):
+    """Convolutions without bias between quantizers, and a parameter named as the graph's output."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.second = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.logits = nn.Parameter(torch.randn(num_classes))
+        self.images = nn.Parameter(torch.ones(1))
+        self.linear = nn.Linear(8, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.second(torch.relu(self.first(x)))) * self.images
+        return self.linear(x.mean((2, 3))) + self.logits
+
+
+def test_no_product_becomes_one_of_integers_and_names_do_not_clash(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 10, 10)
+    packed = compared(Chain(5).eval(), x, f"{__name__}.Chain", bits=8)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "as_it_runs.onnx")
+    onnxruntime.InferenceSession(to_onnx(packed).SerializeToString(), options)
+    runs = {node.op_type for node in onnx.load(tmp_path / "as_it_runs.onnx").graph.node}
+    assert not {name for name in runs if name.startswith("QLinear") or "Integer" in name}
+
+
 class Windows(nn.Module):
     """Swin's attention by hand: shifted 2x2 windows, a table of positions, a mask of what wraps.
 

@@ -96,7 +96,7 @@ class Gemm:
                     torch.mul(plane, own, out=y[part])
                 else:
                     y[part] += plane * own
-        return y.view(n, rows, columns, -1).permute(0, 3, 1, 2)
+        return y.view(n, rows, columns, y.shape[2]).permute(0, 3, 1, 2)
 
     def _patches(self, x: Tensor) -> Tensor:
         """int8 [n, H, W, C] -> [n * H' * W', kh * kw * C]."""

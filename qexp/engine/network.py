@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -73,6 +74,12 @@ def engine_device(engine: str, asked: str) -> torch.device:
     return device
 
 
+SIZES = (
+    "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups",
+    "padding_mode", "in_features", "out_features",
+)  # fmt: skip
+
+
 class IntegerLayer(nn.Module):
     """A convolution or a linear layer: integers of the input, their sums, one rescale.
 
@@ -87,6 +94,9 @@ class IntegerLayer(nn.Module):
         self.act_quantizer: Quantizer = layer.act_quantizer
         self.bias = layer.bias
         self.conv = isinstance(layer, QuantConv2d)
+        for key in SIZES:  # a model may read its layers'
+            if hasattr(layer, key):
+                setattr(self, key, getattr(layer, key))
         self.unfold: Window | None = None
         if isinstance(layer, QuantConv2d):
             padding: Any = layer.padding  # a pair, unless given as a word
@@ -109,6 +119,18 @@ class IntegerLayer(nn.Module):
         of_offset = layer.weight.detach().reshape(codes.shape) if has_offset else None
         self.register_buffer("offset_weight", of_offset, persistent=False)
 
+    @property
+    def weight(self) -> Tensor:
+        """Is not there, in float.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            "engine: the model's forward reads the weight of a layer, of which an engine has the "
+            "integers alone. Use engine=float."
+        )
+
     def extra_repr(self) -> str:
         return type(self.multiply).__name__
 
@@ -124,7 +146,8 @@ class IntegerLayer(nn.Module):
         if self.conv:
             image = x_int if size is None else x_int.unflatten(2, size)
         else:  # tokens, or none, are pixels
-            image = x_int.movedim(-1, 1).reshape(len(x_int), x_int.shape[-1], 1, -1)
+            pixels = math.prod(x_int.shape[1:-1])
+            image = x_int.movedim(-1, 1).reshape(len(x_int), x_int.shape[-1], 1, pixels)
         y = self.multiply(image, step)
         if offset is not None:
             y = y + self._of_offset(image, offset)
@@ -132,7 +155,7 @@ class IntegerLayer(nn.Module):
             y = y + self.bias[:, None, None]
         if self.conv:
             return y
-        return y.flatten(2).transpose(1, 2).reshape(*x_int.shape[:-1], -1)
+        return y.flatten(2).transpose(1, 2).reshape(*x_int.shape[:-1], y.shape[1])
 
     def _of_offset(self, image: Tensor, offset: Tensor) -> Tensor:
         """conv(offset, w): not a constant, as no offset is added to the zeros around an image."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -21,6 +22,7 @@ VERSION = 1
 
 MAX_ITEMS = 10_000  # layers, norms, grids: far above any classifier, far below trouble
 MAX_SIZE = 65_536  # of a dimension, and of the number of classes
+MAX_ELEMENTS = 2**40  # of a tensor: what is in the file decides, this keeps products in int64
 FORMS = ("affine", "table", "codebook")
 OURS = {
     "qexp.models.resnet.ResNet",
@@ -142,6 +144,14 @@ def _text(value: Any, where: str) -> str:
     return value
 
 
+def _class_name(value: Any) -> str:
+    """A folder's name: with spaces and joiners of any script, without control characters."""
+    plain = isinstance(value, str) and 0 < len(value) <= 200
+    if not plain or any(unicodedata.category(c) in ("Cc", "Cs") for c in value):
+        raise FormatError("a class must be a name of at most 200 characters")
+    return value
+
+
 def _whole(value: Any, where: str, low: int, high: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise FormatError(f"{where} must be an integer from {low} to {high}")
@@ -162,17 +172,20 @@ def _number(value: Any, where: str) -> float:
     return float(value)
 
 
-def _sizes(value: Any, where: str, *ranks: int) -> tuple[int, ...]:
+def _sizes(value: Any, where: str, *ranks: int, most: int = MAX_SIZE) -> tuple[int, ...]:
     items = _items(value, where)
     if len(items) not in ranks:
         raise FormatError(f"{where} must have {' or '.join(map(str, ranks))} dimensions")
-    return tuple(_whole(v, where, 1, MAX_SIZE) for v in items)
+    sizes = tuple(_whole(v, where, 1, most) for v in items)
+    if math.prod(sizes) > MAX_ELEMENTS:
+        raise FormatError(f"{where} must have at most {MAX_ELEMENTS} elements")
+    return sizes
 
 
 def _keywords(value: Any, where: str) -> dict[str, Any]:
     """Scalars, no number that would build a network of any size, no list, no object."""
     for name, item in _named(value, where):
-        _scalar(item, name, 1000)
+        _scalar(item, name, MAX_SIZE)
     return dict(value)
 
 
@@ -226,7 +239,7 @@ def _data(value: Any) -> dict[str, Any]:
         data["resize"] = _whole(value["resize"], "resize", 1, MAX_SIZE)
     if "classes" in value:
         names = _items(value["classes"], "classes", MAX_SIZE)
-        data["classes"] = [_text(name, "a class") for name in names]
+        data["classes"] = [_class_name(name) for name in names]
     return data
 
 
@@ -268,5 +281,5 @@ def _layer(value: Any) -> LayerEntry:
     weight, source = (
         None if value[k] is None else _whole(value[k], k, 0, MAX_ITEMS) for k in ("weight", "input")
     )
-    shape = _sizes(value["shape"], "shape", 2, 4)
+    shape = _sizes(value["shape"], "shape", 2, 4, most=MAX_ELEMENTS)
     return LayerEntry(_text(value["name"], "layers"), shape, weight, source)

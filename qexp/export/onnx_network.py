@@ -71,7 +71,9 @@ class Writer:
             if not self.live(node):
                 self.values[node] = self.results[node]
                 if node.op == "get_attr":
-                    self.graph.name(self.values[node], str(node.target))
+                    name = str(node.target)  # of the root it may be the graph's own
+                    name = f"{name}.value" if name in ("images", "logits") else name
+                    self.graph.name(self.values[node], name)
                 continue
             if node.op == "placeholder":
                 self.values[node] = "images"
@@ -131,7 +133,7 @@ class Writer:
             w = weight(graph, self.packed, entry)
         else:
             w = graph.constant(module.weight, f"{name}.weight")
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) or module.bias is None:
             w = ops.apart(graph, w)
         if isinstance(module, nn.Linear) and rank == 2:
             y = graph.op("Gemm", x, w, transB=1)

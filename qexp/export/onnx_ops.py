@@ -195,10 +195,11 @@ def anchored(graph: Graph, x: str) -> str:
 
 
 def apart(graph: Graph, w: str) -> str:
-    """The weight `w` of a linear layer, behind an operation that keeps it float32.
+    """The weight `w` behind an operation that keeps it float32.
 
-    onnxruntime takes a DequantizeLinear and the product that reads it as one (MatMulNBits), which
-    rounds the float operand to 8 bits, 32 values together (accuracy level 4, its default).
+    onnxruntime takes a DequantizeLinear and the product that reads it as one: MatMulNBits, which
+    rounds the float operand to 8 bits, 32 values together (accuracy level 4, its default); and
+    between quantized inputs and outputs, where no bias stands apart, QLinearConv.
     """
     if not w.startswith("dequantizelinear_"):
         return w

@@ -165,9 +165,13 @@ def pack_network(
     try:
         parse(header.to_json())  # what is written can be read
     except FormatError as error:
+        advice = (
+            " Write a function that builds it with these values, and train that: "
+            "model._target_=package.module.function"
+        )
+        advice = advice if str(error).startswith("keywords") else ""
         raise ConfigError(
-            f"export: the model cannot be described in a file: {error}. Write a function that "
-            "builds it with these values, and train that: model._target_=package.module.function"
+            f"export: the model cannot be described in a file: {error}.{advice}"
         ) from error
     return Packed(header, tensors)
 

@@ -108,7 +108,7 @@ def _called_once(
     ]
     try:
         with _evaluated_by_modules(model):
-            model(torch.zeros(2, *input_shape).to(parameter))
+            model(parameter.new_zeros(2, *input_shape))
     except Exception:  # a network may be anyone's
         return {}
     finally:

@@ -185,8 +185,8 @@ class ASQ(Quantizer):
         self.leak = leak
         self.count: Count = count
         self.scale_factor_grad = scale_factor_grad
-        self.dequantize = dequantize
-        self.init = init
+        self.dequantize, self.init = dequantize, init
+        self.by_sample = factor != "frozen"
         self.replays = factor != "statistics"  # whose running mean moves in each forward
         self.scale = nn.Parameter(torch.tensor(1.0))
         self.adapter = (

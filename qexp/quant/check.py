@@ -14,6 +14,7 @@ from torch import nn
 from qexp.errors import ConfigError
 from qexp.quant.modules import QUANT_LAYERS
 from qexp.quant.quantizer import Quantizer
+from qexp.quant.trace import Layer
 
 
 def check_layers(model: nn.Module, names: Sequence[str]) -> None:
@@ -76,3 +77,17 @@ def _refuse_own_forward(name: str, module: nn.Module) -> None:
                         "its own, which its quantized form would not have. Write it as a module "
                         f"around a torch.nn.{kind.__name__} (padding: nn.ZeroPad2d before it)."
                     )
+
+
+def check_samples_first(layer: Layer, quantizer: Quantizer) -> None:
+    """Refuse a quantizer that looks at each sample where the samples are not the first axis.
+
+    Raises:
+        ConfigError: so.
+    """
+    if layer.tokens_first and quantizer.by_sample:
+        raise ConfigError(
+            f"model: layer '{layer.name}' takes its input with tokens before the batch, and "
+            f"{type(quantizer).__name__} has a factor for each sample. Build the model with "
+            "batch_first=True, or take another quantizer/act."
+        )

@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from qexp.quant.check import check_layers, check_padding
+from qexp.quant.check import check_layers, check_padding, check_samples_first
 from qexp.quant.modules import (
     QUANT_LAYERS,
     QuantConv2d,
@@ -118,6 +118,7 @@ def make_quantizers(
         if bits.act < 32
         else Identity(signed=layer.signed, shape=layer.field)
     )
+    check_samples_first(layer, aq)
     return wq, aq
 
 

@@ -50,6 +50,9 @@ class Quantizer(nn.Module):
     # `compile=auto` asks.
     fuses = True
 
+    # Whether an input is quantized by what it is itself: its first axis must be the samples.
+    by_sample = False
+
     # Whether forward in eval mode repeats, bit for bit, the last forward in training: backward may
     # then quantize an input again instead of keeping the result.
     replays = True

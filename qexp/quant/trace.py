@@ -34,6 +34,7 @@ class Layer:
         act_shape: its input for one sample, [C_in, H, W] or [..., C_in].
         signed: whether its input has negative values.
         position: `first`, `inner` or `last`, in execution order.
+        tokens_first: its input is [tokens, samples, C].
     """
 
     name: str
@@ -44,6 +45,7 @@ class Layer:
     act_shape: tuple[int, ...]
     signed: bool
     position: str
+    tokens_first: bool = False
 
     @property
     def weights(self) -> int:
@@ -127,8 +129,11 @@ def trace(model: nn.Module, input_shape: Sequence[int], batch: int = 2) -> list[
     with evaluated(model, handles):
         model(noise)
 
-    lengths = {name: len(x) for name, (_, x, _) in seen.items()}
-    tables = _tables(model, lengths, noise, generator) if {*lengths.values()} != {batch} else set()
+    shapes = {name: x.shape for name, (_, x, _) in seen.items()}
+    if any(len(shape) == 3 or shape[0] != batch for shape in shapes.values()):
+        axes = _batch_axes(model, shapes, noise, generator)
+    else:
+        axes = dict.fromkeys(shapes, 0)
     layers = []
     for i, (name, (module, x, y)) in enumerate(seen.items()):
         weight: Tensor = module.weight  # type: ignore[assignment]
@@ -139,9 +144,9 @@ def trace(model: nn.Module, input_shape: Sequence[int], batch: int = 2) -> list[
         else:
             kind, field = "linear", (weight.shape[1],)
         # Windows of an image may lie in the batch dimension; a table of positions has no batch.
-        samples = batch if len(x) % batch == 0 and name not in tables else 1
-        if samples == 1 and x.dim() == 3 and x.shape[1] == batch:  # tokens before the batch
-            x, samples = x.transpose(0, 1), batch
+        axis = axes[name]
+        samples = 1 if axis is None else batch
+        x = x if axis is None else x.movedim(axis, 0)
         windows = len(x) // samples
         position = "first" if i == 0 else "last" if i == len(seen) - 1 else "inner"
         layers.append(
@@ -154,30 +159,34 @@ def trace(model: nn.Module, input_shape: Sequence[int], batch: int = 2) -> list[
                 act_shape=tuple(x.shape[1:] if windows == 1 else (windows, *x.shape[1:])),
                 signed=bool(x.min() < 0),
                 position=position,
+                tokens_first=axis == 1 and x.dim() == 3,
             )
         )
     return layers
 
 
-def _tables(
-    model: nn.Module, lengths: Mapping[str, int], noise: Tensor, generator: torch.Generator
-) -> set[str]:
-    """Layers whose input is as long for one image more: rows of a table, not of a batch.
+def _batch_axes(
+    model: nn.Module,
+    shapes: Mapping[str, Sequence[int]],
+    noise: Tensor,
+    generator: torch.Generator,
+) -> dict[str, int | None]:
+    """Which axis of each layer's input grows with the batch; None: none does, it is a table.
 
     Args:
-        lengths: of the first axis of each layer's input, for `noise`.
+        shapes: of the inputs, for `noise`.
     """
-    found: set[str] = set()
+    found: dict[str, int | None] = {}
 
     def hook(name: str) -> Callable[..., None]:
         def compare(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if len(inputs[0]) == lengths[name]:
-                found.add(name)
+            pairs = enumerate(zip(inputs[0].shape, shapes[name], strict=True))
+            found[name] = next((i for i, (more, few) in pairs if more != few), None)
 
         return compare
 
     more = torch.randn(len(noise) + 1, *noise.shape[1:], generator=generator).to(noise)
     named = dict(model.named_modules())
-    with evaluated(model, [named[n].register_forward_pre_hook(hook(n)) for n in lengths]):
+    with evaluated(model, [named[n].register_forward_pre_hook(hook(n)) for n in shapes]):
         model(more)
     return found
