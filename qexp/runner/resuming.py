@@ -94,7 +94,8 @@ def next_segments(
     """
     path, earlier = folder / "config.yaml", status.get("segments", [])
     if not (folder / CHECKPOINT).is_file():
-        if status.get("state") == "done" and read_json(folder / RESULT):
+        result = read_json(folder / RESULT)  # with a protocol: a recipe of ours, which saves
+        if status.get("state") == "done" and "protocol_hash" in result:
             raise ConfigError(
                 f"resume: {folder} is done, and its {CHECKPOINT} is gone: there is nothing to go "
                 "on from. Start a new run."
