@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qexp import __version__
-from qexp.errors import ConfigError, QexpError, RunError, did_you_mean, one_line, origin
+from qexp.errors import ConfigError, QexpError, RunError, did_you_mean, one_line, origin, quoted
 
 if TYPE_CHECKING:
     import argparse
@@ -65,9 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         _complain(_how_to_continue(error))
         return 130
-    except BrokenPipeError:  # `qexp ls | head`
+    except BrokenPipeError as error:  # `qexp ls | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return _complain(describe(error)) if hasattr(error, "run_folder") else 0  # a run ended so
     except Exception as error:
         if os.environ.get("QEXP_TRACEBACK"):
             traceback.print_exc()
@@ -92,13 +92,14 @@ def _how_to_continue(error: KeyboardInterrupt) -> str:
     from qexp import sweep
 
     folder = getattr(error, "run_folder", None)
-    commands = sweep.to_continue() or ([f"qexp resume {folder}"] if folder else [])
+    commands = sweep.to_continue() or ([f"qexp resume {quoted(folder)}"] if folder else [])
     return f"interrupted. Continue with: {'; '.join(commands)}" if commands else "interrupted."
 
 
-def _complain(text: str) -> None:
+def _complain(text: str) -> int:
     red = sys.stderr.isatty() and "NO_COLOR" not in os.environ
     sys.stderr.write(f"\033[31m{text}\033[0m\n" if red else f"{text}\n")
+    return 1
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -242,7 +243,8 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[str
 
     parser.error = refuse  # type: ignore[method-assign]
     known, rest = parser.parse_known_args(list(argv))
-    overrides = [*known.overrides, *(word for word in rest if "=" in word and word[0] != "-")]
+    ours = (word for word in rest if word[:1] == "~" or ("=" in word and word[0] != "-"))
+    overrides = [*known.overrides, *ours]
     unknown = [word for word in rest if word not in overrides]
     if unknown:
         refuse(f"unknown option {unknown[0]}")

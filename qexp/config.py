@@ -29,7 +29,7 @@ from qexp.errors import ConfigError, did_you_mean
 from qexp.gpu_slots import gpu_of_job, jobs_at_once
 from qexp.ranges import unrepresentable, unusable
 from qexp.runner.overrides import task_overrides
-from qexp.signature import Signature, against, missing_keys
+from qexp.signature import Signature, against, is_node, members, missing_keys, type_hints
 
 PACKAGE = Path(__file__).parent
 
@@ -128,6 +128,7 @@ def check(cfg: DictConfig, schema: type | None = None) -> None:
         ]
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
+    _whole_floats_(cfg, OmegaConf.to_container(cfg, resolve=True))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -143,6 +144,23 @@ def _targets(node: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]
     elif isinstance(node, list):
         for index, value in enumerate(node):
             yield from _targets(value, f"{path}.{index}")
+
+
+def _whole_floats_(cfg: DictConfig, plain: Any) -> None:
+    """Write `0` as 0.0 where a float is meant, in place: hashes of configs tell them apart."""
+    for path, node in _targets(plain):
+        target = _imported(str(node["_target_"]))
+        settings = getattr(sys.modules.get(target.__module__), "Settings", None)
+        recipe = path.partition(".")[0] in RECIPES and settings is not None
+        hints = type_hints(settings if recipe else target)
+        leaves = [(f"{path}.{key}", value, hints.get(key)) for key, value in node.items()]
+        for name, value, hint in [*leaves]:
+            if isinstance(value, Mapping) and is_node(hint):  # recipe.distill
+                below = type_hints(hint)
+                leaves += [(f"{name}.{k}", v, below.get(k)) for k, v in value.items()]
+        for name, value, hint in leaves:
+            if type(value) is int and float in members(hint) and int not in members(hint):
+                OmegaConf.update(cfg, name, float(value))
 
 
 def _check_node(path: str, node: Mapping[str, Any], cfg: DictConfig) -> list[str]:

@@ -7,6 +7,7 @@ Every module may raise these; only `cli.py` prints them. Exit codes: 0 done, 1 t
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Iterable
 
 
@@ -53,6 +54,11 @@ def origin(error: BaseException) -> BaseException:
 def reason(error: BaseException) -> str:
     """The text of `error` in one line, without the C++ frames that torch may add."""
     return " ".join(str(error).partition("\nException raised from ")[0].split())
+
+
+def quoted(path: object) -> str:
+    """A path as a command takes it."""
+    return shlex.quote(str(path))
 
 
 def one_line(error: BaseException) -> str:

@@ -89,6 +89,8 @@ def _run(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
         raise ConfigError(
             f"qexp: recipe {cfg.recipe.name} runs in one process. Start it without torchrun."
         )
+    # Now, while nothing is begun: interrupted in the midst of it, no `finally` that needs it works.
+    importlib.import_module("torch._dynamo")
     precheck(cfg)
     began = time.perf_counter()
     with distributed.together(cfg.device) as world:

@@ -77,7 +77,7 @@ def _of_mapping(value: Any, hint: Any) -> Signature | None:
     if not isinstance(value, Mapping) or "_target_" in value:
         return None
     for member in _members(hint) or (hint,):
-        if _is_node(member):
+        if is_node(member):
             return Signature.of_dataclass(member)
         if typing.get_origin(member) is Mapping:
             return Signature(dict.fromkeys(value, typing.get_args(member)[1]), set())
@@ -138,9 +138,14 @@ def says(value: Any, hint: Any) -> str | None:
     kind = origin or hint
     if isinstance(kind, type) and kind in (Sequence, list, tuple):
         return _sequence(value, arguments)
-    if kind in (Mapping, dict) or _is_node(kind):
+    if kind in (Mapping, dict) or is_node(kind):
         return None if isinstance(value, Mapping) else "a mapping"
     return None
+
+
+def members(hint: Any) -> tuple[Any, ...]:
+    """The types of a union, or the one type that it is."""
+    return _members(hint) or (hint,)
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
@@ -148,7 +153,7 @@ def _members(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else ()
 
 
-def _is_node(hint: Any) -> bool:
+def is_node(hint: Any) -> bool:
     """Whether `hint` is a dataclass, written in YAML as a mapping of its fields."""
     return isinstance(hint, type) and dataclasses.is_dataclass(hint)
 

@@ -16,8 +16,10 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import wraps
@@ -37,6 +39,7 @@ from qexp.runner.overrides import task_overrides
 JOBS = "jobs.jsonl"
 
 _folder: Path | None = None  # of the sweep that this process launches
+_earlier = 0  # bytes that its jobs.jsonl had before: of another sweep in the same folder
 
 
 class Launched(Callback):
@@ -44,8 +47,10 @@ class Launched(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra once, before the first job."""
-        global _folder
+        global _folder, _earlier
         _folder = Path(config.hydra.sweep.dir)
+        with suppress(OSError):
+            _earlier = (_folder / JOBS).stat().st_size
         if config.hydra.launcher._target_.endswith("submitit_launcher.LocalLauncher"):
             _send_controllers_to(_folder / "controllers.log")
 
@@ -90,7 +95,16 @@ def folder_for(*, dry: bool) -> Iterator[list[str]]:
 
 @contextmanager
 def place_errors() -> Iterator[None]:
-    """Turn what the disk may refuse where the sweep's own folder is made into one line."""
+    """Turn what the disk may refuse where the sweep's own folder is made into one line.
+
+    A SIGTERM between or beside its jobs ends it as Ctrl-C does.
+    """
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, stop) if main else None
     try:
         yield
     except OSError:
@@ -100,6 +114,9 @@ def place_errors() -> Iterator[None]:
 
         with os_errors(_folder):
             raise
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, before)
 
 
 def run_job(task: Callable[[DictConfig], dict[str, Any]], cfg: DictConfig) -> float | None:
@@ -120,7 +137,7 @@ def run_job(task: Callable[[DictConfig], dict[str, Any]], cfg: DictConfig) -> fl
         _say_failed(f"job {' '.join(line['overrides'])} failed: {line['error']}{log}")
     finally:
         if line.get("status") != "planned":
-            _append(Path(HydraConfig.get().runtime.output_dir) / JOBS, line)
+            _append(_jobs(), line)
     return line.get("top1")
 
 
@@ -136,6 +153,12 @@ def done(cfg: DictConfig) -> dict[str, Any] | None:
     return {"status": "skipped", "top1": result.get("top1"), "seconds": 0.0, "folder": folder}
 
 
+def _jobs() -> Path:
+    """The sweep's jobs.jsonl, wherever `hydra.sweep.subdir` puts each job."""
+    hydra = HydraConfig.get()
+    return Path(hydra.runtime.cwd) / hydra.sweep.dir / JOBS
+
+
 def _append(path: Path, line: dict[str, Any]) -> None:
     append_line(path, json.dumps(line, default=str))
 
@@ -145,17 +168,17 @@ def _say_failed(text: str) -> None:
     print(f"\033[31m{text}\033[0m" if red else text, file=sys.stderr, flush=True)
 
 
-def read_jobs(folder: Path) -> list[dict[str, Any]]:
+def read_jobs(folder: Path, start: int = 0) -> list[dict[str, Any]]:
     """What a sweep's jobs.jsonl says of each job last; empty when it has none.
 
-    A line that a kill cut short is left out.
+    A line that a kill cut short is left out, and so is what is before byte `start`.
     """
     found: dict[tuple[str, ...], dict[str, Any]] = {}
     try:
-        lines = (folder / JOBS).read_text(errors="replace").splitlines()
+        text = (folder / JOBS).read_bytes()[start:].decode(errors="replace")
     except OSError:
         return []
-    for line in lines:
+    for line in text.splitlines():
         with suppress(ValueError, KeyError, TypeError):
             job = json.loads(line)
             found[tuple(job["overrides"])] = job
@@ -166,13 +189,13 @@ def began(folder: Path) -> None:
     """Note the folder of the job that begins: should it be killed, the sweep still knows it."""
     if is_sweep():
         line = {"overrides": task_overrides(), "status": "began"}
-        _append(Path(HydraConfig.get().runtime.output_dir) / JOBS, {**line, "folder": folder})
+        _append(_jobs(), {**line, "folder": folder})
 
 
 def forget() -> None:
     """Start anew: the next summary is of the next sweep."""
-    global _folder
-    _folder = None
+    global _folder, _earlier
+    _folder, _earlier = None, 0
 
 
 def to_continue() -> list[str]:
@@ -184,14 +207,16 @@ def to_continue() -> list[str]:
     if _folder is None:
         return []
     stopped = ("began", "interrupted")
-    begun = any(job["status"] in stopped and job.get("folder") for job in read_jobs(_folder))
+    begun = any(
+        job["status"] in stopped and job.get("folder") for job in read_jobs(_folder, _earlier)
+    )
     resume = f"qexp resume {shlex.quote(str(_folder))}"
     return [*([resume] if begun else []), os.environ["QEXP_COMMAND"]]
 
 
 def summary() -> str:
     """Print the table of the sweep that just ended; returns a line naming the failed jobs."""
-    jobs = read_jobs(_folder) if _folder is not None else []
+    jobs = read_jobs(_folder, _earlier) if _folder is not None else []
     if not jobs:
         return ""
     print(table(jobs))

@@ -65,7 +65,12 @@ def resume(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--take-over", action="store_true", help="also a run that is said to run on another machine"
     )
-    args = parser.parse_args(list(argv))
+    args = parser.parse_intermixed_args(list(argv))
+    for override in args.overrides:
+        if (key := override.lstrip("+~").partition("=")[0]) in ("folder", "dry_run"):
+            raise ConfigError(
+                f"resume: {key} is decided: the run goes on where it is. Leave it out."
+            )
     folder = locate(args.run, Path(args.out))
     if args.take_over:
         for run in _runs(folder):

@@ -183,6 +183,35 @@ def test_a_sweep_finishes_the_others_skips_what_is_done_and_names_the_failed(tin
     assert len(runs("done")) == 4
 
 
+def test_a_sweep_in_folders_of_its_own_names_its_failed_jobs(tiny: Qexp) -> None:
+    words = ("hydra.sweep.subdir=${hydra.job.num}", "hydra.sweep.dir=S", "recipe.then='bits=3'")
+    said = tiny("-m", *words, "bits=2,3")
+    assert said.code == 1
+    assert "1 of 2 jobs failed: bits=3" in said.err
+    assert len(sweep.read_jobs(Path("S"))) == 2
+
+
+def test_a_sweep_folder_used_again_is_of_the_new_sweep(tiny: Qexp) -> None:
+    assert tiny("-m", "hydra.sweep.dir=S", "bits=2,3", "recipe.then='bits=3'").code == 1
+    said = tiny("-m", "hydra.sweep.dir=S", "bits=2,4")
+    assert (said.code, said.err) == (0, "")
+    assert len(sweep.read_jobs(Path("S"))) >= 3
+
+
+def test_a_deletion_after_an_option_is_an_override(tiny: Qexp) -> None:
+    said = tiny("-m", "bits=2,3", "~launch")
+    assert "unknown option" not in said.err
+
+
+def test_a_resume_decides_where_and_whether_itself(tiny: Qexp, qexp: Qexp) -> None:
+    assert tiny("recipe.then=crash").code == 1
+    (run,) = runs("failed")
+    for word in ("dry_run=true", "folder=elsewhere"):
+        said = qexp("resume", str(run), word)
+        assert (said.code, f"{word.partition('=')[0]} is decided" in said.err) == (2, True)
+    assert read_json(run / "status.json")["state"] == "failed"
+
+
 def test_a_finished_single_run_counts_for_a_sweep_and_another_device_too(tiny: Qexp) -> None:
     tiny("bits=2", "device=cpu")
     said = tiny("-m", "bits=2", "seed=0,1")

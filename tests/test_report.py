@@ -17,6 +17,7 @@ import pytest
 
 from qexp.errors import ConfigError, RunError
 from qexp.report.command import EXAMPLES, main
+from qexp.report.runs import read_runs
 from qexp.report.variants import name_variants
 
 PROTOCOL = {
@@ -94,6 +95,22 @@ def report(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 def rows(capsys: pytest.CaptureFixture[str], root: Path, *argv: str) -> list[dict[str, str]]:
     text = report(capsys, str(root), "--format", "csv", *argv)
     return list(csv.DictReader(io.StringIO(text)))
+
+
+def test_another_random_allocation_is_another_row_and_a_float_run_has_no_width(
+    tmp_path: Path,
+) -> None:
+    for name, drawn in (("a", 0), ("b", 5)):
+        run = make_run(tmp_path, name)
+        config = json.loads((run / "config.yaml").read_text())
+        config["bitwidth"] = {"name": "sensitivity", "allocation": "random", "seed": drawn}
+        (run / "config.yaml").write_text(json.dumps(config))
+    nothing = {"weight": None, "act": None}
+    for name, bits in (("c", 4), ("d", 2)):
+        make_run(tmp_path, name, method="fp32", bits=bits, quantizer=nothing)
+    found = [run.variant for run in read_runs([tmp_path])]
+    assert [run.get("bitwidth.seed") for run in found] == [None, 5, None, None]
+    assert found[2] == found[3]
 
 
 def test_seeds_average_to_mean_and_sample_deviation(tmp_path, capsys) -> None:

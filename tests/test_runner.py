@@ -15,11 +15,13 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import compose
 import numpy as np
 import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from qexp import config, schema
 from qexp.errors import CheckpointError, ConfigError, RunError
 from qexp.runner import atomic, checkpoint, environment
 from qexp.runner.device import compiler_available, pick_device, seed_everything
@@ -472,6 +474,26 @@ def test_identity_tells_what_is_computed_not_where(cfg: DictConfig) -> None:
     assert identity(cfg) == identity(same)  # type: ignore[arg-type]
     other = OmegaConf.merge(cfg, {"bits": 3})
     assert identity(cfg) != identity(other)  # type: ignore[arg-type]
+
+
+def test_what_is_the_same_run_however_it_is_written(tmp_path: Path) -> None:
+    def of(*words: str) -> str:
+        made = compose.tiny(tmp_path, *words)
+        config.check(made, schema.Train)
+        return identity(made)
+
+    distilled = ("recipe.distill.weight=0", "recipe.warmup_epochs=0")
+    assert of(*distilled) == of("recipe.distill.weight=0.0", "recipe.warmup_epochs=0.0")
+    control = ("quantizer=fp32", "recipe=qat")
+    assert of(*control, "bits=4") == of(*control, "bits=2", "bitwidth.act=3")
+    assert of("quantizer=lsq", "bits=4") != of("quantizer=lsq", "bits=2")
+    table = tmp_path / "bits.yaml"
+    words = ("bitwidth=pattern", f"bitwidth.file={table}")
+    found = set()
+    for bits in (2, 3, 2):
+        table.write_text(f"layer1.0.conv1: {{weight: {bits}, act: {bits}}}\n")
+        found.add(of(*words))
+    assert len(found) == 2
 
 
 def test_find_done_wants_a_done_run_of_the_same_config(tmp_path: Path, cfg: DictConfig) -> None:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from qexp import config
-from qexp.errors import CheckpointError, ConfigError, RunError
+from qexp.errors import CheckpointError, ConfigError, RunError, quoted
 from qexp.export.compare import difference
 from qexp.quant.accounting import account
 from qexp.quant.convert import check_calibrated
@@ -54,7 +54,7 @@ def export(cfg: DictConfig) -> dict[str, Any]:
     run_config(folder, "export")
     if (state := run_state(folder)) != "done":
         raise CheckpointError(
-            f"export: {folder} is {state}, not done. Finish it with: qexp resume {folder}"
+            f"export: {folder} is {state}, not done. Finish it with: qexp resume {quoted(folder)}"
         )
     root = OmegaConf.select(cfg, "dataset.root")
     model, dataset, trained = load_run(

@@ -28,7 +28,8 @@ bit-width per layer (`bitwidth=sensitivity`); distillation. Unknown, and what we
     gradient accumulation too: its micro-batches share one quantization of the weights).
  3. One codebook a layer; `per_channel: true` is one an output channel, with its bytes counted.
  4. `init: kmeans` (quantiles, then Lloyd sweeps), `init: uniform` (step of least squared error);
-    `adaptation: none`, and `adaptation: gradient` (levels learned: dL/dc_k = sum of e over S_k).
+    `adaptation: none`, and `adaptation: gradient`: levels learned, dL/dc_k = g * sum of e over S_k,
+    g = 1 / sqrt(weights of a codebook * qmax), as LSQ's.
  5. No commitment loss: a quantizer here returns no loss.
 
 Measured (results/cifar10_qat_rungs: CIFAR-10, W2A2, three epochs, one seed): 82.42 with N2UQ's
@@ -50,6 +51,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from qexp.quant import functional
 from qexp.quant.calibrate import mse_scale
 from qexp.quant.cells import bin_members, gather, level_tables, search
 from qexp.quant.functional import MIN_SCALE, as_rows, from_rows, kernel, midpoints
@@ -206,7 +208,8 @@ class Codebook(Quantizer):
         rows = self._rows(x)
         level, half = self._nearest(rows)
         if self.adaptation == "gradient":
-            level = self._sorted().gather(1, half.long() // 2)
+            g = (rows.shape[1] * max(1, self.qmax)) ** -0.5
+            level = functional.scale_grad(self._sorted(), g).gather(1, half.long() // 2)
         w_hat = from_rows(level, x).to(x.dtype)
         if self.training:
             self._observe(rows, half)

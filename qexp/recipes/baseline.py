@@ -83,7 +83,7 @@ def find(folder: Path, wanted: str) -> Path | None:
 def interrupted(folder: Path, wanted: str) -> Path | None:
     """A float network that `auto` began under `folder` and that has not come to its end."""
     for run in sorted(folder.glob(f"{AUTO}{wanted}*")):
-        ended = read_status(run).get("state") in ("dead", "interrupted")
+        ended = read_status(run).get("state") in ("dead", "interrupted", "failed")
         if ended and (run / "last.pt").exists() and (run / "config.yaml").is_file():
             return run
     return None

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qexp.errors import CheckpointError
+from qexp.errors import CheckpointError, quoted
 from qexp.models.digest import weights_sha256
 from qexp.models.load import describe_difference, load_tensors_
 from qexp.quant.adaround import AdaRound
@@ -55,7 +55,7 @@ def read_ptq(source: str) -> dict[str, Any] | None:
     if "float" not in state:
         raise CheckpointError(
             f"checkpoint: {path} is of a post-training run that has not finished. "
-            f"Type: qexp resume {path.parent}"
+            f"Type: qexp resume {quoted(path.parent)}"
         )
     return state
 

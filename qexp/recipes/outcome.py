@@ -25,6 +25,7 @@ from qexp.recipes.watch import health
 from qexp.report.runs import UNIFORM
 from qexp.runner.atomic import write_bytes
 from qexp.runner.distributed import world
+from qexp.runner.folder import table_sha256
 from qexp.runner.run import Run
 
 # The protocol is what two rows must share to be compared; the method is what they may differ in.
@@ -211,6 +212,7 @@ def result(
         "w_bits": 32 if is_float(cfg) else _nominal(cfg, "weight", network),
         "a_bits": 32 if is_float(cfg) else _nominal(cfg, "act", network),
         "top1": top1,
+        **({"bits_table": table} if (table := table_sha256(cfg.bitwidth.get("file"))) else {}),
         "fp32_top1": fp32_top1,
         "drop": None if fp32_top1 is None else fp32_top1 - top1,
         **more,

@@ -27,7 +27,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from qexp.errors import ConfigError, DataError
+from qexp.errors import ConfigError, DataError, quoted
 from qexp.models.load import load_tensors_
 from qexp.models.opened import own_names
 from qexp.quant.convert import Bits, calibrate_, check_calibrated, quantizers, shared_weights
@@ -170,7 +170,7 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
             val = _score(model, average, dataset, "val") if dataset.has_val else None
         except DataError as error:
             save()
-            raise DataError(f"{error} This epoch is kept: qexp resume {run.dir}") from error
+            raise DataError(f"{error} This epoch is kept: qexp resume {quoted(run.dir)}") from error
         state["test_s"] = time.perf_counter() - began
         state["epoch"] = epoch + 1
         left = max(0.0, steps / dataset.steps_per_epoch - state["epoch"])

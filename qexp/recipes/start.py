@@ -222,7 +222,8 @@ def _load(cfg: DictConfig, start: FloatStart, dataset: Any, run: Run) -> None:
     if cfg.recipe.get("grad_clip", 0) is None and cfg.recipe.lr > UNCLIPPED_LR:
         run.warn(
             f"no batch norm is left to hold a step of recipe.lr={cfg.recipe.lr} back; training may "
-            "fall to chance. Use recipe=qat_after_ptq"
+            "fall to chance. Use recipe=qat_after_ptq, with an experiment (whose rate it leaves) "
+            "recipe.lr=0.003 recipe.grad_clip=1.0"
         )
 
 

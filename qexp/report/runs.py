@@ -19,7 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from qexp.errors import ConfigError
-from qexp.runner.folder import NOT_IDENTITY, RESULT, STATUS, read_json, read_status
+from qexp.runner.folder import (
+    NOT_IDENTITY,
+    RESULT,
+    STATUS,
+    is_float_quantizer,
+    read_json,
+    read_status,
+)
 
 MAPPINGS = ("protocol", "bits", "health")  # fields of result.json that are read into
 UNIFORM = (None, "float", "uniform", "progressive")  # policies that end at one width for all
@@ -119,8 +126,16 @@ class RunRecord:
         are the method lsq+asq, though one config still says asq.
         """
         own = {k: self.config[k] for k in VARIANT if isinstance(self.config.get(k), Mapping)}
+        if is_float_quantizer(own.get("quantizer", {})):
+            own.pop("bitwidth", None)
         leaves = ((k, v) for k, v in flatten(own) if k not in NAMED)
-        return {k: v for k, v in leaves if k.rpartition(".")[2] not in NOT_EXPERIMENT}
+        found = {k: v for k, v in leaves if k.rpartition(".")[2] not in NOT_EXPERIMENT}
+        drawn = at(self.config, "bitwidth", "seed")  # of a random allocation
+        if drawn is not None and drawn != self.config.get("seed"):
+            found["bitwidth.seed"] = drawn
+        if table := self.result.get("bits_table"):
+            found["bitwidth.file"] = str(table)[:8]
+        return found
 
     @cached_property
     def experiment(self) -> str:

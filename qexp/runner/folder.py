@@ -21,7 +21,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from qexp.errors import ConfigError, RunError
+from qexp.errors import ConfigError, RunError, quoted
 from qexp.runner.atomic import write_json
 
 STATUS = "status.json"
@@ -46,10 +46,28 @@ def identity(cfg: DictConfig, segments: Sequence[Any] = ()) -> str:
         segments: changes on the way (`resuming.py`), which make it another run.
     """
     what = {key: _plain(cfg, key) for key in cfg if key not in NOT_IDENTITY}
+    quantizer, policy = what.get("quantizer"), what.get("bitwidth")
+    if isinstance(quantizer, dict) and is_float_quantizer(quantizer):
+        what.pop("bits", None)
+        what.pop("bitwidth", None)
+    elif isinstance(policy, dict) and (table := table_sha256(policy.get("file"))):
+        what["bitwidth"] = {**policy, "file": table}
     if segments:
         what["segments"] = list(segments)
     text = json.dumps(what, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def is_float_quantizer(quantizer: Mapping[str, Any]) -> bool:
+    """Whether `quantizer` of a config quantizes nothing: widths are those of no layer then."""
+    return all(quantizer.get(part, 0) is None for part in ("weight", "act"))
+
+
+def table_sha256(file: Any) -> str | None:
+    """Hash of a table of bits: what is in it counts, not its place. None where there is none."""
+    if not isinstance(file, str) or not Path(file).is_file():
+        return None
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def _plain(cfg: DictConfig, key: Any) -> Any:
@@ -152,7 +170,7 @@ def refuse_running(folder: Path, status: dict[str, Any]) -> None:
         return
     advice = "Wait for it, or stop it first."
     if _elsewhere(status):
-        advice = f"If nothing runs there any more: qexp resume {folder} --take-over"
+        advice = f"If nothing runs there any more: qexp resume {quoted(folder)} --take-over"
     raise RunError(
         f"resume: {folder} is still running (pid {status.get('pid')} on {status.get('host')}). "
         + advice

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
-from qexp.errors import ConfigError, origin
+from qexp.errors import ConfigError, origin, quoted
 from qexp.runner.atomic import write_bytes, write_json
 from qexp.runner.folder import (
     EARLIER,
@@ -57,7 +57,7 @@ def take(folder: Path, cfg: DictConfig, processes: int = 1) -> None:
         status = read_status(folder)
         refuse_running(folder, status)
         segments = next_segments(folder, cfg, status, processes)
-        if overrides := _resume_overrides():
+        if overrides := _resume_overrides(folder):
             write_bytes(folder / RESUMED, OmegaConf.to_yaml(overrides).encode())
         if read_json(folder / RESULT):
             (folder / RESULT).replace(folder / EARLIER)
@@ -71,13 +71,17 @@ def take(folder: Path, cfg: DictConfig, processes: int = 1) -> None:
         write_json(folder / STATUS, status)
 
 
-def _resume_overrides() -> list[str]:
+def _resume_overrides(folder: Path) -> list[str]:
     """The values of this and earlier `qexp resume` commands; none where torchrun starts anew."""
     from hydra.core.hydra_config import HydraConfig
 
     if not HydraConfig.initialized() or HydraConfig.get().job.name != RESUME:
         return []
-    return without_ours(task_overrides())
+    typed_here = task_overrides()
+    named = [o.partition("=")[2] for o in typed_here if o.partition("=")[0] == "folder"]
+    if named and Path(named[-1].strip("'").replace("\\'", "'")) != folder:
+        return []  # of the run that this float network is trained for
+    return without_ours(typed_here)
 
 
 def next_segments(
@@ -102,7 +106,7 @@ def next_segments(
             )
         return [*earlier]  # nothing was learned yet
     if not path.is_file():
-        if new := [o for o in _resume_overrides() if o not in typed(folder / RESUMED)]:
+        if new := [o for o in _resume_overrides(folder) if o not in typed(folder / RESUMED)]:
             raise ConfigError(
                 f"resume: {path} is missing, so what {new[0]} changes cannot be told. Bring it "
                 "back, or resume without changes."
@@ -136,10 +140,10 @@ def _same_processes(folder: Path, before: int, now: int) -> None:
     """Refuse another number: the steps of an epoch and the images of a step depend on it."""
     if before == now:
         return
-    many = f"torchrun --nproc-per-node={before} -m qexp resume {folder}"
+    many = f"torchrun --nproc-per-node={before} -m qexp resume {quoted(folder)}"
     raise ConfigError(
         f"resume: {folder} was begun by {before} process{'es' * (before > 1)}, not {now}. Type: "
-        + (many if before > 1 else f"qexp resume {folder}")
+        + (many if before > 1 else f"qexp resume {quoted(folder)}")
     )
 
 
