@@ -414,3 +414,27 @@ def test_a_network_on_columns_takes_an_empty_batch() -> None:
     logits.sum().backward()
     assert logits.shape == (0, 4)
     assert empty.grad is not None
+
+
+def test_the_start_of_the_residual_does_not_depend_on_the_size_of_the_weights() -> None:
+    torch.manual_seed(0)
+    w = torch.randn(8, 4, 3, 3)
+    starts = []
+    for size in (1.0, 2.0**-6):
+        q = AQuant(4, signed=False, shape=FIELD, fusion="residual")
+        q.see_weights(size * w, size * (2 * w).round() / 2)
+        starts.append(q.mixing.detach())
+    assert starts[0].abs().max() > 0.1
+    torch.testing.assert_close(*starts)
+
+
+def test_a_row_whose_weights_are_all_zero_starts_as_nearest() -> None:
+    torch.manual_seed(0)
+    w = torch.randn(8, 4, 3, 3)
+    w_hat = 1.1 * w
+    w_hat[:, 1] = 0
+    q = AQuant(4, signed=False, shape=FIELD, border="linear")
+    q.see_weights(w, w_hat)
+    slopes = q.border[1].detach().view(4, 9)
+    assert (slopes[1] == 0).all()
+    assert (slopes[[0, 2, 3]] != 0).all()

@@ -390,3 +390,10 @@ def test_layer_of_asq_and_post_equals_eager_when_compiled(mode: str) -> None:
         compile_kernels(False)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_the_running_mean_starts_at_the_mean_magnitude_of_signed_inputs() -> None:
+    x = torch.randn(16, 4, 5, 5, generator=torch.Generator().manual_seed(0))
+    q = ASQ(4, shape=(4, 3, 3), factor="statistics")
+    q.calibrate(x)
+    torch.testing.assert_close(q.mean_abs, x.abs().mean())

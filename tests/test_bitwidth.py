@@ -354,3 +354,10 @@ def test_every_config_builds_its_policy_and_names_it(path: Path) -> None:
         assert policy.name == path.stem
         assert policy.first_last == 8
         assert policy.needs_data == (path.stem == "sensitivity")
+
+
+def test_a_last_stage_that_begins_where_the_training_ends_is_refused() -> None:
+    stages = Progressive([{"until": 4, "bits": 8}, {"bits": 2}])
+    assert [stages.bits_at(epoch, 5) for epoch in range(5)] == [8, 8, 8, 8, 2]
+    with pytest.raises(ValueError, match="begins at epoch 4 of 4: it is never reached"):
+        stages.bits_at(0, 4)

@@ -23,7 +23,7 @@ from torchvision.transforms import v2
 from qexp.data.augment import crop_flip, draw_crops, normalise, pad_images
 from qexp.data.cifar import CIFAR10
 from qexp.data.fashion import FashionMini, FashionMNIST
-from qexp.data.memory import Images, InMemory
+from qexp.data.memory import Images, InMemory, contents
 from qexp.data.sampling import derive_seed, split_train, stratified_order
 from qexp.data.synthetic import Synthetic
 from qexp.errors import ConfigError, DataError, QexpError
@@ -434,3 +434,24 @@ def test_wrong_value_is_one_line(
         (act or id)(synthetic(**changes))
     assert re.search(message, str(error.value)), str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_labels_are_those_of_the_images_they_come_with() -> None:
+    data = synthetic()
+    x, y = data.labelled_images(100, seed=3)
+    own = {
+        tuple(image.flatten().tolist()): int(label)
+        for images, labels in data.eval_batches("train")
+        for image, label in zip(images, labels, strict=True)
+    }
+    assert [own[tuple(image.flatten().tolist())] for image in x] == y.tolist()
+
+
+def test_every_part_of_a_data_set_of_ones_own_is_in_its_digest() -> None:
+    def digest(changed: int | None) -> str:
+        parts = [torch.zeros(4, 3, 2, 2, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)] * 2
+        if changed is not None:
+            parts[changed] = parts[changed] + 1
+        return contents(Images(*parts))
+
+    assert len({digest(part) for part in (None, 0, 1, 2, 3)}) == 5

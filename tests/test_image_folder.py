@@ -215,3 +215,21 @@ def test_more_processes_than_images_leave_some_without(tmp_path: Path) -> None:
         path.unlink()
     sets = [folder(tmp_path, batch_size=1, rank=r, world_size=4) for r in range(4)]
     assert [sum(len(y) for _, y in one.eval_batches("test")) for one in sets] == [1, 1, 0, 0]
+
+
+def test_labels_are_those_of_the_folders_the_images_are_in(root: Path) -> None:
+    data = folder(root)
+    x, y = data.labelled_images(12, seed=0)
+    own = {
+        tuple(image.flatten().tolist()): int(label)
+        for images, labels in data.eval_batches("train")
+        for image, label in zip(images, labels, strict=True)
+    }
+    assert [own[tuple(image.flatten().tolist())] for image in x] == y.tolist()
+
+
+def test_training_cuts_as_large_a_part_as_told_and_mirrors_only_if_told(root: Path) -> None:
+    for flip, area in ((True, 0.5), (False, 0.25)):
+        crop, mirror, _ = folder(root, flip=flip, min_area=area)._random.transforms  # type: ignore[attr-defined]
+        assert tuple(crop.scale) == (area, 1.0)
+        assert mirror.p == 0.5 * flip

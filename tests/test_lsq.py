@@ -216,3 +216,13 @@ def test_lsqplus_starts_below_zero_for_signed_inputs_alone() -> None:
         assert (q.offset.item() < -0.5) == signed
         assert q.offset.item() <= 0
         assert (q.qmin, q.qmax) == (0, 7)
+
+
+def test_the_levels_of_lsqplus_are_what_its_codes_stand_for() -> None:
+    q = LSQPlus(3)
+    q.calibrate(torch.randn(500, generator=torch.Generator().manual_seed(0)) + 0.5)
+    assert q.offset < 0
+    codes = torch.arange(q.qmin, q.qmax + 1)
+    torch.testing.assert_close(q.levels()[0], q.decode(codes).detach())
+    middle = (q.levels()[0][1:] + q.levels()[0][:-1]) / 2
+    torch.testing.assert_close(q.thresholds(), middle)

@@ -278,3 +278,23 @@ def test_weight_gradient_is_the_identity_or_divided_by_the_scale() -> None:
     w.grad = None
     N2UQWeight(3, shape=w.shape, gradient="released")(w).backward(e)
     torch.testing.assert_close(w.grad, e / q.scale)
+
+
+@pytest.mark.parametrize("name", ["input_scale", "output_scale"])
+def test_a_scale_of_zero_is_counted(name: str) -> None:
+    q = N2UQ(2, signed=False)
+    assert q.health()["clamped_steps"] == 0
+    with torch.no_grad():
+        q.get_parameter(name).zero_()
+    assert q.health()["clamped_steps"] == 1
+
+
+def test_an_input_on_a_threshold_has_one_code_forward_and_backward() -> None:
+    from qexp.quant.gste import gste
+
+    step = torch.tensor(1.0, requires_grad=True)
+    y = gste(torch.tensor([[0.5, 1.5, 1.75]]), torch.tensor([0.0, 1.0, 2.0]), step, 0)
+    assert y.tolist() == [[0.0, 1.0, 2.0]]
+    y.backward(torch.tensor([[1.0, 10.0, 100.0]]))
+    assert step.grad is not None
+    assert step.grad.item() == 210.0  # sum e * code

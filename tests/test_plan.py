@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -206,3 +207,20 @@ def test_a_plan_of_widths_that_change_shows_the_last_and_names_the_stages(
     text = plan.plan(tiny(tmp_path, *words))
     assert "bits:     weights 2 by parameter" in text
     assert "stages:   weight bits 8 in epoch 1, 4 in epochs 2 to 4, 2 in epochs 5 to 10;" in text
+
+
+def test_training_holds_weights_gradients_and_momentum(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from compose import tiny
+
+    monkeypatch.setattr(cost, "_timed", lambda *given: cost.Timed(1.0, 0.0, 0.0, "cpu"))
+    large = nn.Linear(30_000, 30_000, device="meta")
+    card = SimpleNamespace(train_size=48, test_size=32)
+    line = cost.training(tiny(tmp_path), card, large, [])[1]  # type: ignore[arg-type]
+    assert f"{3 * 4 * 30_000 * 30_001 / 2**30:.2f} GB" in line
+
+
+def test_durations_are_in_the_unit_that_reads_best() -> None:
+    found = [cost._duration(s) for s in (89, 120, 5399, 5400, 36_000)]
+    assert found == ["89 s", "2 min", "90 min", "1.5 h", "10.0 h"]

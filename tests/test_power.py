@@ -466,3 +466,15 @@ def test_apot_keeps_the_magnitude_of_the_weights(normalize: bool) -> None:
     with torch.no_grad():
         w_hat = q(w)
     assert (w_hat - w).square().sum() < 0.05 * w.square().sum()
+
+
+def test_one_clip_a_layer_divides_by_the_root_of_all_its_weights() -> None:
+    w = weights()
+    e = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    q = POT(3, shape=SHAPE, per_channel=False)
+    q.calibrate(w)
+    q(w).backward(e)
+    clip = q.scale.detach().clone().requires_grad_()
+    project(w, clip, q.grid).backward(e)
+    assert clip.grad is not None
+    torch.testing.assert_close(q.scale.grad, clip.grad / w.numel() ** 0.5)

@@ -530,3 +530,57 @@ def test_batch_norms_that_stay_are_one_line_a_reason(tmp_path: Path) -> None:
     assert "folded 0 of 6 batch norms" in log
     assert log.count("its input is not a convolution") == 1
     assert "6 of 6 batch norms not folded (its input is not a convolution): 0, " in log
+
+
+@pytest.mark.parametrize("method", ["adaround", "brecq", "qdrop"])
+def test_input_steps_are_calibrated_again_once_the_weights_are_learned(
+    tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    later: list[list[str]] = []
+    real, again = units_module.reconstruct_unit, units_module.Work._calibrate_inputs
+
+    def spy(model: torch.nn.Module, reference: Any, unit: Any, *given: Any, **more: Any) -> Any:
+        done.append(given[1].name)
+        names = list(quant_layers(model))
+        last = max(names.index(name) for name in unit.layers)
+        later.append(more["later"])
+        assert more["later"] == names[last + 1 :]
+        return real(model, reference, unit, *given, **more)
+
+    def calibrated(work: Any, model: torch.nn.Module) -> None:
+        done.append("inputs")
+        again(work, model)
+
+    monkeypatch.setattr(units_module, "reconstruct_unit", spy)
+    monkeypatch.setattr(units_module.Work, "_calibrate_inputs", calibrated)
+    quantized(tiny(tmp_path, f"quantizer={method}", "max_steps=1"))
+    first = ["rounding"] * (8 if method == "adaround" else 5)
+    then = {"adaround": ["inputs"], "brecq": ["inputs", *["steps"] * 5], "qdrop": []}[method]
+    assert done == [*first, *then]
+    assert later[len(first) - 1] == []
+
+
+@pytest.mark.parametrize("on", ["float", "prefix"])
+def test_steps_are_calibrated_on_float_inputs_or_on_the_quantized_prefix(
+    tmp_path: Path, on: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    real = ptq_module.calibrate_
+
+    def spy(model: torch.nn.Module, *given: Any) -> list[str]:
+        seen.append({(m.weight_enabled, m.act_enabled) for m in quant_layers(model).values()})
+        return real(model, *given)
+
+    monkeypatch.setattr(ptq_module, "calibrate_", spy)
+    quantized(tiny(tmp_path, "quantizer=nearest", f"recipe.calibrate_on={on}"))
+    assert seen == [{(on == "prefix", on == "prefix")}]
+
+
+def test_units_that_end_worse_than_they_began_are_named() -> None:
+    errors = {"a": (0.2, 0.1), "b": (0.1, 0.2), "c": (0.1, 0.1)}
+    rows = [
+        {"unit": name, "error_before": before, "error": after, "wall_s": 1.0}
+        for name, (before, after) in errors.items()
+    ]
+    assert units_module.summary([*rows, {}], 0.0, {})["worse_than_start"] == ["b"]

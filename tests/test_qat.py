@@ -815,3 +815,31 @@ def test_a_weight_that_overflows_at_the_last_step_stops_the_run() -> None:
         RunError, match=r"epoch 2, step 3, layer '1' first; last good .* \(epoch 1\)"
     ):
         qat_module.check_finite(model, torch.ones(3), epoch=1)
+
+
+def test_the_average_is_of_the_weights_after_the_step(tmp_path: Path, float_run: Path) -> None:
+    start = checkpoint.load(float_run)["model"]["conv1.weight"]
+    options = (f"model.checkpoint={float_run}", "recipe.epochs=1", "recipe.ema=0.9", "max_steps=1")
+    _, folder = train(tiny(tmp_path, *options))
+    saved = checkpoint.load(folder / "last.pt")
+    now = saved["model"]["conv1.weight"]
+    assert not torch.equal(now, start)
+    average = saved["average"]["state"]["conv1.weight"]  # the first decay is 1/10
+    torch.testing.assert_close(average, 0.1 * start + 0.9 * now, rtol=0, atol=1e-7)
+
+
+def test_momentum_outlives_a_change_of_widths(
+    tmp_path: Path, float_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[bool] = []
+    real = qat_module._train_epoch
+
+    def spy(forward: Any, model: Any, dataset: Any, optimizer: Any, *given: Any) -> None:
+        kept.append(model.conv1.weight in optimizer.state)
+        real(forward, model, dataset, optimizer, *given)
+
+    monkeypatch.setattr(qat_module, "_train_epoch", spy)
+    stages = "bitwidth.stages=[{until: 1, bits: 8}, {bits: 2}]"
+    words = ("bitwidth=progressive", stages, "bits=2", "quantizer=lsq", "recipe.epochs=2")
+    train(tiny(tmp_path, f"model.checkpoint={float_run}", *words))
+    assert kept == [False, True]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from qexp.errors import RunError
 from qexp.models.resnet import ResNet
+from qexp.quant import reconstruct as reconstruct_module
 from qexp.quant.adaround import AdaRound
 from qexp.quant.aquant import AQuant
 from qexp.quant.bias import channel_mean, correct_bias_
@@ -487,3 +488,125 @@ def test_the_channels_of_a_units_output_are_found_first_and_last() -> None:
     assert channels_of(torch.empty(2, 5, 3, 4), linear) == 5  # a block that moves them back
     assert channels_of(torch.empty(2, 7, 5), linear) == channels_of(torch.empty(2, 5), linear) == 5
     assert channels_of(torch.empty(2, 5, 3, 4), gate) == 5
+
+
+def test_rates_of_steps_fall_as_a_cosine_and_that_of_the_rounding_stays(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[dict[str, float]] = []
+    real = torch.optim.Adam.step
+
+    def spy(optimizer: torch.optim.Adam, *given: object) -> object:
+        seen.append({group["name"]: group["lr"] for group in optimizer.param_groups})
+        return real(optimizer, *given)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", spy)
+    Case().run("layer1.0", QDROP)
+    assert [rates["rounding"] for rates in seen] == [0.1] * 80
+    cosine = [1e-3 * (1 + math.cos(math.pi * i / 80)) / 2 for i in range(80)]
+    assert [rates["scale"] for rates in seen] == pytest.approx(cosine)
+
+
+@pytest.mark.parametrize(("share", "sweep"), [(1.0, 0), (0.0, 0), (1.0, 1)])
+def test_mixed_inputs_are_the_float_networks_with_their_probability_and_in_the_first_pass_alone(
+    share: float, sweep: int
+) -> None:
+    found = []
+    for stretched in (1.0, 2.0):
+        case = Case()
+        with torch.no_grad():  # the prefix alone
+            case.model.get_parameter("conv1.act_quantizer.scale").mul_(stretched)
+        method = replace(BRECQ if sweep else QDROP, drop=0.0, mix=share)
+        case.run("layer1.0", method, sweep=sweep)
+        learned = "act_quantizer.scale" if sweep else "weight_quantizer.rounding"
+        found.append(case.state()[f"layer1.0.conv1.{learned}"])
+    assert torch.equal(*found) == (share == 1.0 and sweep == 0)
+
+
+def test_dropping_is_of_every_layer_and_of_the_first_pass_alone() -> None:
+    case = Case()
+    before = case.state()
+    case.run("layer1.0", replace(QDROP, drop=1.0, mix=0.0))  # no step has a gradient
+    moved = [k for k, v in case.state().items() if not torch.equal(v, before[k])]
+    assert moved
+    assert all(k.endswith(".rounding") for k in moved)
+    steps = []
+    for drop in (0.0, 1.0):
+        case = Case()
+        case.run("layer1.0", replace(BRECQ, drop=drop), sweep=1)
+        steps.append(case.state()["layer1.0.conv2.act_quantizer.scale"])
+    assert torch.equal(*steps)
+
+
+ONE = replace(FAST, iterations=1, step_iterations=1, warmup=0.0)  # an iteration: its loss
+
+
+def test_the_fisher_weights_multiply_the_error_that_is_learned_from(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    losses = []
+    for factor in (1.0, 4.0):
+        weights = torch.full((48, 4, 8, 8), factor)
+        monkeypatch.setattr(reconstruct_module, "output_weights", lambda *given, w=weights: w)
+        losses.append(Case().run("layer1.0", Method("block", fisher=True), ONE)["loss"])
+    assert losses[1] == pytest.approx(4 * losses[0]) != 0
+
+
+def test_the_loss_that_is_told_is_the_error_without_the_regulariser() -> None:
+    told = [Case().run("layer1.0", QDROP, replace(ONE, penalty=p))["loss"] for p in (0.0, 1e3)]
+    assert told[0] == told[1]
+
+
+def test_the_second_pass_has_an_exponent_of_its_own() -> None:
+    told = [Case().run("layer1.0", BRECQ, replace(ONE, step_p=p), sweep=1)["loss"] for p in (2, 4)]
+    assert told[0] != pytest.approx(told[1], rel=0.01)
+
+
+def test_the_decided_share_is_of_all_weights_of_the_unit() -> None:
+    case = Case()
+    row = case.run("layer1.0", QDROP)
+    inside = [m for n, m in case.model.named_modules() if n.startswith("layer1.0.")]
+    rounding = [m for m in inside if isinstance(m, AdaRound)]
+    assert len(rounding) == 2
+    undecided = sum(int(q.undecided()) for q in rounding)
+    assert row["converged"] == pytest.approx(1 - undecided / (2 * 4 * 4 * 9))
+
+
+def test_errors_are_of_held_out_images_behind_the_activation_that_follows() -> None:
+    case, name = Case(), "layer1.0.conv1"
+    store = Store(torch.device("cpu"), math.inf, None)
+    target = case.reference.get_submodule(name)
+    _, y = record(case.reference, target, case.data.held_out, 32, store, output=True)
+    assert y is not None
+    unit = case.model.get_submodule(name)
+    with torch.no_grad(), float_operands(case.model, weight=False):
+        x, _ = record(case.model, unit, case.data.held_out, 32, store, output=False)
+        out, y = F.relu(unit(x)), F.relu(y)
+    expected = float((out - y).square().sum() / y.square().sum())
+    row = case.run(name, ADAROUND, replace(ONE, lr=dict.fromkeys(FAST.lr, 0.0)))
+    assert row["error_before"] == pytest.approx(expected)
+    assert row["error"] == pytest.approx(expected)
+
+
+def test_arrays_stay_on_the_device_up_to_the_limit_and_each_unit_counts_its_own(
+    tmp_path: Path,
+) -> None:
+    store = Store(torch.device("cpu"), 4000, tmp_path)
+    for _ in range(2):
+        store.array((1000,))
+        assert (store.used, store.spilled) == (4000, 0)
+        store.array((500,))
+        assert (store.used, store.spilled) == (4000, 2000)
+        store.clear()
+    assert (store.used, store.spilled) == (0, 0)
+
+
+def test_the_largest_shift_of_a_bias_is_told_whatever_its_sign() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    reference = copy.deepcopy(model)
+    with torch.no_grad():
+        reference[1].bias.add_(torch.tensor([-3.0, 1.0]))
+    quantize_(model, trace(model, (3, 2, 2)), {"1": Bits(8, 8)}, Nearest, Nearest)
+    images = torch.randn(32, 3, 2, 2)
+    calibrate_(model, images)
+    assert correct_bias_(model, reference, images)["1"] == pytest.approx(3, abs=0.1)

@@ -13,7 +13,7 @@ import pytest
 from scipy import stats
 
 from qexp.errors import ConfigError
-from qexp.report.against import COLUMNS, cells, compare, without_base
+from qexp.report.against import COLUMNS, cells, compare, csv_fields, probability, without_base
 from qexp.report.command import main
 from qexp.report.differences import Difference, differences
 from qexp.report.plot import looks
@@ -275,3 +275,26 @@ def test_a_row_far_below_stands_at_the_border_and_leaves_the_others_the_axis(
     assert names == ["nearest", "adq", "pact", "asq"]  # upwards
     hollow = [line for line in axis.lines if line.get_markerfacecolor() == "white"]
     assert len(hollow) == 1
+
+
+def test_the_interval_s_ends_and_both_p_stand_in_their_own_columns(tmp_path: Path) -> None:
+    seeds(tmp_path, "lsq", LSQ)
+    seeds(tmp_path, "asq", ASQ)
+    seeds(tmp_path, "adq", [top1 + 0.4 + 0.05 * s for s, top1 in enumerate(LSQ)])
+    for made in compare(table(tmp_path), "lsq"):
+        assert made.interval is not None
+        assert made.p is not None
+        texts, fields = dict(zip(COLUMNS, cells(made), strict=True)), csv_fields(made, "lsq")
+        assert (fields["against_low"], fields["against_high"]) == made.interval
+        assert made.interval[0] < made.interval[1]
+        assert (fields["against_p"], fields["against_p_holm"]) == (made.p, made.p_holm)
+        assert texts["p"] == probability(made.p)
+        assert texts["p, Holm"] == probability(made.p_holm)
+        if made.row.name == "adq":
+            assert texts["p"] != texts["p, Holm"]
+            assert made.p_holm == 2 * made.p
+
+
+def test_a_probability_has_two_digits_that_count() -> None:
+    found = [probability(p) for p in (None, 0.00099, 0.001, 0.0062, 0.01, 0.304, 1.0)]
+    assert found == [probability(None), "<0.001", "0.001", "0.006", "0.01", "0.30", "1.00"]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from compose import TINY, TINY_PTQ, stopped_in_epoch, tiny
 from conftest import Qexp
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from qexp.errors import ConfigError
 from qexp.models.resnet import ResNet
@@ -432,3 +432,14 @@ def test_a_done_run_whose_result_is_damaged_is_not_done(qexp: Qexp, tmp_path: Pa
     assert "skipped" not in qexp(*words, "-m", "seed=0").out
     assert qexp("resume", "outputs/run").code == 0
     assert read_json(result)["top1"] == top1
+
+
+@pytest.mark.parametrize("key", ["dataset.root", "dataset.workers"])
+def test_where_the_images_lie_and_who_decodes_them_is_free(tmp_path: Path, key: str) -> None:
+    cfg = tiny(tmp_path)
+    with open_dict(cfg):
+        OmegaConf.update(cfg, key, 1, force_add=True)
+        OmegaConf.save(cfg, tmp_path / "config.yaml")
+        OmegaConf.update(cfg, key, 2)
+    (tmp_path / "last.pt").touch()
+    assert next_segments(tmp_path, cfg, {}) == []

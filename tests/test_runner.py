@@ -25,7 +25,16 @@ from qexp import config, schema
 from qexp.errors import CheckpointError, ConfigError, RunError
 from qexp.runner import atomic, checkpoint, environment
 from qexp.runner.device import compiler_available, pick_device, seed_everything
-from qexp.runner.folder import claim, find_done, find_runs, identity, owner, read_json, read_status
+from qexp.runner.folder import (
+    claim,
+    find_done,
+    find_runs,
+    find_unfinished,
+    identity,
+    owner,
+    read_json,
+    read_status,
+)
 from qexp.runner.idle import crowded, idle_cores
 from qexp.runner.run import open_run
 
@@ -626,3 +635,13 @@ def test_threads_without_idle_cores_are_said(
     monkeypatch.setattr("qexp.runner.idle.idle_cores", lambda: idle)
     line = crowded(threads)
     assert (f"threads={better} may" in line) if better else not line
+
+
+def test_of_several_runs_of_a_config_the_newest_is_found(tmp_path: Path) -> None:
+    for state, find in (("interrupted", find_unfinished), ("done", find_done)):
+        for name in ("r1", "r2", "r3"):
+            (tmp_path / state / name).mkdir(parents=True)
+            status = {"state": state, "identity": "mine" if name != "r3" else "other"}
+            (tmp_path / state / name / "status.json").write_text(json.dumps(status))
+            (tmp_path / state / name / "result.json").write_text('{"top1": 1}')
+        assert find(tmp_path / state, "mine") == tmp_path / state / "r2"
