@@ -212,7 +212,6 @@ def test_a_plan_of_widths_that_change_shows_the_last_and_names_the_stages(
 def test_training_holds_weights_gradients_and_momentum(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from compose import tiny
 
     monkeypatch.setattr(cost, "_timed", lambda *given: cost.Timed(1.0, 0.0, 0.0, "cpu"))
     large = nn.Linear(30_000, 30_000, device="meta")

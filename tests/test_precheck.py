@@ -26,12 +26,12 @@ from qexp.recipes.unused import unused
 POLICY = "config: bitwidth="
 REFUSED = {
     # the network
-    "model.width=0": "config: model.width=0 is not positive.",
+    "model.width=0": "config: model.width=0.0 is not positive.",
     "model.depth=3": "config: model.depth=3 is not 6n + 2.",
-    "model=mobilenet_v2_cifar model.width=0": "config: model.width=0 is not positive.",
+    "model=mobilenet_v2_cifar model.width=0": "config: model.width=0.0 is not positive.",
     "model.width=1e18": "config: model 'resnet8' cannot be built: ",
     # the data
-    "dataset.val_fraction=1": "config: dataset.val_fraction=1 is not in [0, 1).",
+    "dataset.val_fraction=1": "config: dataset.val_fraction=1.0 is not in [0, 1).",
     "dataset.mean=[0.5]": "config: dataset.mean must have 3 values",
     "dataset.image_size=1000000000": "config: dataset=synthetic cannot be built: RuntimeError: ",
     "dataset.subset=3": "config: recipe.calibration_images=16, there are 3 to train on.",
