@@ -12,19 +12,16 @@ raised into one line and an exit code: 0 done, 1 the run failed, 2 bad command o
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from qexp import __version__
+from qexp.command_line import Line, parse, refuse_shadowed
 from qexp.errors import ConfigError, QexpError, RunError, did_you_mean, one_line, origin, quoted
-
-if TYPE_CHECKING:
-    import argparse
 
 
 class Command(NamedTuple):
@@ -184,8 +181,12 @@ def hydra_main(job: Any, config_path: Path, config_name: str, argv: Sequence[str
     """Hand `argv` to Hydra, with `job` as the task; its errors of composition become ours."""
     from qexp import messages
 
-    known, arguments, overrides = _parse(argv)
+    line = parse(argv)
+    known = line.options
     config_name = known.config_name or config_name
+    config_path = Path(known.config_path or config_path)
+    if known.config_dir:
+        refuse_shadowed(known.config_dir, config_path)
     if known.multirun and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
             "qexp: a sweep starts its own processes. Start it without torchrun, or each of its "
@@ -195,11 +196,11 @@ def hydra_main(job: Any, config_path: Path, config_name: str, argv: Sequence[str
         if known.help:
             from qexp import help as help_
 
-            print(help_.text(config_path, config_name, overrides, known.config_dir))
+            print(help_.text(config_path, config_name, line.overrides, known.config_dir))
             return 0
-        failures = _launch(job, config_path, config_name, arguments, overrides)
+        failures = _launch(job, config_path, config_name, line)
     except messages.COMPOSITION as error:
-        source = messages.Source(config_path, config_name, overrides, known.config_dir)
+        source = messages.Source(config_path, config_name, line.overrides, known.config_dir)
         raise ConfigError(messages.explain(error, source)) from error
     except ValueError as error:  # options that do not go together; a job itself never raises
         raise ConfigError(f"qexp: {error}. Try: qexp COMMAND --hydra-help") from error
@@ -209,9 +210,7 @@ def hydra_main(job: Any, config_path: Path, config_name: str, argv: Sequence[str
     return 0
 
 
-def _launch(
-    job: Any, config_path: Path, config_name: str, argv: Sequence[str], overrides: Sequence[str]
-) -> str:
+def _launch(job: Any, config_path: Path, config_name: str, line: Line) -> str:
     """Run the job, or the jobs; returns a line about those of a sweep that failed."""
     import hydra
 
@@ -220,8 +219,8 @@ def _launch(
     task = hydra.main(version_base="1.3", config_path=str(config_path), config_name=config_name)
     before = sys.argv
     failures = ""
-    with sweep.folder_for(dry=_is_dry(overrides)) as extra:
-        sys.argv = ["qexp", *argv, *extra]
+    with sweep.folder_for(dry=line.is_dry) as extra:
+        sys.argv = ["qexp", *line.words, *extra]
         sweep.forget()
         try:
             with sweep.place_errors():
@@ -230,32 +229,6 @@ def _launch(
             sys.argv = before
             failures = sweep.summary()
     return failures
-
-
-def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[str]]:
-    """What argparse reads; `argv` with options first, as Hydra wants it; the overrides in it."""
-    from hydra._internal.utils import get_args_parser
-
-    parser = get_args_parser()
-
-    def refuse(message: str) -> Any:
-        raise ConfigError(f"qexp: {message}. Try: qexp COMMAND --hydra-help")
-
-    parser.error = refuse  # type: ignore[method-assign]
-    known, rest = parser.parse_known_args(list(argv))
-    ours = (word for word in rest if word[:1] == "~" or ("=" in word and word[0] != "-"))
-    overrides = [*known.overrides, *ours]
-    unknown = [word for word in rest if word not in overrides]
-    if unknown:
-        refuse(f"unknown option {unknown[0]}")
-    options = list(argv)
-    for word in overrides:
-        options.remove(word)
-    return known, [*options, *overrides], overrides
-
-
-def _is_dry(overrides: Sequence[str]) -> bool:
-    return any(re.fullmatch(r"\+*dry_run=(true|1|yes)", o, re.IGNORECASE) for o in overrides)
 
 
 def _tool(name: str) -> Callable[[list[str]], int]:

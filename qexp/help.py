@@ -13,6 +13,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
+from qexp.command_line import searchpath
+
 OPTIONS = """\
 Options: -m sweeps over comma lists (bits=2,4); --cfg job shows the config of this command line;
 --config-dir DIR adds configs of your own; --hydra-help lists the rest."""
@@ -29,9 +31,8 @@ def text(config_path: Path, config_name: str, overrides: Sequence[str], extra: s
     if config_name == "train":
         parts += ["Configs to choose from, as group=name:", groups(folders)]
     GlobalHydra.instance().clear()
-    search = [f"hydra.searchpath=[file://{Path(extra).resolve()}]"] if extra else []
     with initialize_config_dir(str(config_path), version_base="1.3"):
-        cfg = compose(config_name, [*overrides, *search])
+        cfg = compose(config_name, [*overrides, *searchpath(extra)])
     parts += ["Keys to set, as key=value:", OmegaConf.to_yaml(cfg), OPTIONS]
     return "\n\n".join(part.rstrip() for part in parts)
 

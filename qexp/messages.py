@@ -14,6 +14,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from qexp.command_line import searchpath
 from qexp.errors import ConfigError, did_you_mean
 from qexp.signature import unknown_key
 
@@ -90,9 +91,9 @@ def _compose(overrides: Sequence[str], source: Source) -> DictConfig:
     from hydra import compose, initialize_config_dir
 
     GlobalHydra.instance().clear()
-    path = [f"hydra.searchpath=[file://{Path(source.extra).resolve()}]"] if source.extra else []
     with initialize_config_dir(str(source.folder), version_base="1.3"):
-        return compose(source.name, [*overrides, *path], return_hydra_config=True)
+        words = [*overrides, *searchpath(source.extra)]
+        return compose(source.name, words, return_hydra_config=True)
 
 
 def _key(cfg: DictConfig, key: str, config_name: str) -> str:

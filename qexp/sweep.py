@@ -16,10 +16,12 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 import tempfile
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import wraps
@@ -31,7 +33,8 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from qexp.errors import one_line
+from qexp.errors import ConfigError, QexpError, RunError, one_line
+from qexp.messages import COMPOSITION
 from qexp.runner.atomic import append_line
 from qexp.runner.folder import find_done, identity, read_json
 from qexp.runner.overrides import task_overrides
@@ -40,6 +43,7 @@ JOBS = "jobs.jsonl"
 
 _folder: Path | None = None  # of the sweep that this process launches
 _earlier = 0  # bytes that its jobs.jsonl had before: of another sweep in the same folder
+_new = False  # whether this sweep makes that folder
 
 
 class Launched(Callback):
@@ -47,8 +51,9 @@ class Launched(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra once, before the first job."""
-        global _folder, _earlier
+        global _folder, _earlier, _new
         _folder = Path(config.hydra.sweep.dir)
+        _new = not _folder.exists()
         with suppress(OSError):
             _earlier = (_folder / JOBS).stat().st_size
         if config.hydra.launcher._target_.endswith("submitit_launcher.LocalLauncher"):
@@ -97,7 +102,11 @@ def folder_for(*, dry: bool) -> Iterator[list[str]]:
 def place_errors() -> Iterator[None]:
     """Turn what the disk may refuse where the sweep's own folder is made into one line.
 
-    A SIGTERM between or beside its jobs ends it as Ctrl-C does.
+    A SIGTERM between or beside its jobs ends it as Ctrl-C does. What a launcher raises (a process
+    of its that was killed) gets the commands that go on with the sweep.
+
+    Raises:
+        ConfigError: the sweep has no jobs.
     """
 
     def stop(*_: Any) -> None:
@@ -107,6 +116,11 @@ def place_errors() -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, stop) if main else None
     try:
         yield
+        if _folder is not None and not read_jobs(_folder, _earlier):
+            raise ConfigError(
+                "sweep: there are no jobs. A list of values on the command line is empty (range, "
+                "glob)."
+            )
     except OSError:
         if _folder is None:
             raise
@@ -114,9 +128,27 @@ def place_errors() -> Iterator[None]:
 
         with os_errors(_folder):
             raise
+    except (QexpError, ValueError, *COMPOSITION):
+        raise
+    except Exception as error:
+        if _folder is None:
+            raise
+        raise RunError(
+            f"sweep: {one_line(error).rstrip('.')}. Continue with: {'; '.join(to_continue())}"
+        ) from error
     finally:
+        _tidy()
         if main:
             signal.signal(signal.SIGTERM, before)
+
+
+def _tidy() -> None:
+    """Take away the folder of a sweep that was refused before its first job."""
+    if _new and _folder is not None and _folder.is_dir():
+        with suppress(OSError):
+            if {path.name for path in _folder.iterdir()} <= {"multirun.yaml"}:
+                shutil.rmtree(_folder)
+                _folder.parent.rmdir()  # `sweeps`, where it was the first
 
 
 def run_job(task: Callable[[DictConfig], dict[str, Any]], cfg: DictConfig) -> float | None:
@@ -129,6 +161,8 @@ def run_job(task: Callable[[DictConfig], dict[str, Any]], cfg: DictConfig) -> fl
         line.update(task(cfg))
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt)
+        if os.environ.get("QEXP_TRACEBACK") and not stopped:
+            traceback.print_exception(error)
         line.update(status="interrupted" if stopped else "failed", error=one_line(error))
         line["folder"] = getattr(error, "run_folder", None)
         if stopped:
@@ -136,8 +170,7 @@ def run_job(task: Callable[[DictConfig], dict[str, Any]], cfg: DictConfig) -> fl
         log = f" (traceback in {line['folder']}/train.log)" if line["folder"] else ""
         _say_failed(f"job {' '.join(line['overrides'])} failed: {line['error']}{log}")
     finally:
-        if line.get("status") != "planned":
-            _append(_jobs(), line)
+        _append(_jobs(), line)
     return line.get("top1")
 
 
@@ -194,8 +227,8 @@ def began(folder: Path) -> None:
 
 def forget() -> None:
     """Start anew: the next summary is of the next sweep."""
-    global _folder, _earlier
-    _folder, _earlier = None, 0
+    global _folder, _earlier, _new
+    _folder, _earlier, _new = None, 0, False
 
 
 def to_continue() -> list[str]:
@@ -217,6 +250,7 @@ def to_continue() -> list[str]:
 def summary() -> str:
     """Print the table of the sweep that just ended; returns a line naming the failed jobs."""
     jobs = read_jobs(_folder, _earlier) if _folder is not None else []
+    jobs = [job for job in jobs if job["status"] != "planned"]
     if not jobs:
         return ""
     print(table(jobs))

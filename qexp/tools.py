@@ -97,8 +97,19 @@ def _runs(folder: Path) -> list[Path]:
     """The run in `folder`, or those that the sweep in it began."""
     if (folder / STATUS).is_file():
         return [folder]
-    runs = [Path(job["folder"]) for job in read_jobs(folder) if job.get("folder")]
+    runs = [_found(job["folder"], folder) for job in read_jobs(folder) if job.get("folder")]
     return list(dict.fromkeys(runs))
+
+
+def _found(run: str, sweep: Path) -> Path:
+    """A run's folder, which its sweep noted as seen from where it was started.
+
+    From elsewhere, and where the tree was moved as one, it is found from above the sweep.
+    """
+    if Path(run).is_dir():
+        return Path(run)
+    above = (parent / run for parent in sweep.resolve().parents)
+    return next((path for path in above if path.is_dir()), Path(run))
 
 
 def _resume_run(folder: Path, overrides: Sequence[str]) -> int:

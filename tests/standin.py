@@ -60,8 +60,8 @@ def recipe(cfg: DictConfig, run: Any) -> dict[str, Any]:
         raise DataError("data: images not found under 'data'. Set dataset.root=...")
     if then == "interrupt":
         raise KeyboardInterrupt
-    if then == "terminate":
-        os.kill(os.getpid(), signal.SIGTERM)
+    if then in ("terminate", "kill"):
+        os.kill(os.getpid(), signal.SIGTERM if then == "terminate" else signal.SIGKILL)
     return {"top1": 90.0 + cfg.bits / 10, "threads": torch.get_num_threads()}
 
 

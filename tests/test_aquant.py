@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from qexp.errors import ConfigError
 from qexp.models.resnet import ResNet
 from qexp.quant.aquant import AQuant
 from qexp.quant.border import border_round
@@ -376,6 +378,19 @@ def test_padding_zeros_stay_zero_under_ordinary_borders() -> None:
     q = made(spread=0.05)
     x = F.unfold(torch.zeros(1, 4, 5, 5), 3, padding=1)
     assert float(q(x).detach().abs().max()) == 0.0
+
+
+def test_a_network_with_a_layer_that_is_refused_stays_as_it_was() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
+    )
+    before = list(model.modules())
+    bits = {"0": Bits(4, 4), "2": Bits(4, 4)}
+    with pytest.raises(ConfigError, match="layer '2' has padding 'reflect', and AQuant of each"):
+        quantize_(model, trace(model, (3, 8, 8)), bits, LSQ, partial(AQuant, per="row"))
+    assert list(model.modules()) == before
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 6])

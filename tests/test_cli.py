@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from compose import TINY, TINY_PTQ
 from conftest import Qexp
 
 from qexp import __version__, sweep
+from qexp.config import configs_dir
 from qexp.runner.folder import find_runs, owner, read_json, read_status
 
 
@@ -305,6 +307,86 @@ def test_parallel_jobs_are_told_and_counted_alike(
     assert len(runs("done")) == len(runs("failed")) == 1
 
 
+@pytest.mark.slow
+def test_a_killed_process_of_a_launcher_leaves_the_commands_to_go_on(
+    qexp: Qexp, tmp_path: Path
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    standin.write_configs(tmp_path / "conf")
+    words = ("train", "--config-dir", "conf", *standin.TINY, "-m", "launch=parallel")
+    # In a process of its own: joblib's workers stay where another test has begun them.
+    said = subprocess.run(
+        [sys.executable, "-m", "qexp", *words, "bits=2,3", "recipe.then=kill"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(standin.__file__).parent)},
+    )
+    assert said.returncode == 1
+    (folder,) = Path("outputs/sweeps").iterdir()
+    line = next(line for line in said.stderr.splitlines() if line.startswith("sweep: "))
+    assert line.startswith("sweep: TerminatedWorkerError: ")
+    assert f". Continue with: qexp resume {folder}; qexp train --config-dir conf" in line
+    assert qexp("resume", str(folder), "recipe.then=done").code == 0
+    assert runs("done") == runs()
+
+
+def test_a_sweep_without_jobs_is_refused_and_leaves_nothing(tiny: Qexp, tmp_path: Path) -> None:
+    for words in (["bits=range(5,2)"], ["bits=range(5,2)", "dry_run=true"], ["bits=2", "bitz=3"]):
+        said = tiny("-m", *words)
+        assert said.code == 2
+        assert said.err.startswith(("sweep: there are no jobs. ", "config: no key 'bitz'"))
+        assert not list(tmp_path.glob("outputs/*"))
+
+
+def test_a_sweep_shows_its_tracebacks_when_asked(
+    tiny: Qexp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QEXP_TRACEBACK", "1")
+    said = tiny("-m", "bits=2", "recipe.then=crash")
+    assert said.code == 1
+    assert "in recipe\n    raise ZeroDivisionError" in said.err
+
+
+# Configs of one's own
+
+
+def test_a_config_of_the_users_is_not_passed_over_for_ours(
+    tiny: Qexp, qexp: Qexp, tmp_path: Path
+) -> None:
+    mine = tmp_path / "conf" / "quantizer" / "lsq.yaml"
+    mine.parent.mkdir()
+    ours = (configs_dir() / "quantizer" / "lsq.yaml").read_text()
+    mine.write_text(ours)  # the same: which of the two is taken does not matter
+    assert tiny("quantizer=lsq").code == 0
+    mine.write_text(f"{ours}# changed\n")
+    for said in (tiny("quantizer=lsq"), qexp("train", "--config-dir", "conf", "--help")):
+        assert said.code == 2
+        assert said.err.startswith("config: conf/quantizer/lsq.yaml would be passed over: ")
+
+
+def test_a_folder_of_configs_may_have_any_name(qexp: Qexp, tmp_path: Path) -> None:
+    folder = "my,conf's"
+    standin.write_configs(tmp_path / folder)
+    words = ("train", "--config-dir", folder, "model=tiny")
+    assert "\n  width: 3\n" in qexp(*words, "--help").out
+    assert "config: no key 'bitz' (train has: " in qexp(*words, "bitz=3").err
+
+
+def test_configs_that_replace_ours_are_looked_up_from_here(qexp: Qexp, tmp_path: Path) -> None:
+    shutil.copytree(configs_dir(), tmp_path / "mine")
+    (tmp_path / "mine/model/thin.yaml").write_text("name: thin\n")
+    words = ("train", "--config-path", "mine", "model=thin")
+    assert "\n  name: thin\n" in qexp(*words, "--help").out
+    assert "config: no key 'bitz'" in qexp(*words, "bitz=3").err
+    assert qexp(*words, "--cfg", "job").code == 0
+    said = qexp("train", "--config-path", "nix")
+    assert said == (
+        2,
+        "",
+        "qexp: no folder 'nix' (--config-path). Try: qexp COMMAND --hydra-help\n",
+    )
+
+
 # Resume
 
 
@@ -392,6 +474,18 @@ def test_a_sweep_folder_resumes_its_unfinished_runs(tiny: Qexp, qexp: Qexp) -> N
     said = qexp("resume", str(sweep))
     assert said.code == 2
     assert "is done" in said.err
+
+
+def test_a_sweep_resumes_from_another_folder(
+    tiny: Qexp, qexp: Qexp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny("-m", "bits=2,3,4", "recipe.then='bits=3'")
+    (sweep,) = tmp_path.glob("outputs/sweeps/*")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert qexp("resume", str(sweep), "recipe.then=done").code == 0
+    monkeypatch.chdir(tmp_path)
+    assert len(runs("done")) == len(runs()) == 3
 
 
 # ls, env, completion

@@ -73,6 +73,20 @@ def test_a_teachers_pass_is_in_the_cost(tmp_path: Path, monkeypatch: pytest.Monk
     assert "about 75 s" in cost_line(tmp_path, *words)
 
 
+def test_the_split_val_and_a_teachers_weights_are_in_the_cost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cost, "_image_cost", lambda *step: (1.0, 0.0, 0.0))
+    words = ("recipe.epochs=1", "recipe.batch_size=16", "dataset.val_fraction=0.25")
+    assert "about 47 s" in cost_line(tmp_path, *words)  # 32 images; a third of 32 test, 12 val
+
+    def memory(*more: str) -> float:
+        (found,) = re.findall(r"([\d.]+) GB", cost_line(tmp_path, *words, "model.width=8", *more))
+        return float(found)
+
+    assert memory("recipe.distill.weight=0.5") == pytest.approx(4 / 3 * memory(), abs=0.01)
+
+
 def test_the_step_is_timed_with_the_runs_arithmetic_and_kernels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -435,6 +435,21 @@ def test_a_committed_result_needs_neither_status_nor_config(tmp_path, capsys) ->
     assert "<table" in report(capsys, str(tmp_path), "--format", "html")
 
 
+def test_damaged_lines_of_layers_csv_are_left_out(tmp_path, capsys) -> None:
+    folder = make_run(tmp_path, "a")
+    head, *sound = LAYERS.splitlines()
+    columns = head.split(",")
+    broken = sound[0].split(",")
+    broken[columns.index("w_bits")] = "4#"
+    nan = [*sound[0].split(",")]
+    nan[columns.index("size_bytes")] = "nan"
+    damaged = [",".join(broken), ",".join(nan), sound[0] + ",7,8", sound[0][:9]]
+    (folder / "layers.csv").write_text("\n".join([head, *damaged, *sound]))
+    (run,) = read_runs([tmp_path])
+    assert len(run.layers()) == len(sound)
+    assert '<table class="layers"' in report(capsys, str(tmp_path), "--format", "html")
+
+
 PAPERS = """\
 method,model,dataset,w_bits,a_bits,policy,top1,float_top1,first_last,distillation,epochs,kind,source,table,verified,notes
 lsq,resnet20,cifar10,4,4,uniform,90.5,91,8,no,200,rerun,someone/repo,README,yes,

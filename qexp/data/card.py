@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 
 class Card(NamedTuple):
-    """Number of classes, (C, H, W) of an image, numbers of training and of test images."""
+    """Number of classes, (C, H, W) of an image, numbers of images to train on, of test and val."""
 
     num_classes: int
     input_shape: tuple[int, int, int]
     train_size: int
     test_size: int = 0
+    val_size: int = 0

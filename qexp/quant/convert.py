@@ -71,10 +71,11 @@ def quantize_(
         One `Swap` a layer, in execution order: what was done, what was skipped.
 
     Raises:
-        ConfigError: of a layer that has no quantized form (`check_layers`).
+        ConfigError: of a layer that has no quantized form (`check_layers`); `model` is as it was.
     """
     check_layers(model, [x.name for x in layers if bits.get(x.name, (32, 32)) != (32, 32)])
     report = []
+    twins: dict[str, QuantLayer] = {}  # all of them first: one that is refused changes nothing
     for layer in layers:
         widths = bits.get(layer.name)
         if widths is None or widths == (32, 32):
@@ -84,14 +85,15 @@ def quantize_(
         wq, aq = make_quantizers(layer, widths, weight, act, outer_weight, outer_act)
         check_padding(layer.name, module, aq)
         if isinstance(module, nn.Conv2d):
-            twin: QuantLayer = QuantConv2d.from_float(module, wq, aq)
+            twins[layer.name] = QuantConv2d.from_float(module, wq, aq)
         elif isinstance(module, nn.Linear):
-            twin = QuantLinear.from_float(module, wq, aq)
+            twins[layer.name] = QuantLinear.from_float(module, wq, aq)
         else:
             raise ValueError(f"layer '{layer.name}' is a {type(module).__name__}")
-        twin.to(module.weight.device)
-        replace_(model, layer.name, twin)
+        twins[layer.name].to(module.weight.device)
         report.append(Swap(layer, widths, type(wq).__name__ + " / " + type(aq).__name__))
+    for name, twin in twins.items():
+        replace_(model, name, twin)
     leave_fast_path_(model)
     return report
 

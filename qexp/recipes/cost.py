@@ -4,7 +4,8 @@ A step is timed on noise with the run's own network, loss, arithmetic, device an
 compiled kernels where the run compiles anything (a whole compiled network is faster still, but
 takes a minute to make). From it:
 
-    training         epochs * steps * batch images, and a forward pass of the test split an epoch
+    training         epochs * steps * batch images, and an epoch's forward pass of the splits test
+                     and val
     reconstruction   iterations * minibatch images through the network, a pass (each unit does its
                      share); each unit records its input and output, once in the float network and
                      once in the quantized one, half of it deep on average; two evaluations
@@ -92,10 +93,10 @@ def training(cfg: DictConfig, card: Card, model: nn.Module, layers: Sequence[Lay
     cost = _timed(cfg, card, model.train(), s.batch_size // s.accumulate, mode, s)
     # A teacher's forward pass is a third of a step too.
     images = steps * s.batch_size * (4 / 3 if s.distill.weight > 0 else 1)
-    images += steps / per_epoch * card.test_size / 3
+    images += steps / per_epoch * (card.test_size + card.val_size) / 3
     parameters = 4 * sum(p.numel() for p in model.parameters())
-    # With gradients and momentum.
-    memory = 3 * parameters + WORKING * cost.bytes(s.batch_size / s.accumulate)
+    networks = 4 if s.distill.weight > 0 else 3  # weights, gradients, momentum; a teacher
+    memory = networks * parameters + WORKING * cost.bytes(s.batch_size / s.accumulate)
     source = "from random weights" if s.from_scratch else cfg.model.checkpoint
     return [
         f"training: {s.epochs} epochs of {per_epoch} steps of {s.batch_size} images, {steps:,} "

@@ -82,8 +82,8 @@ def _card(cfg: DictConfig) -> Card:
             raise
         print(f"note: {error} The plan uses the data set's published sizes.")
         return known
-    test = dataset.protocol().get("test_images", 0)
-    return Card(dataset.num_classes, dataset.input_shape, dataset.train_size, test)
+    test, val = (dataset.protocol().get(f"{split}_images", 0) for split in ("test", "val"))
+    return Card(dataset.num_classes, dataset.input_shape, dataset.train_size, test, val)
 
 
 def _table(cost: Account, network: build.Network) -> list[str]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from qexp.errors import ConfigError
+from qexp.figure import number
 from qexp.runner.folder import (
     NOT_IDENTITY,
     RESULT,
@@ -28,6 +29,7 @@ from qexp.runner.folder import (
     read_status,
 )
 
+LAYER_NUMBERS = ("w_bits", "a_bits", "size_bytes")
 MAPPINGS = ("protocol", "bits", "health")  # fields of result.json that are read into
 UNIFORM = (None, "float", "uniform", "progressive")  # policies that end at one width for all
 # Two runs that differ in these keys only are the same experiment with another seed or place.
@@ -146,12 +148,12 @@ class RunRecord:
         return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
 
     def layers(self) -> list[dict[str, str]]:
-        """Rows of layers.csv; none when it is not there."""
+        """Rows of layers.csv without those that are damaged; none when it is not there."""
         path = self.folder / "layers.csv"
         if not path.is_file():
             return []
         with path.open(newline="", errors="replace") as file:
-            return list(csv.DictReader(file))
+            return [row for row in csv.DictReader(file) if _is_whole(row)]
 
     def epochs(self) -> list[dict[str, Any]]:
         """The epochs of metrics.jsonl, each once (a resumed run repeats none), in order."""
@@ -222,8 +224,18 @@ def _wrong(result: Mapping[str, Any]) -> str:
 
 
 def _finite(value: Any) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and math.isfinite(value)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
+
+
+def _is_whole(row: Mapping[str | None, Any]) -> bool:
+    """Whether a line of layers.csv has its cells, and numbers where they are drawn."""
+    if None in row or None in row.values():
+        return False
+    try:
+        return all(math.isfinite(number(row.get(k)) or 0.0) for k in LAYER_NUMBERS)
+    except ValueError:
+        return False
 
 
 def _read_config(path: Path) -> dict[str, Any]:
