@@ -182,6 +182,11 @@ def done(cfg: DictConfig) -> dict[str, Any] | None:
     if folder is None:
         return None
     result = read_json(folder / "result.json")
+    from qexp.recipes.start import replaced_file
+
+    if file := replaced_file(cfg, result.get("protocol") or {}):
+        print(f"not skipped: {file} has changed since {folder} was done", flush=True)
+        return None
     print(f"skipped: {' '.join(task_overrides())} is done in {folder}", flush=True)
     return {"status": "skipped", "top1": result.get("top1"), "seconds": 0.0, "folder": folder}
 

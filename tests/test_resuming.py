@@ -434,6 +434,31 @@ def test_a_done_run_whose_result_is_damaged_is_not_done(qexp: Qexp, tmp_path: Pa
     assert read_json(result)["top1"] == top1
 
 
+@pytest.mark.parametrize("key", ["model.checkpoint", "recipe.distill.teacher"])
+def test_a_run_from_a_file_that_has_changed_since_is_not_done(
+    qexp: Qexp, tmp_path: Path, key: str
+) -> None:
+    file = tmp_path / "float.pt"
+
+    def write(shift: float) -> None:
+        torch.manual_seed(0)
+        state = ResNet(8, width=0.25, num_classes=4).state_dict()
+        torch.save({name: value + shift for name, value in state.items()}, file)
+
+    write(0.0)
+    first = ("model.checkpoint=float.pt", f"{key}=float.pt", "recipe.epochs=1")
+    more = ("recipe.distill.weight=0.5",) if "teacher" in key else ()
+    words = ("train", *TINY, *dict.fromkeys(first), *more, "out=outputs", "-m", "seed=0")
+    assert "skipped" not in qexp(*words).out
+    assert qexp(*words).out.startswith("skipped")
+    write(1.0)
+    said = qexp(*words)
+    assert said.code == 0
+    assert said.out.startswith("not skipped: float.pt has changed since outputs/")
+    file.unlink()
+    assert qexp(*words).out.startswith("skipped: ")
+
+
 @pytest.mark.parametrize("key", ["dataset.root", "dataset.workers"])
 def test_where_the_images_lie_and_who_decodes_them_is_free(tmp_path: Path, key: str) -> None:
     cfg = tiny(tmp_path)

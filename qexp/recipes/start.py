@@ -174,10 +174,30 @@ def _as_begun(cfg: DictConfig, begun: Mapping[str, Any], contents: str | None) -
     return source
 
 
-def _check_unchanged(source: str, sha256: str) -> None:
-    path = Path(source)
+def replaced_file(cfg: DictConfig, protocol: Mapping[str, Any]) -> str | None:
+    """The file of the start or of the teacher that is another now than for a run with `protocol`.
+
+    None where there is none: one that is gone, or whose hash is not known, is taken for the same.
+    """
+    recipe, spec, files = cfg.recipe, cfg.model.get("checkpoint"), {}
+    if spec not in (None, "auto", "none") and not recipe.get("from_scratch"):
+        files[checkpoint_file(spec)] = protocol.get("float_sha256")
+    distill = recipe.get("distill") or {}
+    if distill.get("weight", 0) > 0 and distill.get("teacher", "float") != "float":
+        files[distill["teacher"]] = (protocol.get("distill") or {}).get("teacher")
+    for file, sha256 in files.items():
+        if sha256 and Path(file).is_file() and sha256 not in _hashes(file):
+            return file
+    return None
+
+
+def _hashes(source: str) -> tuple[str, str]:
     # Of a run's checkpoint, too, earlier versions noted the hash of the file.
-    if not path.is_file() or sha256 not in (weights_sha256(path), file_sha256(path)):
+    return weights_sha256(Path(source)), file_sha256(Path(source))
+
+
+def _check_unchanged(source: str, sha256: str) -> None:
+    if not Path(source).is_file() or sha256 not in _hashes(source):
         raise ConfigError(
             f"resume: {source} is no longer the file this run began with. Put it back, or start "
             "a new run."
