@@ -26,7 +26,8 @@ def unusable(plain: Plain) -> Iterator[str]:
 
 
 def unrepresentable(node: Any, path: str = "") -> Iterator[str]:
-    """A line for each number, at any depth, that float32 or an integer of 64 bits cannot hold."""
+    """A line for each value, at any depth, that cannot be kept: a number that float32 or an integer
+    of 64 bits cannot hold, a text that the saved config would read as a reference."""
     if isinstance(node, Mapping):
         for key, value in node.items():
             yield from unrepresentable(value, f"{path}.{key}" if path else str(key))
@@ -37,6 +38,8 @@ def unrepresentable(node: Any, path: str = "") -> Iterator[str]:
         yield f"config: {path} must be finite, got {node}."
     elif isinstance(node, float) and abs(node) > LARGEST:
         yield f"config: {path} must be at most {LARGEST:g} in size, got {node:g}."
+    elif isinstance(node, str) and "${" in node:
+        yield f"config: {path} must not hold '${{', which a saved config takes for a reference."
     elif _is_int(node) and not -(2**63) <= node < 2**63:
         yield f"config: {path} must be an integer of at most 64 bits, got {node}."
 

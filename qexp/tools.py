@@ -26,6 +26,7 @@ from qexp.runner.folder import (
     read_status,
     refuse_running,
 )
+from qexp.runner.overrides import folder_override
 from qexp.runner.resuming import CHECKPOINT, RESUME
 from qexp.sweep import columns, read_jobs
 
@@ -131,8 +132,7 @@ def _resume_run(folder: Path, overrides: Sequence[str]) -> int:
         raise ConfigError(f"resume: {folder} has no .hydra/config.yaml. Start a new run.")
     read_config(folder / ".hydra" / "config.yaml", "Start a new run.")
     every = [*(o for o in _earlier(folder / RESUMED) if o not in overrides), *overrides]
-    place = "folder='" + str(folder).replace("'", "\\'") + "'"
-    arguments = [*QUIET, *every, place, "dry_run=false"]
+    arguments = [*QUIET, *every, folder_override(folder), "dry_run=false"]
     job = Job("train", resume=True)
     # An override that is refused must not refuse the next resume: `take` notes what is accepted.
     try:

@@ -408,6 +408,17 @@ def test_a_failed_run_continues_in_its_folder_from_its_own_config(
     assert standin.seen[-1].recipe.then == "done"  # what the last resume changed holds
 
 
+@pytest.mark.parametrize("name", ["it's", r"a\'b", "b\\", "a b,c=[d]"])
+def test_a_folder_of_any_name_is_resumed(tiny: Qexp, qexp: Qexp, name: str) -> None:
+    Path(name).mkdir()
+    os.chdir(name)
+    assert tiny("--config-dir", "../conf", "folder=run", "recipe.then=crash").code == 1
+    os.chdir("..")
+    assert qexp("resume", f"{name}/run", "recipe.then=done").code == 0
+    assert read_status(Path(name, "run"))["state"] == "done"
+    assert "recipe.then=done" in Path(name, "run/.hydra/resumed.yaml").read_text()
+
+
 def test_a_refused_override_does_not_stick(tiny: Qexp, qexp: Qexp) -> None:
     tiny("recipe.then=crash")
     (run,) = runs()

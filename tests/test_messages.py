@@ -105,6 +105,7 @@ COMMANDS = {
     "train recipe.distill=null": "config: recipe.distill must be a mapping, got None (NoneType).",
     "train quantizer.outer=5": "config: quantizer.outer must be a mapping or null, got 5 (int).",
     "train recipe.lr=${oc.env:NOPE}": "config: recipe.lr: *'NOPE' not found*. Set recipe.lr=...",
+    "train model.checkpoint=a\\${b}": "config: model.checkpoint must not hold '${', which a *",
     # numbers, wherever they stand
     "train quantizer=qdrop quantizer.act.p=nan": "config: quantizer.act.p must be finite, got nan.",
     "train quantizer=post quantizer.weight.base=1e300": (

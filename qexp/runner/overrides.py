@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,12 @@ def typed(path: Path) -> list[str]:
         return [str(o) for o in OmegaConf.load(path)]
     except Exception:  # no file; yaml and OmegaConf raise their own kinds
         return []
+
+
+def folder_override(folder: Path) -> str:
+    """`folder='...'`, with the quotes in it, and backslashes before them, escaped for Hydra."""
+    text = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + m[2].replace("'", "\\'"), str(folder))
+    return f"folder='{text}'"
 
 
 def without_ours(overrides: Sequence[str]) -> list[str]:

@@ -31,7 +31,7 @@ from qexp.runner.folder import (
     read_status,
     refuse_running,
 )
-from qexp.runner.overrides import task_overrides, typed, without_ours
+from qexp.runner.overrides import folder_override, task_overrides, typed, without_ours
 
 CHECKPOINT = "last.pt"
 RESUME = "resume"  # hydra.job.name of a `qexp resume`
@@ -78,8 +78,8 @@ def _resume_overrides(folder: Path) -> list[str]:
     if not HydraConfig.initialized() or HydraConfig.get().job.name != RESUME:
         return []
     typed_here = task_overrides()
-    named = [o.partition("=")[2] for o in typed_here if o.partition("=")[0] == "folder"]
-    if named and Path(named[-1].strip("'").replace("\\'", "'")) != folder:
+    named = [o for o in typed_here if o.partition("=")[0] == "folder"]
+    if named and named[-1] != folder_override(folder):
         return []  # of the run that this float network is trained for
     return without_ours(typed_here)
 
