@@ -12,13 +12,13 @@ from hydra.utils import instantiate
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
 from qexp.quant.additive import APoTActivation
 from qexp.quant.asq import ASQ
 from qexp.quant.bitwidth import Pattern, Progressive, Uniform, _closest, format_bits, parse_bits
 from qexp.quant.convert import Bits, calibrate_, check_calibrated, quant_layers, quantize_
-from qexp.quant.lsq import LSQ
+from qexp.quant.lsq import LSQ, lsq_scale
 from qexp.quant.power import APoT
 from qexp.quant.quantizer import Identity
 from qexp.quant.rebits import rebits_
@@ -307,6 +307,61 @@ def test_carried_state_survives_and_the_step_does_not(layers: list[Layer]) -> No
     assert after is not before
     assert torch.equal(after.adapter.weight, before.adapter.weight)  # type: ignore[union-attr]
     assert after.scale > before.scale  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("factor", ["relu", "statistics", "frozen"])
+def test_the_step_of_asq_is_taken_behind_its_factor(layers: list[Layer], factor: Any) -> None:
+    asq = partial(ASQ, factor=factor)
+    model, layers, images = quantized(Uniform(8, 8).assign(layers), act=asq)
+    before: Any = model.get_submodule("2.act_quantizer")
+    beta = 1.0 if factor == "frozen" else 1.5
+    with torch.no_grad():
+        if before.adapter is not None:  # the same factor for all
+            before.adapter[-1].weight.zero_()
+            before.adapter[-1].bias.fill_(beta)
+        before.mean_abs.div_(beta)  # so that it is about as much for `statistics`
+    rebits_(model, layers, Uniform(4, 4).assign(layers), LSQ, asq, images=images)
+    after: Any = model.get_submodule("2.act_quantizer")
+    seen: list[Tensor] = []
+    model.get_submodule("2").register_forward_pre_hook(lambda m, x: seen.append(x[0]))
+    model.eval()(images)
+    (x,) = seen
+    plain = lsq_scale(x, after.qmax, per_row=False)
+    wide = ASQ(4, signed=False, shape=after.shape)
+    wide.calibrate(x)
+    assert torch.equal(wide.scale, plain)  # a start looks at x itself
+    behind = lsq_scale(x / after.factors(x), after.qmax, per_row=False)
+    assert torch.allclose(after.scale, behind)
+    assert torch.allclose(after.scale * beta, plain, rtol=0.1 if factor == "statistics" else 1e-5)
+
+
+def test_a_dead_factor_leaves_the_step_finite(layers: list[Layer]) -> None:
+    model, layers, images = quantized(Uniform(8, 8).assign(layers), act=ASQ)
+    before: Any = model.get_submodule("2.act_quantizer")
+    with torch.no_grad():
+        before.adapter[-1].bias.fill_(-5.0)
+    rebits_(model, layers, Uniform(4, 4).assign(layers), LSQ, ASQ, images=images)
+    after: Any = model.get_submodule("2.act_quantizer")
+    assert 0 < float(after.scale.detach()) < 10
+
+
+def test_layers_are_calibrated_behind_what_was_carried(layers: list[Layer]) -> None:
+    act, images = partial(APoTActivation, init="paper"), torch.randn(4, 3, 8, 8)
+    parts = (LSQ, act, LSQ, LSQ)
+
+    def last_step(clip: float) -> Tensor:
+        model = network()
+        quantize_(model, layers, Uniform(8, 8, first_last="same").assign(layers), *parts)
+        calibrate_(model, images)
+        inner: Any = model.get_submodule("4.act_quantizer")
+        with torch.no_grad():
+            inner.scale.fill_(clip)
+        narrow = Uniform(4, 4, first_last="same").assign(layers)
+        rebits_(model, layers, narrow, *parts, images=images)
+        last: Any = model.get_submodule("8.act_quantizer")
+        return last.scale
+
+    assert last_step(0.05) < last_step(5.0)  # it sees what the carried clip lets through
 
 
 def test_the_adapters_of_asq_survive(layers: list[Layer]) -> None:

@@ -148,7 +148,7 @@ class ASQ(Quantizer):
         init: `lsq` (released) or `mse`, for the step.
     """
 
-    carried = ("adapter", "mean_abs")  # of the input; a new width's step is taken at beta = 1
+    carried = ("adapter", "mean_abs")  # of the input; a new width's step is taken behind them
 
     dead_samples: Tensor
     dead_layer: Tensor
@@ -202,7 +202,15 @@ class ASQ(Quantizer):
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
-        """Set the step, and the running mean|x|, from a batch of inputs [N, ...]."""
+        """Set the step, and the running mean|x|, from a batch of inputs [N, ...].
+
+        At the start as if beta were 1, as the released code; behind an adapter that has been
+        trained at other bits, from x / beta of the samples whose factor is alive.
+        """
+        if self.continues and self.by_sample:
+            beta = self.factors(x)
+            alive = (beta > MIN_FACTOR).flatten()
+            x = (x.float() / beta)[alive] if alive.any() else x
         if self.init == "mse":
             self.scale.copy_(mse_scale(x, self.qmin, self.qmax))
         else:

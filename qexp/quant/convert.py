@@ -7,7 +7,7 @@ layer from the already quantized prefix; `unquantize_` gives the float network b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -177,7 +177,12 @@ def quantizers(model: nn.Module) -> dict[str, Quantizer]:
 
 @torch.no_grad()
 def calibrate_(
-    model: nn.Module, images: Tensor, *, fresh_only: bool = False, untrained: bool = False
+    model: nn.Module,
+    images: Tensor,
+    *,
+    fresh_only: bool = False,
+    untrained: bool = False,
+    settle: Callable[[Quantizer], None] = lambda quantizer: None,
 ) -> list[str]:
     """Set every quantizer: weights from themselves, inputs from one batch of images.
 
@@ -189,6 +194,7 @@ def calibrate_(
         images: [N, C, H, W], normalised, from the training split.
         fresh_only: leave quantizers that are calibrated as they are.
         untrained: the weights are random: batch norms go by `images`, as in the first step.
+        settle: called with each quantizer that is set, before layers behind it see its outputs.
 
     Returns:
         The layers whose unsigned input quantizer saw negative values, which it makes zero.
@@ -202,6 +208,7 @@ def calibrate_(
         if not (quantizer.signed or isinstance(quantizer, Identity)) and bool(x.min() < 0):
             negative.append(name)
         quantizer.calibrate(x)
+        settle(quantizer)
         see_weights = getattr(quantizer, "see_weights", None)
         if see_weights is not None:  # a start from the weights; reconstruction does it anew
             see_weights(module.weight, module.weight_quantizer(module.weight))
@@ -209,6 +216,7 @@ def calibrate_(
     for name, module in quant_layers(model).items():
         if not (fresh_only and bool(module.weight_quantizer.calibrated)):
             module.weight_quantizer.calibrate(module.weight)
+            settle(module.weight_quantizer)
         handles.append(module.register_forward_pre_hook(partial(set_input, name)))
     with evaluated(model, handles), batch_statistics(model) if untrained else nullcontext():
         model(images)

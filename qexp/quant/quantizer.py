@@ -68,6 +68,7 @@ class Quantizer(nn.Module):
 
     # Prefixes of state names that mean the same at any width; `rebits_` carries them over.
     carried: tuple[str, ...] = ()
+    continues = False  # whether they were, from a trained quantizer of other bits
 
     def __init__(self, bits: int, *, signed: bool = True, shape: Sequence[int] = ()) -> None:
         super().__init__()

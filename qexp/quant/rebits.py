@@ -2,14 +2,14 @@
 
 A quantizer's bits are fixed when it is built, because its state has its final shape from then on.
 So changing them replaces it: a fresh quantizer at the new bits is calibrated, its step from the
-weights as they are now or from training images, as at the start; then it takes over from the old
-one every state tensor whose name begins with a prefix in its class's `carried` and whose shape is
+weights as they are now or from training images, as at the start; and it takes over from the old one
+every state tensor whose name begins with a prefix in its class's `carried` and whose shape is
 unchanged. Steps, levels, thresholds and clips belong to a width and are not carried: the clip of
 least squared error of rectified normal numbers is 4.2 deviations at 8 bits and 1.95 at 2, so that a
 learned 8-bit clip is a bad start at 2 bits, for POST, APoT and PACT as for LSQ. An adapter that
-maps a sample's statistics to a factor is carried, and so is a clip that would else start at a
-constant (`three_std` and `paper` of APoT, whose authors carry it). A quantizer whose bits stay is
-not touched.
+maps a sample's statistics to a factor is carried, the step taken behind it, and so is a clip that
+would else start at a constant (`three_std` and `paper` of APoT, whose authors carry it). A
+quantizer whose bits stay is not touched.
 
 The network's own parameters are the same objects as before, the quantizers' are new ones: an
 optimizer that holds the old has to be given the new.
@@ -72,11 +72,16 @@ def rebits_(
             if current.bits != fresh.bits:
                 setattr(module, operand, fresh.to(module.weight.device).train(module.training))
                 replaced[f"{layer.name}.{operand}"] = current
+    before = {model.get_submodule(n): old for n, old in replaced.items() if old is not None}
+
+    def carry(fresh: nn.Module) -> None:
+        if fresh in before:
+            _carry_(fresh, before[fresh])  # type: ignore[arg-type]
+
+    for quantizer in before:
+        carry(quantizer)  # a step is taken behind a carried adapter
     if replaced:
-        calibrate_(model, images, fresh_only=True)
-    for name, old in replaced.items():
-        if old is not None:
-            _carry_(model.get_submodule(name), old)  # type: ignore[arg-type]
+        calibrate_(model, images, fresh_only=True, settle=carry)
     return list(replaced)
 
 
@@ -85,6 +90,7 @@ def _carry_(fresh: Quantizer, old: Quantizer) -> None:
     """Copy the carried state of `old` into `fresh`, where name and shape agree."""
     if type(fresh) is not type(old) or not fresh.carried:
         return
+    fresh.continues = True
     before = old.state_dict()
     for name, tensor in fresh.state_dict().items():
         if name.startswith(fresh.carried) and name in before and before[name].shape == tensor.shape:
