@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,12 @@ def replaced_file(cfg: DictConfig, protocol: Mapping[str, Any]) -> str | None:
 
 
 def _hashes(source: str) -> tuple[str, str]:
+    about = Path(source).stat()
+    return _hashed(source, about.st_mtime_ns, about.st_size)
+
+
+@lru_cache(maxsize=8)  # for the jobs of a sweep
+def _hashed(source: str, modified: int, size: int) -> tuple[str, str]:
     # Of a run's checkpoint, too, earlier versions noted the hash of the file.
     return weights_sha256(Path(source)), file_sha256(Path(source))
 
