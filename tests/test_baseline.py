@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from compose import stopped_in_epoch, tiny
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from qexp.recipes.baseline import AUTO, find, fingerprint, float_config, interrupted
 from qexp.recipes.qat import qat
@@ -46,6 +47,33 @@ def test_a_resumed_run_and_one_of_several_processes_are_no_baseline(tmp_path: Pa
     assert find(tmp_path, wanted) is None
     plain = float_run(tmp_path / "c", cfg)
     assert find(tmp_path, wanted) == plain
+
+
+def test_a_quantized_run_of_the_same_recipe_is_no_baseline(tmp_path: Path) -> None:
+    cfg = float_config(tiny(tmp_path))
+    with open_dict(cfg):
+        cfg.quantizer = tiny(tmp_path, "quantizer=lsq").quantizer
+    float_run(tmp_path / "a", cfg)
+    assert find(tmp_path, fingerprint(cfg)) is None
+
+
+def test_a_baseline_is_told_by_what_it_computes_not_by_where_and_how_fast(tmp_path: Path) -> None:
+    def of(*words: str) -> str:
+        return fingerprint(float_config(tiny(tmp_path, *words)))
+
+    same = ("float.plots=true", "float.save_every=7", "seed=5", "bits=2")
+    assert {of(word) for word in same} == {of()}
+    others = ("max_steps=3", "float.epochs=3", "dataset.classes=5", "model.width=0.5")
+    assert len({of(), *map(of, others)}) == 5
+
+
+@pytest.mark.parametrize("state", ["dead", "interrupted", "failed", "running", "done"])
+def test_a_baseline_that_has_come_to_no_end_is_gone_on_with(tmp_path: Path, state: str) -> None:
+    cfg = float_config(tiny(tmp_path))
+    wanted = fingerprint(cfg)
+    mine = float_run(tmp_path / f"{AUTO}{wanted}", cfg, state)
+    over = state in ("dead", "interrupted", "failed")
+    assert interrupted(tmp_path, wanted) == (mine if over else None)
 
 
 def test_a_run_whose_config_is_damaged_is_passed_over(tmp_path: Path) -> None:

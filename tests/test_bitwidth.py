@@ -364,6 +364,28 @@ def test_layers_are_calibrated_behind_what_was_carried(layers: list[Layer]) -> N
     assert last_step(0.05) < last_step(5.0)  # it sees what the carried clip lets through
 
 
+class Tabled(LSQ):
+    """LSQ with a number for each bit beside what any width has."""
+
+    carried = ("kept", "table")
+
+    def __init__(self, bits: int, *, signed: bool = True, shape: tuple[int, ...] = ()) -> None:
+        super().__init__(bits, signed=signed, shape=shape)
+        self.register_buffer("kept", torch.zeros(1))
+        self.register_buffer("table", torch.zeros(bits))
+
+
+def test_state_of_another_shape_is_not_carried(layers: list[Layer]) -> None:
+    model, layers, images = quantized(Uniform(8, 1).assign(layers), act=Tabled)
+    before = model.get_submodule("2.act_quantizer")
+    before.kept.fill_(7.0)  # type: ignore[operator, union-attr]
+    before.table.fill_(7.0)  # type: ignore[operator, union-attr]
+    rebits_(model, layers, Uniform(8, 4).assign(layers), LSQ, Tabled, images=images)
+    after = model.get_submodule("2.act_quantizer")
+    assert after.kept == 7.0
+    assert torch.equal(after.table, torch.zeros(4))  # type: ignore[arg-type]
+
+
 def test_the_adapters_of_asq_survive(layers: list[Layer]) -> None:
     model, layers, images = quantized(Uniform(8, 8).assign(layers), act=ASQ)
     before = model.get_submodule("2.act_quantizer")

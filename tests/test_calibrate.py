@@ -70,18 +70,28 @@ def test_values_that_an_unsigned_grid_cannot_hold_do_not_widen_it() -> None:
 
 @pytest.mark.parametrize(("qmin", "qmax"), [(-4, 3), (0, 7)])
 @pytest.mark.parametrize("shift", [-2.0, 0.0, 2.0])
+@pytest.mark.parametrize("p", [2.0, 4.0])
 def test_the_searched_step_is_the_best_of_all_candidates(
-    qmin: int, qmax: int, shift: float
+    qmin: int, qmax: int, shift: float, p: float
 ) -> None:
     x = torch.randn(400, generator=torch.Generator().manual_seed(0)) + shift
     widest = max(float(x.max()) / qmax, float(x.min()) / qmin if qmin else 0.0)
 
     def error(step: float) -> float:
-        return float(((x / step).round().clamp(qmin, qmax) * step - x).square().sum())
+        return float(((x / step).round().clamp(qmin, qmax) * step - x).abs().pow(p).sum())
 
     candidates = [widest * i / 80 for i in range(1, 81)]
     best = min(candidates, key=error)
-    assert mse_scale(x, qmin, qmax).item() == pytest.approx(best, rel=1e-6)
+    assert mse_scale(x, qmin, qmax, p=p).item() == pytest.approx(best, rel=1e-6)
+
+
+@pytest.mark.parametrize("side", [1.0, -1.0])
+def test_the_searched_range_has_zero_in_it(side: float) -> None:
+    x = side * (5 + torch.rand(400, generator=torch.Generator().manual_seed(0)))
+    scale, start = mse_range(x, 7)
+    end = start + 7 * scale
+    assert min(start, end) <= 1e-6
+    assert max(start, end) >= -1e-6
 
 
 @pytest.mark.parametrize("one_sided", [False, True])

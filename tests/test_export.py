@@ -23,7 +23,7 @@ from torchvision.models import MaxVit
 from qexp.config import configs_dir
 from qexp.engine.network import integer_network
 from qexp.errors import CheckpointError, ConfigError, DataError
-from qexp.export import bits
+from qexp.export import bits, inputs
 from qexp.export.coding import CODERS, decode, encode
 from qexp.export.command import _named_dataset
 from qexp.export.header import FormatError, parse
@@ -247,6 +247,29 @@ def test_a_zero_point_takes_the_bytes_it_is_charged(width: int, dtype: torch.dty
     assert sum(t.numel() * t.element_size() for t in parts.values()) == q.extra_bytes()
 
 
+@pytest.mark.parametrize(("width", "dtype"), [(8, torch.int8), (9, torch.int16)])
+def test_a_zero_point_of_inputs_is_read_back_from_end_to_end(
+    width: int, dtype: torch.dtype
+) -> None:
+    q = Nearest(width, shape=(3,))
+    for zero in (q.qmin, 1, q.qmax):
+        q.zero.fill_(zero)
+        entry, tensors = inputs.describe(q, "linear")
+        assert tensors["zero"].dtype == dtype
+        again = inputs.make(entry, (3,))
+        assert inputs.state(entry, again, tensors)["zero"] == zero
+
+
+def test_an_adapter_beyond_float16_is_refused_by_the_name_of_its_layer() -> None:
+    q = ASQ(4, shape=(8, 3, 3))
+    with torch.no_grad():
+        next(q.parameters()).fill_(1.0)
+        q.adapter[-1].bias.fill_(1e5)  # type: ignore[index, union-attr, operator]
+    inputs.describe(q, "conv")
+    with pytest.raises(ConfigError, match=r"the adapter of layer 'conv' is beyond torch\.float16"):
+        inputs.describe(q, "conv", torch.float16)
+
+
 def test_a_step_below_its_bound_is_stored_as_it_is_used() -> None:
     w = torch.randn(6, 4, 3, 3)
     q = LSQ(4, shape=w.shape)
@@ -347,6 +370,21 @@ def test_a_hostile_header_is_refused(fields: dict[str, Any]) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_an_index_one_beyond_its_list_is_refused() -> None:
+    header = packed_of(network("lsq")).header
+    for beyond in ({"weight": len(header.weights)}, {"input": len(header.inputs)}):
+        first = replace(header.layers[0], **beyond)
+        with pytest.raises(FormatError, match="has an index beyond its list"):
+            parse(replace(header, layers=(first, *header.layers[1:])).to_json())
+
+
+def test_more_levels_than_codes_of_their_width_are_refused() -> None:
+    header = packed_of(network("lsq")).header
+    first = replace(header.weights[0], levels=2 ** header.weights[0].width + 1)
+    with pytest.raises(FormatError, match="levels must be an integer from 1 to 256"):
+        parse(replace(header, weights=(first, *header.weights[1:])).to_json())
+
+
 @pytest.mark.parametrize("change", ["missing", "extra", "shape", "codes", "dtype", "long"])
 def test_tensors_that_do_not_fit_are_refused(change: str) -> None:
     packed = packed_of(network("lsq"))
@@ -379,6 +417,60 @@ def test_a_zero_point_that_is_none_is_refused(zero: Tensor) -> None:
     name = next(n for n in packed.tensors if n.endswith(".a.zero"))
     with pytest.raises(FormatError, match="zero point"):
         restore(Packed(packed.header, {**packed.tensors, name: zero}))
+
+
+def test_a_zero_point_of_weights_is_of_signed_integers() -> None:
+    packed = packed_of(network("nearest"))
+    name = next(n for n in packed.tensors if n.endswith(".w.zero"))
+    zero = packed.tensors[name].abs().to(torch.uint8)
+    with pytest.raises(FormatError, match=r"\.w\.zero is torch\.uint8"):
+        restore(Packed(packed.header, {**packed.tensors, name: zero}))
+
+
+def test_a_bias_of_another_size_is_refused_where_the_bare_model_has_none() -> None:
+    packed = packed_of(network("lsq", fold=True))
+    assert packed.tensors["conv1.bias"].shape == (8,)
+    wrong = {**packed.tensors, "conv1.bias": torch.zeros(1)}
+    with pytest.raises(FormatError, match=r"'conv1\.bias'"):
+        restore(Packed(packed.header, wrong))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_a_tensor_that_is_not_finite_is_refused(value: float, tmp_path: Path) -> None:
+    packed = packed_of(network("lsq"))
+    bias = packed.tensors["linear.bias"].clone()
+    bias[3] = value
+    write(Packed(packed.header, {**packed.tensors, "linear.bias": bias}), tmp_path / "x")
+    with pytest.raises(CheckpointError, match=r"tensor 'linear\.bias' is not finite"):
+        read(tmp_path / "x")
+
+
+class Grouped(nn.Module):
+    """A convolution of groups, whose input's quantizer sees all channels."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.norm = nn.BatchNorm2d(8, eps=0.25)
+        self.conv, self.fc = nn.Conv2d(8, 8, 3, groups=4), nn.Linear(8, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.conv(torch.relu(self.norm(self.stem(x)))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("method", ["asq+post", "aquant"])
+def test_groups_and_the_epsilon_of_a_norm_survive(method: str) -> None:
+    torch.manual_seed(0)
+    model: Any = Grouped(10).eval()
+    nn.init.normal_(model.norm.running_mean)
+    layers = trace(model, SHAPE)
+    quantize_(model, layers, {layer.name: Bits(4, 4) for layer in layers}, *METHODS[method])
+    calibrate_(model, images())
+    packed = packed_of(model)
+    text = changed(packed, target=f"{__name__}.Grouped", keywords={})
+    restored = restore(Packed(parse(text), packed.tensors), trust=True)
+    with torch.no_grad():
+        assert torch.equal(restored(images()), model(images()))
 
 
 def test_a_users_model_may_have_lists_and_larger_numbers() -> None:
@@ -594,6 +686,14 @@ def test_the_digest_is_of_header_and_tensors(tmp_path: Path) -> None:
     metadata = json.loads(blob[8 : 8 + length])["__metadata__"]
     digest = hashlib.sha256(metadata["qexp"].encode() + blob[8 + length :]).hexdigest()
     assert metadata["sha256"] == digest
+
+
+def test_the_tensors_of_a_file_begin_at_a_multiple_of_eight() -> None:
+    packed = packed_of(network("lsq"))
+    for n in range(1, 9):
+        header = replace(packed.header, data={**packed.header.data, "name": "x" * n})
+        blob = to_bytes(Packed(header, packed.tensors))
+        assert int.from_bytes(blob[:8], "little") % 8 == 0
 
 
 # Commands
@@ -846,6 +946,7 @@ def test_two_files_of_a_network_are_the_same_bytes(tmp_path: Path) -> None:
         ({"classes": "abcdefghij"}, "classes must be a list"),
         ({"resize": 0}, "resize must be an integer from 1"),
         ({"crop": 8}, "its data must have the fields"),
+        ({"mean": [0.5, 0.5, 1e39]}, "mean is out of the range of float32"),
     ],
 )
 def test_a_header_with_odd_data_is_refused(change: dict, message: str) -> None:

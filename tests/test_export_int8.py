@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from test_export import SHAPE, images, network, packed_of, run_folder
 from test_export_onnx import ViT, Windows, quantized, run
 from torch import Tensor, nn
 
+from qexp.engine.weight import Weight
 from qexp.errors import ConfigError
+from qexp.export.coding import Coding
 from qexp.export.inputs import KINDS, Kind
+from qexp.quant.asq import ASQ
 from qexp.quant.convert import Bits, calibrate_, quantize_
 from qexp.quant.lsq import LSQ
 from qexp.quant.modules import QuantConv2d, QuantLinear
@@ -26,7 +30,8 @@ from qexp.quant.trace import trace
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
-from qexp.export.onnx_grid import eight_bits, fold  # noqa: E402
+from qexp.export.onnx_graph import Graph  # noqa: E402
+from qexp.export.onnx_grid import eight_bits, fold, product  # noqa: E402
 from qexp.export.onnx_int8 import to_onnx_int8  # noqa: E402
 from qexp.export.onnx_network import to_onnx  # noqa: E402
 from qexp.export.packed import pack_network  # noqa: E402
@@ -62,6 +67,44 @@ def test_uniform_levels_and_powers_of_two_have_no_error() -> None:
     found = {name: eight_bits(weight(name, 4, (4, 4, 1, 1))[0])[2] for name in WEIGHTS}
     exact = {"lsq", "per channel", "zero point", "half", "post 2", "pot", "apot"}
     assert {name for name, error in found.items() if error == 0} == exact
+
+
+def test_levels_go_to_the_integers_of_least_squared_error_of_the_weights() -> None:
+    stored, w_hat = weight("adq per channel", 4, (64, 4, 3, 3))
+    whole, step, _ = eight_bits(stored)
+    top = stored.levels().abs().amax(1).reshape(-1, 1, 1, 1)
+    tried = torch.stack([((w_hat / top * n).round() / n * top) for n in range(64, 128)])
+    least = (tried - w_hat).square().sum((2, 3, 4)).amin(0)
+    error = (whole * step.reshape(-1, 1, 1, 1) - w_hat).square().sum((1, 2, 3))
+    torch.testing.assert_close(error, least, rtol=1e-3, atol=1e-12)
+
+
+def test_a_level_that_no_weight_has_is_no_error() -> None:
+    how = Coding("adq", "codebook", bits=2, width=2, qmin=0, levels=3)
+    levels = torch.tensor([[-1.0, 0.1234567, 1.0]])
+    codes = torch.tensor([0, 2, 2, 0], dtype=torch.int32).reshape(2, 2, 1, 1)
+    whole, step, error = eight_bits(Weight(how, codes, {"codebook": levels}))
+    assert error == 0
+    assert torch.equal(whole * step.reshape(-1, 1, 1, 1), codes - 1.0)
+
+
+def test_the_least_code_is_kept_under_a_gain_above_zero() -> None:
+    whole = torch.tensor([[-128, 127], [-128, 3]], dtype=torch.int8)
+    folded, _, error = fold(
+        whole, torch.ones(2), torch.tensor([2.0, 0.5]), torch.zeros(2), torch.tensor(0.1)
+    )
+    assert torch.equal(folded, whole)
+    assert error == 0
+
+
+def test_a_bias_is_rounded_to_the_nearest_product_of_two_steps() -> None:
+    layer = QuantLinear.from_float(nn.Linear(3, 4), LSQ(8), LSQ(8))
+    w_step, step = torch.tensor([0.5, 0.5, 0.25, 0.25]), torch.tensor(0.125)
+    bias = w_step * step * torch.tensor([7.75, -7.75, 0.25, -3.0])
+    graph = Graph()
+    product(graph, layer, "x", torch.ones(4, 3, dtype=torch.int8), w_step, bias, step)
+    stored = [onnx.numpy_helper.to_array(c) for c in graph.constants.values()]
+    assert [c.tolist() for c in stored if c.dtype == "int32"] == [[8, -8, 0, -3]]
 
 
 def test_a_gain_goes_into_weights_whatever_its_sign() -> None:
@@ -212,6 +255,57 @@ def test_what_quantizers_read_is_not_rounded_again() -> None:
     # Half a step of the last result, as often as not one code of 15 of the linear layer's input.
     bound = (step + weights.act_quantizer.scale) * weights.weight.abs().sum(1).max()
     assert (theirs - ours).abs().max() <= bound
+
+
+class Ways(nn.Sequential):
+    """A chain of layers, and a layer that reads it."""
+
+    def __init__(self, num_classes: int, way: str) -> None:
+        chain = {
+            "relu6": (nn.ReLU6(),),
+            "norm": (nn.BatchNorm2d(8), nn.ReLU()),
+            "norm after relu": (nn.ReLU(), nn.BatchNorm2d(8)),
+        }[way]
+        tail = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))
+        super().__init__(nn.Conv2d(3, 8, 3), *chain, nn.Conv2d(8, 8, 3), nn.ReLU(), *tail)
+
+
+ASQ_PLAIN = partial(ASQ, dequantize="plain")
+
+
+@pytest.mark.parametrize(
+    ("way", "act"),
+    [
+        ("relu6", LSQ),
+        ("norm", LSQ),
+        ("norm after relu", LSQ),
+        ("norm", ASQ),
+        ("norm", ASQ_PLAIN),
+    ],
+)
+def test_a_chain_in_integers_is_what_its_layers_are_one_by_one(way: str, act: Any) -> None:
+    torch.manual_seed(0)
+    model, x = Ways(4, way).eval(), 10 * images(32)
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        nn.init.normal_(norm.weight, std=8.0)
+        nn.init.normal_(norm.bias, std=20.0)
+    nn.init.normal_(model[0].bias, std=4.0)  # type: ignore[arg-type]
+    layers = trace(model, SHAPE)
+    quantize_(model, layers, {layer.name: Bits(8, 8) for layer in layers}, LSQ, act)
+    calibrate_(model, x)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, ASQ):  # factors away from 1
+                module.adapter[-1].bias.fill_(0.5)  # type: ignore[index, union-attr, operator]
+            elif isinstance(module, LSQ) and way == "relu6" and not module.signed:
+                module.scale.fill_(0.1)  # codes beyond 6
+    packed = pack_network(
+        model, target=f"{__name__}.Ways", keywords={"way": way}, num_classes=4, input_shape=SHAPE,
+        data={"name": "synthetic", "mean": [], "std": []},
+    )  # fmt: skip
+    with torch.no_grad():
+        ours, theirs = model(x), run(to_onnx_int8(packed, x)[0], x)
+    assert (theirs - ours).abs().max() < 0.05 * ours.abs().max()
 
 
 def _steps(written: Any) -> list[torch.Tensor]:

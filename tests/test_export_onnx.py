@@ -22,8 +22,10 @@ from qexp.models.opened import open_attention_
 from qexp.models.resnet import ResNet
 from qexp.quant.adaround import AdaRound
 from qexp.quant.aquant import AQuant
+from qexp.quant.asq import ASQ
 from qexp.quant.convert import Bits, calibrate_, quantize_
 from qexp.quant.lsq import LSQ
+from qexp.quant.nearest import Nearest
 from qexp.quant.trace import trace
 from qexp.recipes.build import load_run
 
@@ -31,7 +33,7 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 from qexp.export.onnx_graph import Graph  # noqa: E402
-from qexp.export.onnx_inputs import _above  # noqa: E402
+from qexp.export.onnx_inputs import _above, quantized_input  # noqa: E402
 from qexp.export.onnx_network import to_onnx  # noqa: E402
 
 __all__ = ["run_folder"]  # a fixture
@@ -90,6 +92,10 @@ class InPlace(nn.Module):
         y = self.conv(x)
         if self.way == "relu read again":
             y = nn.functional.relu(y, inplace=True) + y
+        elif self.way == "rows and a slice":
+            y = y[:, [7, 6, 5, 4, 3, 2, 1, 0], 1:]
+        elif self.way == "mean of what is there":
+            y = nn.functional.avg_pool2d(y, 3, 2, 1, ceil_mode=True)
         elif self.way == "alpha":
             y = torch.add(y, y, alpha=2)
         elif self.way == "batch view":
@@ -135,6 +141,8 @@ class InPlace(nn.Module):
     ("way", "message"),
     [
         ("relu read again", "'relu' changes in place what 'conv' gave"),
+        ("rows and a slice", "format=onnx does not know index"),
+        ("mean of what is there", "format=onnx does not know avg_pool2d with this divisor"),
         ("alpha", "format=onnx does not know .*alpha"),
         ("item", "what depends on the batch or the image in 'item'"),
         ("filled", "format=onnx does not know .*new_full|in 'item'"),
@@ -201,6 +209,36 @@ def test_every_border_runs(keywords: dict[str, Any], monkeypatch: pytest.MonkeyP
     with torch.no_grad():
         ours, theirs = model(images()), run(to_onnx(packed_of(model)), images())
     assert (theirs - ours).abs().amax(1).median() < 1e-4
+
+
+FACTORS = {
+    "plain": {"dequantize": "plain"},
+    "dead": {"dequantize": "plain", "bias": -9.0},
+    "beyond e": {"factor": "exp", "bias": 3.0},
+}
+
+
+@pytest.mark.parametrize("keywords", FACTORS.values(), ids=FACTORS.keys())
+def test_every_factor_runs(keywords: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    own = {k: v for k, v in keywords.items() if k != "bias"}
+    monkeypatch.setitem(METHODS, "factor", (LSQ, partial(ASQ, **own)))
+    model = network("factor")
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, ASQ) and "bias" in keywords:
+                module.adapter[-1].bias.fill_(keywords["bias"])  # type: ignore[index, union-attr, operator]
+        ours, theirs = model(images()), run(to_onnx(packed_of(model)), images())
+    assert (theirs - ours).abs().amax(1).median() < 1e-4
+
+
+def test_a_tie_goes_up_where_the_quantizer_sends_it() -> None:
+    q = Nearest(4)
+    q.scale.data.fill_(0.5)
+    q.zero.fill_(1)
+    x = (torch.arange(-20, 20) + 0.5) * 0.5
+    graph = Graph()
+    found = evaluated(graph, quantized_input(graph, q, "x", "conv"), x)
+    assert torch.equal(found, q(x).detach())
 
 
 def settled(model: nn.Module, x: Tensor) -> nn.Module:
@@ -313,6 +351,34 @@ def test_pools_gates_and_joins_run() -> None:
     x = torch.randn(8, 3, 16, 16)
     model = Pools(5).eval()
     compared(model, x, f"{__name__}.Pools")
+
+
+class Last(nn.Module):
+    """A convolution, one way to go on from it, and the mean of the plane."""
+
+    def __init__(self, num_classes: int, way: str) -> None:
+        super().__init__()
+        self.conv, self.way = nn.Conv2d(3, num_classes, 3, padding=1), way
+        self.norm = nn.LayerNorm((num_classes, 8, 8), eps=0.25)
+        self.mean, self.pool = nn.AvgPool2d(3, 2, 1), nn.MaxPool2d(2, 1, dilation=2)
+        self.gelu = nn.GELU("tanh")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        if self.way == "normalize":  # pixels without any length among them
+            x = nn.functional.normalize(torch.relu(x), dim=1)
+        else:
+            x = getattr(self, self.way)(x)
+        return x.mean((2, 3))
+
+
+@pytest.mark.parametrize("way", ["norm", "mean", "pool", "gelu", "normalize"])
+def test_operations_run_with_their_options(way: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, *SHAPE)
+    model = Last(5, way).eval()
+    nn.init.normal_(model.norm.weight)
+    compared(model, x, f"{__name__}.Last", way=way)
 
 
 class Sizes(nn.Module):
@@ -515,11 +581,17 @@ def test_many_thresholds_are_searched_and_a_value_on_one_is_below(count: int) ->
     counted = _above(graph, "x", thresholds, -2.0)
     nodes = len(graph.nodes)
     assert nodes <= 45
+    expected = torch.bucketize(x, thresholds) - 2.0  # bucketize: as many as lie below
+    assert torch.equal(evaluated(graph, counted, x), expected)
+
+
+def evaluated(graph: Graph, y: str, x: Tensor) -> Tensor:
+    """The value `y` of a graph with the one input `x`, of one dimension."""
     made = onnx.helper.make_graph(
         graph.nodes,
-        "above",
+        "values",
         [onnx.helper.make_tensor_value_info("x", 1, [None])],
-        [onnx.helper.make_tensor_value_info(counted, 1, [None])],
+        [onnx.helper.make_tensor_value_info(y, 1, [None])],
         list(graph.constants.values()),
     )
     model = onnx.helper.make_model(
@@ -527,8 +599,7 @@ def test_many_thresholds_are_searched_and_a_value_on_one_is_below(count: int) ->
     )
     session = onnxruntime.InferenceSession(model.SerializeToString())
     (found,) = session.run(None, {"x": x.numpy()})
-    expected = torch.bucketize(x, thresholds) - 2.0  # bucketize: as many as lie below
-    assert torch.equal(torch.from_numpy(found), expected)
+    return torch.from_numpy(found)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 8])
@@ -754,6 +825,8 @@ class Moves(nn.Module):
             x = x[:, None, 1:-2:3, :][:, 0]
         elif self.way == "one":
             x = x[:, -1].unsqueeze(1)
+        elif self.way == "axis":
+            x = torch.cat((x[..., None, 1:4][..., 0, :], x[..., 3:]), -1)
         elif self.way == "stack":
             x = torch.stack(x.unbind(2)[::-1], -1)
         elif self.way == "sizes":
@@ -782,7 +855,7 @@ class Moves(nn.Module):
 
 
 WAYS = (
-    *("roll", "rows", "list", "steps", "one", "stack", "sizes", "expand", "repeat", "pad"),
+    *("roll", "rows", "list", "steps", "one", "axis", "stack", "sizes", "expand", "repeat", "pad"),
     *("batch second", "batch of tokens", "of each image", "positions", "windows", "elements"),
 )
 

@@ -158,12 +158,25 @@ class ReadTwice(nn.Module):
         return self.norm(self.conv(x)) + F.conv2d(x, self.conv.weight)
 
 
+class Centred(nn.Conv2d):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(input, weight - weight.mean(), bias)
+
+
+class BiasTwice(ReadTwice):
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.conv.bias is not None
+        return self.norm(self.conv(x)) + self.conv.bias.reshape(-1, 1, 1)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("make", "why"),
     [
         (lambda: nn.Sequential(Standardised(3, 4, 3), nn.BatchNorm2d(4)), "a forward of its own"),
+        (lambda: nn.Sequential(Centred(3, 4, 3), nn.BatchNorm2d(4)), "a forward of its own"),
         (ReadTwice, "the weight of conv is read elsewhere too"),
+        (BiasTwice, "the weight of conv is read elsewhere too"),
     ],
 )
 def test_a_weight_that_is_not_just_multiplied_keeps_its_norm(
@@ -308,6 +321,42 @@ def test_layer_granularity_compares_after_the_activation_that_follows() -> None:
     assert relu6 is not None
     assert relu6(torch.tensor([-1.0, 9.0])).tolist() == [0.0, 6.0]
     assert units["features.2.conv.2"].activation is None  # the linear bottleneck
+
+
+class Readers(nn.Module):
+    """A convolution whose ReLU is behind what does nothing, and one that a sum reads too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(3, 3, 1) for _ in range(3))
+        self.nothing = nn.Sequential(nn.Identity(), nn.Identity())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(self.nothing(self.a(x)).relu())
+        return self.c(y.relu() * y)
+
+
+def test_an_activation_counts_where_it_alone_reads_the_layer_through_whatever_does_nothing() -> (
+    None
+):
+    units = {u.name: u for u in find_units(Readers(), ["a", "b", "c"], "layer")}
+    assert [units[name].activation is not None for name in "abc"] == [True, False, False]
+
+
+class Merged(nn.Module):
+    """Two windows of an image in the batch, which `merge` puts together again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.merge = nn.Sequential(nn.Unflatten(0, (-1, 2)), nn.Flatten(1), nn.Linear(6, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.merge(x.reshape(-1, 3))
+
+
+def test_a_unit_that_puts_windows_together_is_unfit() -> None:
+    found = unfit(Merged(), ["merge", "merge.2"], torch.zeros(5, 2, 3))
+    assert found == {"merge": "sees patches of an image, or tokens, in place of the batch"}
 
 
 class Awkward(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from omegaconf import DictConfig
 
 from qexp.errors import CheckpointError, ConfigError
 from qexp.quant.convert import quant_layers
+from qexp.quant.nearest import Nearest
 from qexp.quant.power import APoT
 from qexp.recipes import build
 from qexp.recipes.evaluate import evaluate_run
+from qexp.recipes.handover import _copy
+from qexp.recipes.start import _top1
 from qexp.runner import checkpoint
 from qexp.runner.run import open_run
 
@@ -101,7 +105,9 @@ def test_training_starts_as_the_post_training_run_ended_bit_for_bit(
     assert torch.equal(logits(folder), logits(before))
     start = checkpoint.load(before / "last.pt")["start"]
     assert result["fp32_top1"] == start["top1"] is not None
-    assert "16 quantizers take over the state" in (folder / "train.log").read_text()
+    log = (folder / "train.log").read_text()
+    assert "16 quantizers take over the state" in log
+    assert "may fall to chance" not in log  # at this rate
     node = {"run": str(folder), "checkpoint": "best.pt", "split": "test", "device": "cpu"}
     assert evaluate_run(DictConfig(node))["top1"] == result["top1"]
 
@@ -151,6 +157,36 @@ def test_a_grid_of_other_options_is_calibrated_anew(
     assert (
         " of another kind, width or grid are calibrated anew" in (folder / "train.log").read_text()
     )
+
+
+def test_a_step_for_each_channel_takes_nothing_over_from_one_for_all() -> None:
+    w = torch.randn(4, 3, 3, 3)
+    one, each = Nearest(4, shape=w.shape), Nearest(4, shape=w.shape, per_channel=True)
+    one.calibrate(w)
+    for into, of in ((one, each), (each, one)):
+        before = copy.deepcopy(into.state_dict())
+        assert not _copy(into, of.state_dict(), w)
+        assert all(torch.equal(into.state_dict()[k], v) for k, v in before.items())
+    again = Nearest(4, shape=w.shape)
+    assert _copy(again, one.state_dict(), w)
+    assert torch.equal(again.scale, one.scale)
+
+
+def test_a_float_network_is_scored_anew_on_other_images(tmp_path: Path) -> None:
+    model = torch.nn.Identity()
+    x = torch.eye(4)
+
+    class Images:
+        def __init__(self, right: int) -> None:
+            self.labels = torch.tensor([i if i < right else (i + 1) % 4 for i in range(4)])
+
+        def eval_batches(self, split: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+            return [(x, self.labels)]
+
+    cfgs = [tiny(tmp_path, f"dataset.test_images={n}") for n in (16, 24)]
+    found = [_top1(cfg, model, "x", Images(2 + i)) for i, cfg in enumerate(cfgs)]
+    assert found == [50.0, 75.0]
+    assert _top1(cfgs[0], model, "x", Images(4)) == 50.0  # once for all jobs of a sweep
 
 
 @pytest.mark.parametrize("additive", [True, False])

@@ -178,6 +178,19 @@ def test_a_step_pushed_below_zero_is_clamped_counted_and_still_learns() -> None:
     assert q.scale.grad.item() > 0
 
 
+def test_a_gradient_in_another_memory_order_meets_its_elements() -> None:
+    torch.manual_seed(0)
+    e = torch.randn(2, 3, 4, 5)
+    found = []
+    for order in (torch.contiguous_format, torch.channels_last):
+        x = torch.linspace(-2, 2, 120).reshape(2, 3, 4, 5).requires_grad_()
+        scale = torch.full((2, 1, 1, 1), 0.25, requires_grad=True)
+        y = fake_quantize(x, scale, -4, 3)
+        found.append(torch.autograd.grad(y, (x, scale), e.contiguous(memory_format=order)))
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1])
+
+
 def test_lsqplus_gradients_match_the_paper() -> None:
     # scale 0.5, offset -1, codes 0..3: range [-1, 0.5]
     x = torch.tensor([[-2.0, -0.9, 0.2, 3.0]], requires_grad=True)

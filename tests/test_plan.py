@@ -226,10 +226,9 @@ def test_a_plan_of_widths_that_change_shows_the_last_and_names_the_stages(
 def test_training_holds_weights_gradients_and_momentum(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-
     monkeypatch.setattr(cost, "_timed", lambda *given: cost.Timed(1.0, 0.0, 0.0, "cpu"))
     large = nn.Linear(30_000, 30_000, device="meta")
-    card = SimpleNamespace(train_size=48, test_size=32)
+    card = SimpleNamespace(train_size=48, test_size=32, val_size=0)
     line = cost.training(tiny(tmp_path), card, large, [])[1]  # type: ignore[arg-type]
     assert f"{3 * 4 * 30_000 * 30_001 / 2**30:.2f} GB" in line
 

@@ -69,6 +69,26 @@ def test_training_is_the_same_under_autocast_and_channels_last(saved: str) -> No
     assert all(torch.equal(got[name], value) for name, value in expected.items())
 
 
+def test_two_forwards_before_a_backward_leave_the_buffers_of_the_second() -> None:
+    found = []
+    for saved in ("all", "blocks"):
+        model = network()
+        save_less_(model, saved)
+        losses = [F.cross_entropy(model(x), LABELS) for x in (IMAGES, 3 * IMAGES)]
+        before = copy.deepcopy(dict(model.named_buffers()))
+        losses[0].backward()
+        assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
+        losses[1].backward()
+        found.append([*before.values(), *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_what_a_network_holds_anyway_is_not_kept_by_a_step() -> None:
+    model = nn.BatchNorm1d(4, affine=True).eval()
+    x = torch.randn(8, 4)
+    assert kept_bytes(model, lambda: model(x).sum().backward()) == 4 * x.numel()
+
+
 def test_a_factor_with_memory_keeps_its_input() -> None:
     def statistics(bits: int, **facts: Any) -> ASQ:
         return ASQ(bits, factor="statistics", **facts)

@@ -249,6 +249,16 @@ def test_loss_increase_is_the_difference_it_says_and_restores_the_weights() -> N
     assert got["3"][2] == pytest.approx((moved - base).item(), abs=1e-6)
 
 
+def test_a_loss_is_the_mean_over_all_chunks_of_images() -> None:
+    model, layers, _, _ = softmax_model()
+    x, y = torch.randn(600, 4), torch.arange(600) % 3
+    got = loss_increase(model, layers, LSQ, (2,), x, y)["0"][2]
+    with torch.no_grad():
+        base = F.cross_entropy(model(x), y)
+        model[0].weight.add_(perturbation(model, layers[0], LSQ, 2))  # type: ignore[index]
+        assert got == pytest.approx((F.cross_entropy(model(x), y) - base).item(), rel=1e-3)
+
+
 @pytest.mark.parametrize("metric", ["hutchinson", "fisher", "loss", "size"])
 def test_every_metric_gives_a_number_for_each_inner_layer_and_candidate(metric: str) -> None:
     policy, bits, layers = assign(network(), metric=metric)
