@@ -138,6 +138,10 @@ def test_codes_survive_packing_at_every_width(width: int) -> None:
     data = bits.pack(codes, width)
     assert data.numel() == -(-21 * width // 8)
     assert torch.equal(bits.unpack(data, width, 21), codes.reshape(-1).int())
+    if 21 * width % 8:
+        data[-1] |= 0x80
+        with pytest.raises(ValueError, match="behind the last code are not zero"):
+            bits.unpack(data, width, 21)
 
 
 def test_the_first_code_is_in_the_low_bits() -> None:
@@ -425,6 +429,33 @@ def test_a_zero_point_of_weights_is_of_signed_integers() -> None:
     zero = packed.tensors[name].abs().to(torch.uint8)
     with pytest.raises(FormatError, match=r"\.w\.zero is torch\.uint8"):
         restore(Packed(packed.header, {**packed.tensors, name: zero}))
+
+
+def test_more_bits_than_the_levels_take_are_refused() -> None:
+    header = packed_of(network("lsq")).header
+    first = header.weights[0]
+    wider = replace(header, weights=(replace(first, width=first.width + 1), *header.weights[1:]))
+    with pytest.raises(FormatError, match=r"codes of 256 levels take 8 bits, not 9"):
+        parse(wider.to_json())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("scale", -1.0, "scale is negative"),
+        ("zero", -9.0, "zero is outside -8 to 7"),
+        ("zero", 8.0, "zero is outside -8 to 7"),
+    ],
+)
+def test_a_step_or_a_zero_point_that_no_quantizer_has_is_refused(
+    key: str, value: float, message: str
+) -> None:
+    packed = packed_of(network("nearest"))
+    name = f"layer1.0.conv1.w.{key}"
+    wrong = packed.tensors[name].clone()
+    wrong[-1] = value
+    with pytest.raises(FormatError, match=message):
+        restore(Packed(packed.header, {**packed.tensors, name: wrong}))
 
 
 def test_a_bias_of_another_size_is_refused_where_the_bare_model_has_none() -> None:
@@ -946,6 +977,9 @@ def test_two_files_of_a_network_are_the_same_bytes(tmp_path: Path) -> None:
         ({"classes": "abcdefghij"}, "classes must be a list"),
         ({"resize": 0}, "resize must be an integer from 1"),
         ({"crop": 8}, "its data must have the fields"),
+        ({"std": [1.0, 0.0, 1.0]}, "std must be above 0"),
+        ({"std": [1.0]}, "its std is not one number for each channel of an image"),
+        ({"mean": [0.5] * 4}, "its mean is not one number for each channel of an image"),
         ({"mean": [0.5, 0.5, 1e39]}, "mean is out of the range of float32"),
     ],
 )

@@ -14,6 +14,11 @@ from torch import Tensor
 MAX_WIDTH = 17  # a released 16-bit grid would overflow its 16 bits by one
 
 
+def width_of(levels: int) -> int:
+    """Bits of a code that counts `levels`; at least 1."""
+    return max(1, (levels - 1).bit_length())
+
+
 def packed_size(count: int, width: int) -> int:
     """Bytes of `count` codes of `width` bits."""
     return -(-count * width // 8)
@@ -32,11 +37,15 @@ def unpack(data: Tensor, width: int, count: int) -> Tensor:
     """Bytes -> `count` codes in [0, 2**width), int32 [count].
 
     Raises:
-        ValueError: `data` has another length than `packed_size(count, width)`.
+        ValueError: `data` has another length than `packed_size(count, width)`, or bits that are
+            not zero behind the last code.
     """
     if data.numel() != packed_size(count, width):
         raise ValueError(f"{data.numel()} bytes cannot hold {count} codes of {width} bits")
-    planes = np.unpackbits(data.numpy(), count=count * width, bitorder="little")
+    planes = np.unpackbits(data.numpy(), bitorder="little")
+    if planes[count * width :].any():
+        raise ValueError("the bits behind the last code are not zero")
+    planes = planes[: count * width]
     codes = np.zeros(count, dtype=np.int32)
     for k in range(width):
         codes |= planes[k::width].astype(np.int32) << k

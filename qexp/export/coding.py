@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from qexp.errors import ConfigError
+from qexp.export.bits import width_of
 from qexp.quant.adaround import AdaRound
 from qexp.quant.codebook import Codebook
 from qexp.quant.dorefa import DoReFaWeight
@@ -124,7 +125,7 @@ def encode(
         kind=kind,
         form=form,
         bits=quantizer.bits,
-        width=max(1, (levels - 1).bit_length()),
+        width=width_of(levels),
         qmin=quantizer.qmin,
         levels=levels,
         offset=parts.pop("offset", 0.0),

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from qexp.export.bits import MAX_WIDTH
+from qexp.export.bits import MAX_WIDTH, width_of
 from qexp.export.coding import Coding
 from qexp.export.inputs import KINDS, Input
 
@@ -117,6 +117,9 @@ def parse(text: str) -> Header:
         layers=tuple(_layer(e) for e in _items(plain["layers"], "layers")),
         norms=tuple(_text(n, "norms") for n in _items(plain["norms"], "norms")),
     )
+    for key in ("mean", "std"):
+        if len(header.data[key]) not in (0, header.input_shape[0]):
+            raise FormatError(f"its {key} is not one number for each channel of an image")
     if len(header.data.get("classes", ())) not in (0, header.num_classes):
         raise FormatError("it names another number of classes than it has")
     names = [entry.name for entry in header.layers] + list(header.norms)
@@ -234,6 +237,8 @@ def _data(value: Any) -> dict[str, Any]:
     optional = frozenset({"resize", "classes"})
     _keys(value, {"name", "mean", "std", *optional}, "data", optional)
     data = {k: [_number(v, k) for v in _items(value[k], k)] for k in ("mean", "std")}
+    if not all(v > 0 for v in data["std"]):
+        raise FormatError("std must be above 0")
     data = {"name": _text(value["name"], "data.name"), **data}
     if "resize" in value:
         data["resize"] = _whole(value["resize"], "resize", 1, MAX_SIZE)
@@ -248,6 +253,8 @@ def _coding(value: Any) -> Coding:
     _keys(value, set(Coding.__dataclass_fields__), "weights", optional)
     width = _whole(value["width"], "width", 1, MAX_WIDTH)
     levels = _whole(value["levels"], "levels", 1, 2**width)
+    if width != width_of(levels):
+        raise FormatError(f"codes of {levels} levels take {width_of(levels)} bits, not {width}")
     grid = tuple(_number(v, "grid") for v in _items(value.get("grid", []), "grid"))
     form = _text(value["form"], "form")
     if form not in FORMS:

@@ -75,7 +75,7 @@ class Packed:
         try:
             stored = unpack(data, how.width, math.prod(entry.shape))
         except ValueError as error:
-            raise FormatError(f"layer {entry.name!r} has codes of another size") from error
+            raise FormatError(f"layer {entry.name!r}: {error}") from error
         if int(stored.max()) >= how.levels:
             raise FormatError(f"layer {entry.name!r} has codes beyond its levels")
         return stored.reshape(entry.shape) + how.qmin
@@ -105,6 +105,11 @@ class Packed:
                 raise FormatError(f"tensor {entry.name}.w.{key} has shape {list(value.shape)}")
             if integer != (key == "zero") or value.dtype == torch.uint8:
                 raise FormatError(f"tensor {entry.name}.w.{key} is {value.dtype}")
+            if key == "scale" and bool((value < 0).any()):
+                raise FormatError(f"tensor {entry.name}.w.scale is negative")
+            last = how.qmin + how.levels - 1
+            if key == "zero" and not bool(((value >= how.qmin) & (value <= last)).all()):
+                raise FormatError(f"tensor {entry.name}.w.zero is outside {how.qmin} to {last}")
         return coding.decode(how, self.codes(entry), parts)
 
 
