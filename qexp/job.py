@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 from qexp import config, schema, sweep
 from qexp.errors import ConfigError, origin
 from qexp.runner.folder import run_state
+from qexp.runner.overrides import outvoted
 
 
 class Job:
@@ -59,6 +60,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         return done
     if cfg.dry_run:
         print(_function("qexp.recipes.plan", "plan")(cfg))
+        for line in _warnings(cfg):
+            print(f"warning: {line}", file=sys.stderr)
         return {"status": "planned"}
     return _run(cfg, resume=False)
 
@@ -78,7 +81,6 @@ def _run(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
 
     from qexp.recipes.outcome import closing
     from qexp.recipes.precheck import precheck
-    from qexp.recipes.unused import unused
     from qexp.runner import distributed
     from qexp.runner.device import pick_device, set_threads
     from qexp.runner.idle import crowded
@@ -102,7 +104,7 @@ def _run(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
             run.info(f"run: {run.dir}")
             if world.size > 1:
                 run.info(f"processes: {world.size}, each {cfg.recipe.batch_size} images a step")
-            for line in unused(cfg):
+            for line in _warnings(cfg):
                 run.warn(line)
             on_cpu = cfg.threads is None and pick_device(cfg.device).type == "cpu"
             if on_cpu and (line := crowded(threads)):
@@ -113,6 +115,13 @@ def _run(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
                 run.info(closing(written))
     seconds = time.perf_counter() - began
     return {"status": "done", "top1": result.get("top1"), "seconds": seconds, "folder": run.dir}
+
+
+def _warnings(cfg: DictConfig) -> list[str]:
+    """What the command line or the config asks for without effect, a line each."""
+    from qexp.recipes.unused import unused
+
+    return [*outvoted(), *unused(cfg)]
 
 
 def _take_up(cfg: DictConfig) -> bool:

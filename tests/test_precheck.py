@@ -186,6 +186,44 @@ def test_what_has_no_effect_is_said(tmp_path: Path, words: str, line: str) -> No
     assert all(text.startswith(line) for text in said)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            "recipe=qat_after_ptq",
+            "warning: experiment=mine sets over recipe=qat_after_ptq: recipe.lr=0.5 (not 0.003)\n",
+        ),
+        (
+            "quantizer=asq",
+            "warning: experiment=mine sets over quantizer=asq: quantizer.act.factor=frozen "
+            "(not relu)\n",
+        ),
+        ("recipe=qat_after_ptq recipe.lr=0.25", ""),  # the command line has the last word
+        ("recipe=float recipe.distill.weight=0", ""),  # the same value
+        ("bits=4", ""),
+        ("-m quantizer=asq", ""),  # what an experiment sweeps over is its own
+    ],
+)
+def test_an_experiment_that_wins_over_a_choice_is_named(
+    qexp: Qexp, tmp_path: Path, words: str, said: str
+) -> None:
+    folder = tmp_path / "conf" / "experiment"
+    folder.mkdir(parents=True)
+    sweeps = "hydra:\n  sweeper:\n    params:\n      quantizer: lsq\n" if "-m" in words else ""
+    act = "quantizer:\n  act:\n    factor: frozen\n" if "asq" in words else ""
+    lr = "0.1" if "=float" in words else "0.5"
+    text = f"# @package _global_\nrecipe:\n  lr: {lr}\n{act}{sweeps}"
+    (folder / "mine.yaml").write_text(text)
+    extra = [] if "quantizer" in words else ["quantizer=lsq"]
+    got = qexp(
+        "train", "--config-dir", "conf", *TINY, "experiment=mine", "dry_run=true",
+        "model.checkpoint=none", *extra, *words.split(),
+    )  # fmt: skip
+    assert got.code == 0
+    lines = [line for line in got.err.splitlines(keepends=True) if "experiment=mine" in line]
+    assert "".join(lines) == said
+
+
 def test_sync_bn_of_one_process_is_no_other_protocol_and_is_said(
     qexp: Qexp, tmp_path: Path
 ) -> None:

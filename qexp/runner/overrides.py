@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 BEGUN_WITH = ".hydra/overrides.yaml"
 
@@ -20,6 +20,58 @@ def task_overrides() -> list[str]:
         return []
     typed: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
     return list(typed)
+
+
+def outvoted() -> Iterator[str]:
+    """A line for each choice on the command line whose keys `experiment` set otherwise.
+
+    The experiment comes last in the defaults list, so that of `experiment=table recipe=mine` what
+    the table says of the recipe wins over the recipe that was asked for. Choices that the
+    experiment sweeps over itself are its own affair.
+    """
+    from hydra import compose
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    words = [o.partition("=") for o in task_overrides()]
+    name = next((value for key, _, value in words if key == "experiment"), None)
+    if name in (None, "null"):
+        return
+    hydra = HydraConfig.get()
+    groups = {str(group) for group in hydra.runtime.choices} - set(hydra.sweeper.params or {})
+    chosen = [(key, value) for key, _, value in words if key in groups and key != "experiment"]
+    if not chosen:
+        return
+    typed = task_overrides()
+    try:
+        found = compose(hydra.job.config_name, typed)
+        alone = compose(hydra.job.config_name, [o for o in typed if o != f"experiment={name}"])
+    except (HydraException, OmegaConfBaseException):
+        return  # a key that the experiment alone has: nothing to compare with
+    for group, option in chosen:
+        node = group.rpartition("@")[2].replace("/", ".")
+        ours, theirs = _leaves(found, node), _leaves(alone, node)
+        changed = [f"{k}={v} (not {theirs[k]})" for k, v in ours.items() if theirs.get(k, v) != v]
+        if changed:
+            yield f"experiment={name} sets over {group}={option}: {', '.join(changed)}"
+
+
+def _leaves(cfg: DictConfig, node: str) -> dict[str, Any]:
+    """Values below a node as they are written, by their dotted names."""
+    found: dict[str, Any] = {}
+
+    def walk(value: Any, name: str) -> None:
+        if isinstance(value, Mapping):
+            for key, item in value.items():
+                walk(item, f"{name}.{key}")
+        else:
+            found[name] = value
+
+    section = OmegaConf.select(cfg, node)
+    if isinstance(section, DictConfig):
+        walk(OmegaConf.to_container(section, resolve=False), node)
+    return found
 
 
 def typed(path: Path) -> list[str]:
