@@ -12,7 +12,7 @@ from test_methods import METHODS
 from torch import Tensor, nn
 from waiting import Watch
 
-from qexp.quant.convert import calibrate_, quant_layers, shared_weights
+from qexp.quant.convert import calibrate_, quant_layers, shared_weights, unquantize_
 from qexp.recipes import build
 
 
@@ -81,3 +81,17 @@ def test_micro_batches_share_one_quantized_weight(
     for name, value in expected.items():
         torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-6, msg=name)
     assert all(layer.w_hat is None for layer in quant_layers(model).values())
+
+
+def test_unquantized_it_is_the_float_network_again(tmp_path: Path) -> None:
+    model, x, _ = network(tmp_path, "asq")
+    plain, _, _ = network(tmp_path, "fp32")
+    kinds = {name: type(module) for name, module in plain.named_modules()}
+    names = list(quant_layers(model))
+    parameters = {name: model.get_parameter(f"{name}.weight") for name in names}
+    assert unquantize_(model) is model
+    assert not quant_layers(model)
+    assert {name: type(module) for name, module in model.named_modules()} == kinds
+    assert {name: model.get_parameter(f"{name}.weight") for name in names} == parameters
+    plain.load_state_dict(model.state_dict())  # the same names, no more
+    assert torch.equal(model.eval()(x), plain.eval()(x))

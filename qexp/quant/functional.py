@@ -252,12 +252,3 @@ def fake_quantize(
 def midpoints(levels: Tensor) -> Tensor:
     """Decision thresholds of sorted `levels` [..., L]: the L-1 midpoints [..., L-1]."""
     return (levels[..., 1:] + levels[..., :-1]) / 2
-
-
-def nearest_level(x: Tensor, levels: Tensor) -> Tensor:
-    """Index of the level nearest to each element, ties to the lower one.
-
-    Shape: x any; levels [L] sorted ascending; result int64 as x. O(log L) an element, no table
-    of distances.
-    """
-    return torch.bucketize(x, midpoints(levels))
