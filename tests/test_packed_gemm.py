@@ -34,6 +34,8 @@ __all__ = ["run_folder"]  # a fixture
 
 @pytest.fixture
 def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
+        pytest.skip("the interpreter of triton 3.5 makes scalars of arrays, which numpy refuses")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
