@@ -342,6 +342,8 @@ def test_health_counts_the_rows_whose_border_leaves_its_range() -> None:
     q = AQuant(3, signed=False, shape=FIELD, border="linear")
     q.border.data[1, :4] = 0.6  # at the upper end of the range alone
     assert int(q.health()["borders_at_bound"]) == 4
+    mixed = AQuant(3, signed=False, shape=FIELD, fusion="window")
+    assert "borders_at_bound" not in mixed.health()  # each window has borders of its own
 
 
 def test_thresholds_are_where_the_codes_change() -> None:

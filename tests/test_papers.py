@@ -13,7 +13,7 @@ import torch
 
 from qexp.errors import ConfigError
 from qexp.models.digest import network_sha256, weights_sha256
-from qexp.report.papers import COLUMNS, KINDS, VERIFIED, match, read_papers
+from qexp.report.papers import COLUMNS, KINDS, VERIFIED, matches, read_papers
 
 ROOT = Path(__file__).parents[1]
 CSV = ROOT / "results" / "papers.csv"
@@ -74,20 +74,20 @@ def test_methods_are_named_as_our_configs_are() -> None:
 
 def test_every_published_case_of_the_apot_readme_is_found_by_its_key() -> None:
     case: dict[str, Any] = {"dataset": "cifar10", "mixed": False, "distilled": False}
-    found = match(PAPERS, method="apot", model="resnet20", w_bits=4.0, a_bits=4.0, **case)
-    assert found is not None
+    (found,) = matches(PAPERS, method="apot", model="resnet20", w_bits=4.0, a_bits=4.0, **case)
     assert (found.top1, found.float_top1, found.verified) == (92.45, 92.96, "yes")
     case_of_theirs = {"method": "apot_released", "model": "resnet20", **case}
-    assert match(PAPERS, w_bits=4.0, a_bits=4.0, **case_of_theirs) == found
-    assert match(PAPERS, method="apot", model="resnet20", w_bits=8.0, a_bits=8.0, **case) is None
-    assert match(PAPERS, method="fp32", model="resnet20", w_bits=32.0, a_bits=32.0, **case) is None
+    assert matches(PAPERS, w_bits=4.0, a_bits=4.0, **case_of_theirs) == [found]
+    case["model"] = "resnet20"
+    assert not matches(PAPERS, method="apot", w_bits=8.0, a_bits=8.0, **case)
+    assert not matches(PAPERS, method="fp32", w_bits=32.0, a_bits=32.0, **case)
 
 
 def test_a_mixed_average_never_matches_a_uniform_width() -> None:
     case: dict[str, Any] = {"method": "lsq", "model": "resnet18", "dataset": "imagenet"}
     widths: dict[str, Any] = {"w_bits": 3.0, "a_bits": 3.0, "distilled": False}
-    assert match(PAPERS, **case, **widths, mixed=True) is None
-    assert match(PAPERS, **case, **widths, mixed=False) is not None
+    assert not matches(PAPERS, **case, **widths, mixed=True)
+    assert matches(PAPERS, **case, **widths, mixed=False)
 
 
 @pytest.mark.parametrize(

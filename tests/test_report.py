@@ -143,7 +143,7 @@ def test_a_repeated_seed_counts_once_and_the_newest_wins(tmp_path, capsys) -> No
 
 def test_another_protocol_is_flagged_with_the_keys_that_differ(tmp_path, capsys) -> None:
     make_run(tmp_path, "a", method="lsq")
-    make_run(tmp_path, "b", method="pact")
+    make_run(tmp_path, "b", method="post")
     longer = {**PROTOCOL, "epochs": 60, "distill": {"weight": 0.5, "temperature": 1.0}}
     make_run(tmp_path, "c", method="asq", protocol=longer)
     together = ("--group", "dataset,model")
@@ -152,7 +152,7 @@ def test_another_protocol_is_flagged_with_the_keys_that_differ(tmp_path, capsys)
     assert "distill.weight: 0.5 instead of 0.0" in text
     flagged = {row["method"]: row["flags"] for row in rows(capsys, tmp_path, *together)}
     assert flagged["asq"] == "protocol differs: epochs, distill.weight"
-    assert flagged["lsq"] == flagged["pact"] == ""
+    assert flagged["lsq"] == flagged["post"] == ""
 
 
 def test_a_row_of_another_recipe_is_flagged_by_the_number_of_its_keys(tmp_path, capsys) -> None:
@@ -533,6 +533,33 @@ def test_a_paper_with_another_protocol_is_flagged_and_drops_are_compared(tmp_pat
     papers.write_text(f"{head}\n{alike}\n")
     (found,) = rows(capsys, tmp_path, "--papers", str(papers))
     assert found["flags"] == ""
+
+
+def test_what_a_paper_does_not_say_is_flagged_beside_a_re_run_that_does(tmp_path, capsys) -> None:
+    papers = tmp_path / "papers.csv"
+    head, row, *_ = PAPERS.splitlines()
+    values = dict(zip(head.split(","), row.split(","), strict=True))
+    silent = values | {"kind": "paper", "float_top1": "", "first_last": "", "epochs": ""}
+    alike = values | {"top1": "89.5", "kind": "rerun", "source": "somebody", "first_last": "8"}
+    other = alike | {"top1": "88.5", "first_last": "fp32"}
+    lines = [",".join(v.values()) for v in (silent, alike, other)]
+    papers.write_text("\n".join((head, *lines)) + "\n")
+    make_run(tmp_path, "a", top1=91.0)
+    (found,) = rows(capsys, tmp_path, "--papers", str(papers))
+    assert found["paper_top1"] == "90.5"
+    assert found["flags"].split("; ") == [
+        "published with unknown float, epochs, first/last",
+        f"re-run with first/last 8, somebody, {values['table']}: 89.5",
+    ]
+
+
+def test_borders_that_fusion_mixes_are_not_reported_as_counted(tmp_path, capsys) -> None:
+    for name, fusion in (("c4", "none"), ("c6", "window")):
+        health = {"borders_at_bound": {"conv1": 7}, "clamped_steps": {"conv1": 2}}
+        parts = {"act": {"fusion": fusion}}
+        make_run(tmp_path, name, method=name, quantizer=parts, health=health)
+    flags = [row["flags"] for row in rows(capsys, tmp_path)]
+    assert flags == ["borders at bound: 7; clamped steps: 2", "clamped steps: 2"]
 
 
 def test_a_copy_of_a_run_is_no_second_run_of_its_seed(tmp_path, capsys) -> None:

@@ -249,11 +249,12 @@ class AQuant(Quantizer):
         return super().extra_bytes() + self.signed * (1 if self.bits <= 8 else 2)
 
     def health(self) -> dict[str, Tensor]:
-        _, border = self._borders()
-        return {
-            "clamped_steps": (self.scale.detach() <= MIN_SCALE).sum(),
-            "borders_at_bound": ((border <= 0) | (border >= 1)).any(1).sum(),
-        }
+        """Under `fusion` a border is another for each window: those at a bound are not counted."""
+        found = {"clamped_steps": (self.scale.detach() <= MIN_SCALE).sum()}
+        if self.fusion == "none":
+            _, border = self._borders()
+            found["borders_at_bound"] = ((border <= 0) | (border >= 1)).any(1).sum()
+        return found
 
     @property
     def kind(self) -> str:

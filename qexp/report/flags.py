@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qexp.report.papers import NEAR, Paper, match
+from qexp.report.papers import NEAR, Paper, matches
 from qexp.report.rows import Row
+from qexp.report.runs import at
 
 SAME_FLOAT = 0.1  # points: papers print one decimal
 
@@ -16,7 +17,7 @@ def flag_(row: Row, papers: Sequence[Paper]) -> None:
     """Find the row's published number, and append its flags."""
     run = row.first
     distilled = bool(run.protocol.get("distill.weight"))
-    row.paper = match(
+    found = matches(
         papers,
         method=run.method,
         model=run.model,
@@ -26,8 +27,9 @@ def flag_(row: Row, papers: Sequence[Paper]) -> None:
         mixed=not run.uniform,
         distilled=distilled,
     )
-    if row.paper:
-        row.flags += _unlike(row, row.paper, distilled)
+    if found:
+        row.paper = found[0]
+        row.flags += _unlike(row, found[0], distilled) + _elsewhere(row, found[0], found[1:])
     if row.repeats:
         seeds = sorted({str(r.seed) for r in row.repeats})
         row.flags.append(f"seed {', '.join(seeds)} ran again: the newest counts")
@@ -97,14 +99,42 @@ def _unlike(row: Row, paper: Paper, distilled: bool) -> list[str]:
         apart.append(f"first/last {paper.first_last} (ours {first_last})")
     if paper.float_top1 is not None and start and abs(paper.float_top1 - start.mean) > SAME_FLOAT:
         apart.append(f"float {paper.float_top1:g} (ours {start.mean:.2f})")
-    return [*flags, *([f"published with {', '.join(apart)}"] if apart else [])]
+    unknown = [
+        name
+        for name, value in (
+            ("float", paper.float_top1),
+            ("epochs", paper.epochs),
+            ("first/last", paper.first_last),
+        )
+        if value in (None, "")
+    ]
+    return [
+        *flags,
+        *([f"published with {', '.join(apart)}"] if apart else []),
+        *([f"published with unknown {', '.join(unknown)}"] if unknown else []),
+    ]
+
+
+def _elsewhere(row: Row, shown: Paper, others: Sequence[Paper]) -> list[str]:
+    """Re-runs by others that keep first and last layer as ours do, where those shown do not say."""
+    ours = str(row.first.protocol.get("first_last", ""))
+    if not row.counted or shown.first_last == ours:
+        return []
+    return [
+        f"re-run with first/last {ours}, {p.cite}: {p.top1:g}"
+        for p in others
+        if p.kind == "rerun" and p.first_last == ours
+    ]
 
 
 def _health(row: Row) -> Counter[str]:
     """Sum over seeds and layers of what `result.health` counted."""
     total: Counter[str] = Counter()
     for run in row.counted:
+        fused = at(run.config, "quantizer", "act", "fusion") not in (None, "none")
         for kind, found in (run.result.get("health") or {}).items():
+            if kind == "borders_at_bound" and fused:
+                continue  # older runs counted borders before they are mixed, which rounds nothing
             counts = found.values() if isinstance(found, Mapping) else [found]
             total[kind] += sum(count for count in counts if isinstance(count, int))
     return +total

@@ -133,7 +133,7 @@ def _paper(row: dict[str, str], where: str) -> Paper:
     return Paper(top1=top1, **numbers, **rest)  # type: ignore[arg-type]
 
 
-def match(
+def matches(
     papers: Sequence[Paper],
     *,
     method: str,
@@ -143,20 +143,20 @@ def match(
     a_bits: float | None,
     mixed: bool,
     distilled: bool,
-) -> Paper | None:
-    """The published number of exactly this case, best source first; None when there is none.
+) -> list[Paper]:
+    """The published numbers of exactly this case, best source first.
 
     Args:
         method: `X_released`, a method as its authors' code has it, is X's own.
     """
     key = (method.removesuffix(RELEASED), model, dataset, "mixed" if mixed else "uniform")
     if w_bits is None or a_bits is None or method == "fp32":  # no paper owns a float network
-        return None
+        return []
     same = [p for p in papers if (p.method, p.model, p.dataset, p.policy) == key]
     near = NEAR if mixed else 0.0
     found = [p for p in same if _meets(p, w_bits, a_bits, near, unknown=mixed)]
     wanted = "yes" if distilled else "no"
-    return min(
+    return sorted(
         found,
         key=lambda p: (
             not p.widths_known,
@@ -164,7 +164,6 @@ def match(
             p.verified == "no",
             KINDS.index(p.kind),
         ),
-        default=None,
     )
 
 
