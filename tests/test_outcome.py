@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +13,13 @@ from compose import tiny
 from torch import Tensor, nn
 
 from qexp.errors import RunError
+from qexp.export.coding import CODERS
+from qexp.export.inputs import KINDS
 from qexp.quant.bitwidth import Progressive
+from qexp.quant.codebook import Codebook
 from qexp.quant.convert import calibrate_, quant_layers
+from qexp.quant.power import POST
+from qexp.quant.quantizer import Quantizer
 from qexp.recipes import build, outcome
 from qexp.recipes.evaluate import Score
 from qexp.recipes.observe import log_quantizers
@@ -168,6 +174,31 @@ def test_quantizers_in_use_are_named_in_one_line_each(tmp_path: Path) -> None:
     assert sorted(text.partition("(")[0] for text in kinds["act"]) == ["ASQ", "LSQ", "LSQ"]
     assert {text.partition("(")[0] for text in kinds["weight"]} == {"POST", "LSQ"}
     assert all("\n" not in text for texts in kinds.values() for text in texts)
+
+
+KNOWN = {cls.__name__: cls for cls in (*CODERS, *(kind.cls for kind in KINDS.values()))}
+del KNOWN["FixedGrid"]  # takes its levels as a tensor
+
+
+@pytest.mark.parametrize("cls", KNOWN.values(), ids=KNOWN)
+def test_every_option_of_a_quantizer_is_recorded(cls: type[Quantizer]) -> None:
+    made = cls(3, shape=(4, 3, 3, 3))
+    options = set(inspect.signature(cls.__init__).parameters)  # type: ignore[misc]
+    options -= {"self", "bits", "signed", "shape", "border"}  # a border is named by its degree
+    told = {part.partition("=")[0].strip() for part in made.extra_repr().split(",")}
+    nothing = {name for name in options - told if getattr(made, name, 0) is None}
+    assert options - nothing <= told
+
+
+def test_grids_of_other_levels_are_recorded_apart() -> None:
+    made = [
+        POST(4, shape=(4, 3), base=base, levels=levels)
+        for base in ("auto", 2.0)
+        for levels in ("full", "symmetric", "no_zero")
+    ]
+    made += [Codebook(4, shape=(4, 3), levels=levels) for levels in ("full", "symmetric")]
+    assert len({repr(q) for q in made}) == 8
+    assert "base=1.41421" in repr(made[0])  # what `auto` came to
 
 
 def test_logged_clip_rates_are_those_of_the_operands(tmp_path: Path) -> None:

@@ -102,6 +102,7 @@ def test_a_finished_run_leaves_every_file_of_the_design(tmp_path: Path, cfg: Dic
     assert result["top1"] == 91.5
     assert result["seed"] == 7
     assert {"commit", "dirty", "wall_s", "overrides"} <= set(result)
+    assert torch.__version__.startswith(result["versions"]["torch"])
 
 
 def test_a_failed_run_has_its_traceback_and_no_result(tmp_path: Path, cfg: DictConfig) -> None:

@@ -182,7 +182,7 @@ class ASQ(Quantizer):
         if not shape:
             raise ValueError("ASQ needs the shape [C, kh, kw] or [C] of the layer's input")
         self.factor: Factor = factor
-        self.leak = leak
+        self.leak, self.reduction = leak, reduction
         self.count: Count = count
         self.scale_factor_grad = scale_factor_grad
         self.dequantize, self.init = dequantize, init

@@ -143,6 +143,7 @@ class Codebook(Quantizer):
             raise ValueError(f"dead_after must be at least 1, or None for never, got {dead_after}")
         self.init, self.adaptation, self.form = init, adaptation, form
         self.gamma, self.adapt_until, self.dead_after = gamma, adapt_until, dead_after
+        self.per_channel, self.level_set = per_channel, levels
         self.adapting = adaptation == "ema"
         self.qmax = 2 ** (bits - 1) - 1
         self.qmin = -self.qmax - (levels == "full")
@@ -276,6 +277,9 @@ class Codebook(Quantizer):
 
     def extra_bytes(self) -> int:
         return 4 * self.codebook.numel()
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, levels={self.level_set}"
 
     def health(self) -> dict[str, Tensor]:
         """Levels without a member at the last forward in training, zero left out."""

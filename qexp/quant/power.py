@@ -99,14 +99,19 @@ class POST(FixedGrid):
         makers = {"full": grids.full, "symmetric": grids.symmetric, "no_zero": grids.no_zero}
         if levels not in makers:
             raise ValueError(f"levels must be one of {', '.join(makers)}, got {levels!r}")
+        ratio = _post_base(base, bits)
         super().__init__(
             bits,
-            makers[levels](bits, _post_base(base, bits)),
+            makers[levels](bits, ratio),
             signed=signed,
             shape=shape,
             per_channel=per_channel,
             init=init,
         )
+        self.base, self.level_set = ratio, levels
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, levels={self.level_set}"
 
 
 class POSTReleased(FixedGrid):
@@ -128,8 +133,10 @@ class POSTReleased(FixedGrid):
         init: Literal["quantile", "mse"] = "quantile",
     ) -> None:
         grids.check_bits("POSTReleased", bits)
-        grid = grids.released(bits, _post_base(base, bits))
+        ratio = _post_base(base, bits)
+        grid = grids.released(bits, ratio)
         super().__init__(bits, grid, signed=signed, shape=shape, per_channel=per_channel, init=init)
+        self.base = ratio
 
 
 class POT(FixedGrid):

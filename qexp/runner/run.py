@@ -123,9 +123,9 @@ class Run:
     def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """Write result.json and mark the run done; returns what was written.
 
-        `wall_s` (all parts of a resumed run together), `finished` (UTC), `commit`, `dirty` and
-        `overrides` are added where `result` lacks them, and `commits` of a run that was resumed
-        with another.
+        `wall_s` (all parts of a resumed run together), `finished` (UTC), `commit`, `dirty`,
+        `versions` and `overrides` are added where `result` lacks them, and `commits` of a run
+        that was resumed with another.
         """
         commits = self._environment.get("commits", [])
         known = {
@@ -135,6 +135,11 @@ class Run:
             "commit": self._environment["commit"],
             "dirty": self._environment["dirty"] or any(c.endswith("(dirty)") for c in commits),
             **({"commits": commits} if commits else {}),
+            "versions": {
+                "python": self._environment["python"],
+                **self._environment["packages"],
+                "cuda": self._environment["cuda"],
+            },
             "overrides": self._overrides,
         }
         written = {**known, **result}
