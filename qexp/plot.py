@@ -42,7 +42,10 @@ MAX_LINES = 16  # more levels than this are drawn as ticks at the foot of a pane
 
 @dataclass(frozen=True)
 class WeightPlot:
-    """A layer's weights before and after training. Levels: sorted, [L] or per channel [C, L]."""
+    """A layer's weights before and after training. Levels: sorted, [L] or per channel [C, L].
+
+    Where nothing was trained, `before` and `levels_before` are None.
+    """
 
     name: str
     before: Any
@@ -120,24 +123,31 @@ def curves(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "") -> No
 def weight_levels(items: Sequence[WeightPlot], path: Path, title: str = "") -> None:
     """Histogram of each layer's weights with its levels, before and after training."""
     shown = _evenly(items)
+    trained = any(item.before is not None for item in shown)
     figure, axes = panels(len(shown))
     for axis, item in zip(axes, shown, strict=True):
-        before, after = flat(item.before), flat(item.after)
+        after = flat(item.after)
+        before = after if item.before is None else flat(item.before)
         low, high = span(np.concatenate([before, after]))
         edges = np.linspace(low, high, _bins(after) + 1).tolist()
         axis.hist(before, edges, density=True, color=GREY, alpha=0.45)
-        axis.hist(after, edges, density=True, color=BLUE, histtype="step", linewidth=1.1)
-        _draw_ticks(axis, item.levels_before, "black", foot=0.88, width=1.2)
+        if trained:
+            axis.hist(after, edges, density=True, color=BLUE, histtype="step", linewidth=1.1)
+            _draw_ticks(axis, item.levels_before, "black", foot=0.88, width=1.2)
         _draw_levels(axis, item.levels_after, ORANGE, "-")
         _frame(axis, f"{item.name}, {item.bits:.3g} bit", low, high)
     label(figure, axes, "weight", "density")
-    legend(
-        figure,
-        ("fill", GREY, "weights before training"),
-        ("-", BLUE, "after"),
-        ("|", "black", "levels before"),
-        ("-", ORANGE, "after (band: 10th to 90th percentile over channels)"),
-    )
+    band = "(band: 10th to 90th percentile over channels)"
+    if trained:
+        legend(
+            figure,
+            ("fill", GREY, "weights before training"),
+            ("-", BLUE, "after"),
+            ("|", "black", "levels before"),
+            ("-", ORANGE, f"after {band}"),
+        )
+    else:
+        legend(figure, ("fill", GREY, "weights"), ("-", ORANGE, f"levels {band}"))
     save(figure, path, title or "Weights and their levels", _part(shown, items))
 
 

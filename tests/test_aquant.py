@@ -334,6 +334,17 @@ def test_a_linear_layer_takes_images_with_channels_last_in_any_memory_order(per:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("signed", [True, False])
+def test_levels_and_thresholds_of_a_picture_are_those_of_the_average_row(signed: bool) -> None:
+    q = AQuant(3, signed=signed, shape=FIELD, border="constant", per="channel", init="zero")
+    x = torch.randn(8, *FIELD[:1], 6, 6) if signed else torch.rand(8, *FIELD[:1], 6, 6)
+    q.calibrate(x)
+    (levels,) = q.levels()
+    assert torch.isin(q(x), levels).all()
+    between = levels[:-1] + 0.5 * q.scale.detach()  # a border of 1/2
+    torch.testing.assert_close(q.thresholds(), between, atol=float(q.scale) / 16, rtol=0)
+
+
 def test_health_counts_the_rows_whose_border_leaves_its_range() -> None:
     q = AQuant(3, signed=False, shape=FIELD, border="constant")
     assert int(q.health()["borders_at_bound"]) == 0

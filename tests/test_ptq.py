@@ -296,7 +296,7 @@ def test_a_units_learning_is_traced_and_drawn(tmp_path: Path) -> None:
             assert len(unit["trace"]["decided"]) == parts
             assert unit["trace"]["decided"][-1] == unit["converged"]
     assert all("trace" not in unit for unit in result["reconstruction"]["units"])
-    for name in ("reconstruction.png", "rounding.png"):
+    for name in ("reconstruction.png", "rounding.png", "weights.png", "activations.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
 
 

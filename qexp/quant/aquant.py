@@ -235,6 +235,10 @@ class AQuant(Quantizer):
         a = [row[:, None] for row in self.border.detach()] + [torch.zeros_like(t)] * 2
         return u, 0.5 + a[0] + t * (a[1] + t * a[2])
 
+    def levels(self) -> Tensor:
+        codes = torch.arange(self.qmin, self.qmax + 1, device=self.zero.device)
+        return self.decode(codes).detach().reshape(1, -1)
+
     def thresholds(self) -> Tensor:
         """Borders between codes in units of x, [L-1]: of the average row, without fusion."""
         u, border = self._borders()

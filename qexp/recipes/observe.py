@@ -13,7 +13,10 @@ from qexp.quant.quantizer import Quantizer
 from qexp.quant.trace import evaluated
 from qexp.runner.run import Run
 
-# Called with a layer's name, "weight" or "act", that operand, and its quantizer.
+OBSERVED_IMAGES = 64  # that clip rates, histograms and pictures look at
+
+# Called with a layer's name, "weight" or "act", that operand, and its quantizer. "columns" in place
+# of "act": the input before im2col, of a quantizer that sees the columns.
 Look = Callable[[str, str, Tensor, Quantizer], None]
 
 
@@ -27,6 +30,8 @@ def log_quantizers(run: Run, model: nn.Module, images: Tensor, epoch: int) -> No
                 run.scalar(f"scale/{name}.{kind}", scale.float().mean().item(), epoch)
 
     def log(name: str, kind: str, x: Tensor, q: Quantizer) -> None:
+        if kind == "columns":
+            return
         codes = q.codes(x)
         at_bound = ((codes == q.qmin) | (codes == q.qmax)).float().mean().item()
         run.scalar(f"at_bound/{name}.{kind}", at_bound, epoch)
@@ -48,8 +53,8 @@ def observe(model: nn.Module, images: Tensor, look: Look) -> None:
             wq, aq = module.weight_quantizer, module.act_quantizer
             if wq.bits < 32:
                 look(name, "weight", module.weight.detach(), wq)
-            if aq.bits < 32 and not aq.on_columns:
-                look(name, "act", inputs[0].detach(), aq)
+            if aq.bits < 32:
+                look(name, "columns" if aq.on_columns else "act", inputs[0].detach(), aq)
 
         return record
 

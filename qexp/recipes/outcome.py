@@ -201,8 +201,7 @@ def result(
     if omega and cfg.recipe.get("plots", True):
         rows = [asdict(layer) for layer in cost.layers]
         how = f"metric {cfg.bitwidth.metric}, {cfg.bitwidth.allocation}"
-        title = f"{run.dir.parent.parent.name}, {run.dir.parent.name}: {how}"
-        plot.sensitivity(rows, run.dir / "sensitivity.png", title)
+        plot.sensitivity(rows, run.dir / "sensitivity.png", f"{picture.title(cfg)}: {how}")
     return {
         "method": (None if is_float(cfg) else run.label) or cfg.get("method") or cfg.quantizer.name,
         "dataset": cfg.dataset.name,

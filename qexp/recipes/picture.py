@@ -11,9 +11,11 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from qexp import plot
+from qexp.config import run_name
 from qexp.quant.calibrate import sample
 from qexp.quant.convert import quant_layers
 from qexp.quant.quantizer import Quantizer
@@ -62,36 +64,51 @@ def codebooks(model: nn.Module) -> dict[str, list[float]]:
 @torch.no_grad()
 def draw(
     run: Run,
+    cfg: DictConfig,
     model: nn.Module,
     before: Mapping[str, Mapping[str, Tensor]],
     images: Tensor,
     history: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Write every picture that this network has something for, into the run's folder."""
-    title = f"{run.dir.parent.parent.name}, {run.dir.parent.name}"
-    plot.curves(history, run.dir / "curves.png", title)
-    layers = quant_layers(model)
-    if not layers:
-        return
+    """Write every picture that a trained network has something for, into the run's folder."""
+    plot.curves(history, run.dir / "curves.png", title(cfg))
+    draw_operands(run, cfg, model, images, before)
+    start = {name: old["levels"].flatten().tolist() for name, old in before.items()}
+    _draw_codebooks(run, start, history, title(cfg))
+
+
+@torch.no_grad()
+def draw_operands(
+    run: Run,
+    cfg: DictConfig,
+    model: nn.Module,
+    images: Tensor,
+    before: Mapping[str, Mapping[str, Tensor]] | None = None,
+) -> None:
+    """Weights and inputs of each layer with levels and thresholds, and factors of samples.
+
+    Args:
+        before: of `weights`; None where weights were rounded and not trained.
+    """
     items = [
         plot.WeightPlot(
             name,
-            old["values"],
-            _sample(layers[name].weight),
-            old["levels"],
-            layers[name].weight_quantizer.levels().cpu(),
-            layers[name].weight_quantizer.bits,
+            None if before is None else before[name]["values"],
+            _sample(layer.weight),
+            None if before is None else before[name]["levels"],
+            layer.weight_quantizer.levels().cpu(),
+            layer.weight_quantizer.bits,
         )
-        for name, old in before.items()
-        if name in layers and layers[name].weight_quantizer.bits < 32
+        for name, layer in quant_layers(model).items()
+        if layer.weight_quantizer.bits < 32 and (before is None or name in before)
     ]
     if items:
-        plot.weight_levels(items, run.dir / "weights.png", title)
+        plot.weight_levels(items, run.dir / "weights.png", title(cfg))
     acts: list[plot.ActivationPlot] = []
     factors: list[plot.FactorPlot] = []
 
     def look(name: str, kind: str, x: Tensor, quantizer: Quantizer) -> None:
-        if kind == "act":
+        if kind != "weight":
             with suppress(NotImplementedError):  # a class may have no thresholds
                 acts.append(_activation(name, quantizer, x))
             if (context := quantizer.context(x)) is not None:
@@ -99,11 +116,14 @@ def draw(
 
     observe(model, images, look)
     if acts:
-        plot.activation_thresholds(acts, run.dir / "activations.png", title)
+        plot.activation_thresholds(acts, run.dir / "activations.png", title(cfg))
     if factors:
-        plot.factors(factors, run.dir / "factors.png", title)
-    start = {name: old["levels"].flatten().tolist() for name, old in before.items()}
-    _draw_codebooks(run, start, history, title)
+        plot.factors(factors, run.dir / "factors.png", title(cfg))
+
+
+def title(cfg: DictConfig) -> str:
+    """`cifar10-resnet20, asq-w4a4`: above every picture of a run."""
+    return f"{cfg.dataset.name}-{cfg.model.name}, {run_name(_root_=cfg)}"
 
 
 def _activation(name: str, quantizer: Quantizer, x: Tensor) -> plot.ActivationPlot:

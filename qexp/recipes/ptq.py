@@ -42,6 +42,8 @@ from qexp.recipes import build, outcome, settings
 from qexp.recipes.absent import sizes
 from qexp.recipes.compilation import choose, compile_for, eager_afterwards
 from qexp.recipes.evaluate import evaluate, save_answers
+from qexp.recipes.observe import OBSERVED_IMAGES
+from qexp.recipes.picture import draw_operands
 from qexp.recipes.ptq_settings import Settings
 from qexp.recipes.signs import resumed_state, signs, warn_clipped
 from qexp.recipes.start import float_start
@@ -136,6 +138,7 @@ def ptq(cfg: DictConfig, run: Run) -> dict[str, Any]:
     # The outcome.
     if s.plots:
         plot_ptq.draw([row for row in done if row], run.dir, cfg.quantizer.name)
+        draw_operands(run, cfg, model, data.held_out[:OBSERVED_IMAGES])
     test = evaluate(model, dataset.eval_batches("test"))
     save_answers(run.dir / ANSWERS, test)
     if not over:

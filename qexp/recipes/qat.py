@@ -38,7 +38,7 @@ from qexp.recipes.compilation import compile_for, eager_afterwards
 from qexp.recipes.evaluate import Score, evaluate, save_answers
 from qexp.recipes.handover import take_over_
 from qexp.recipes.loss import training_loss
-from qexp.recipes.observe import log_quantizers
+from qexp.recipes.observe import OBSERVED_IMAGES, log_quantizers
 from qexp.recipes.optimize import (
     WeightAverage,
     carry_momentum,
@@ -58,7 +58,6 @@ from qexp.runner.device import pick_device, seed_everything
 from qexp.runner.run import Run
 
 CHECK_EVERY = 200  # steps between looks at the loss for NaN: one host sync each
-OBSERVED_IMAGES = 64  # calibration images that curves of clip rates and histograms look at
 
 
 @eager_afterwards
@@ -191,7 +190,7 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
     measured = outcome.measured(state, dataset, s.epochs)
     fp32_top1 = measured["top1"] if build.is_float(cfg) and s.from_scratch else start.top1
     if s.plots:
-        picture.draw(run, model, state["before"], images[:OBSERVED_IMAGES], state["history"])
+        picture.draw(run, cfg, model, state["before"], images[:OBSERVED_IMAGES], state["history"])
     return outcome.result(cfg, run, network, fields, fp32_top1=fp32_top1, **measured)
 
 
