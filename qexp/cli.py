@@ -56,15 +56,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     os.environ["QEXP_COMMAND"] = shlex.join(["qexp", *arguments])
     try:
-        return _dispatch(arguments)
+        code = _exit_code(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError as error:  # `qexp ls | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _complain(describe(error)) if hasattr(error, "run_folder") else 0  # a run ended so
+
+
+def _exit_code(argv: list[str]) -> int:
+    """Run, and say what went wrong; a closed pipe passes through."""
+    try:
+        return _dispatch(argv)
     except SystemExit as exit_:  # argparse, and Hydra's --help
         return exit_.code if isinstance(exit_.code, int) else int(bool(exit_.code))
     except KeyboardInterrupt as error:
         _complain(_how_to_continue(error))
         return 130
-    except BrokenPipeError as error:  # `qexp ls | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _complain(describe(error)) if hasattr(error, "run_folder") else 0  # a run ended so
+    except BrokenPipeError:
+        raise
     except Exception as error:
         if os.environ.get("QEXP_TRACEBACK"):
             traceback.print_exc()

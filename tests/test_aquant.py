@@ -342,7 +342,7 @@ def test_levels_and_thresholds_of_a_picture_are_those_of_the_average_row(signed:
     (levels,) = q.levels()
     assert torch.isin(q(x), levels).all()
     between = levels[:-1] + 0.5 * q.scale.detach()  # a border of 1/2
-    torch.testing.assert_close(q.thresholds(), between, atol=float(q.scale) / 16, rtol=0)
+    torch.testing.assert_close(q.thresholds(), between, atol=q.scale.item() / 16, rtol=0)
 
 
 def test_health_counts_the_rows_whose_border_leaves_its_range() -> None:

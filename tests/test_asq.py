@@ -330,9 +330,10 @@ def test_the_gradient_of_the_means_is_the_same_in_either_memory_order(dtype: tor
 @pytest.mark.parametrize(
     ("own", "message"),
     [
-        ({"factor": "rleu"}, "factor"),
-        ({"dequantize": "none"}, "dequantize"),
-        ({"shape": ()}, "shape"),
+        ({"factor": "rleu"}, "factor must be one of relu, softplus, exp, .* got 'rleu'"),
+        ({"dequantize": "none"}, "dequantize must be scaled or plain, got 'none'"),
+        ({"reduction": 0}, "reduction must be at least 1, got 0"),
+        ({"shape": ()}, "ASQ needs the shape"),
     ],
 )
 def test_wrong_options_are_named(own: dict[str, object], message: str) -> None:
@@ -340,16 +341,25 @@ def test_wrong_options_are_named(own: dict[str, object], message: str) -> None:
         ASQ(4, **{"shape": FIELD, **own})  # type: ignore[arg-type]
 
 
-def test_all_zero_sample_meets_the_smallest_step() -> None:
+def test_all_zero_sample_meets_the_smallest_factor_and_step() -> None:
     q = ASQ(4, signed=False, shape=FIELD, factor="statistics").eval()
     x = inputs()
     x[0] = 0
     q.calibrate(x)
-    with torch.no_grad():
-        y = q(x)
-        steps = (q.scale * q.factors(x)).clamp_min(MIN_SCALE)
+    x.requires_grad_()
+    y = q(x)
+    y.sum().backward()
+    factors = q.factors(x).flatten()
+    assert factors[0] == MIN_FACTOR < factors[1:].min()
     assert (y[0] == 0).all()
-    assert steps.min() > 0
+    assert x.grad is not None
+    assert q.scale.grad is not None
+    assert x.grad.isfinite().all()
+    assert q.scale.grad.isfinite()
+    with torch.no_grad():
+        q.scale.fill_(MIN_SCALE)
+        assert torch.equal(q(x), q.decode(q.codes(x), q.context(x)))
+        assert q.decode(q.codes(x + 1), q.context(x))[0].max() == pytest.approx(15 * MIN_SCALE)
 
 
 def step(layer: nn.Module, fn: nn.Module, x: Tensor) -> list[Tensor]:

@@ -16,11 +16,12 @@ from omegaconf import DictConfig
 from torch import nn
 
 from qexp.bench import step as bench_step
+from qexp.bench import table
 from qexp.bench import train as bench
 from qexp.bench.floor import Machine, measure_machine, operands, work
 from qexp.bench.peers import Peer
 from qexp.bench.settings import Settings
-from qexp.bench.step import Contender, make_step, take_turns
+from qexp.bench.step import AGAIN, Contender, Group, make_step, take_turns
 from qexp.bench.words import translate
 from qexp.config import configs_dir
 from qexp.models.resnet import ResNet
@@ -261,6 +262,31 @@ def test_floor_of_a_network_by_hand() -> None:
     assert weights_alone.quantizer_bytes == 5 * 4 * 8
     machine = Machine(copy_bytes_per_s=1e3, flops_per_s=1e9)
     assert floor.float_s(machine) == floor.layer_bytes / 1e3
+
+
+def test_a_row_is_of_medians_and_its_spread_of_turns() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
+    layers = trace(model, (3, 2, 2))
+    times = {"fp32": [1.0, 2.0, 4.0, 2.0], AGAIN: [1.0, 2.2, 4.0, 2.2], "lsq": [4.0, 4.0, 4.0, 6.0]}
+    contenders = [
+        Contender(name, model, lambda: None, wall, [2 * t for t in wall], 0.5, 8 + len(name))
+        for name, wall in times.items()
+    ]
+    facts = {"model": "m", "dtype": "bf16", "compile": "off", "batch": 8}
+    machine = Machine(copy_bytes_per_s=1e9, flops_per_s=1e3)
+    again, lsq = rows = table.rows(Group(layers, contenders), machine, facts)
+    assert [row["quantizer"] for row in rows] == [AGAIN, "lsq"]
+    assert (lsq["step_ms"], lsq["float_step_ms"], lsq["ratio"]) == (4000, 2000, 2)
+    assert (lsq["ratio_low"], lsq["ratio_high"]) == (1.75, 3.25)  # of 1, 2, 3 and 4
+    assert (lsq["cpu_ms"], lsq["cpu_ratio"], lsq["eager_ratio"]) == (8000, 2, 2)
+    assert (lsq["saved_bytes_ratio"], lsq["images_per_s"]) == (11 / 12, 2)
+    assert lsq["floor_ms"] == pytest.approx(1e3 * 8 * 2 * 2 * 48 / 1e3)  # nothing before it learns
+    assert again["ratio"] == pytest.approx(1.1)
+    text = table.text(rows)
+    assert "m bf16 compile=off: float step 2000.0 ms, CPU 4000.0 ms" in text
+    (line,) = (line for line in text.splitlines() if line.startswith("lsq"))
+    assert line.split()[:5] == ["lsq", "4000.0", "2.000", "1.750-3.250", "2.000"]
+    assert text.endswith("float against itself differs by 10.0% (wall), 10.0% (CPU)")
 
 
 def test_a_step_trains_every_parameter() -> None:

@@ -221,17 +221,19 @@ def test_activation_bits_follow_the_weights_or_stay_fixed(layers: list[Layer]) -
 
 
 @pytest.mark.parametrize(
-    "stages",
+    ("stages", "message"),
     [
-        [],
-        [{"until": 3, "bits": 4}],
-        [{"until": 1.5, "bits": 8}, {"bits": 4}],
-        [{"until": 0, "bits": 8}, {"bits": 4}],
-        [{"bits": 8}, {"until": None}],
+        ([], "stages needs at least one entry"),
+        ([{"until": 3, "bits": 4}], "the last has no 'until'"),
+        ([{"until": 1.5, "bits": 8}, {"bits": 4}], "'until' is an epoch .* got 1.5"),
+        ([{"until": 0, "bits": 8}, {"bits": 4}], "'until' is an epoch .* got 0"),
+        ([{"bits": 8}, {"bits": 4}], "'until' is an epoch .* got 0"),
+        ([{"bits": 8}, {"until": None}], "bits of a stage must be an integer from 1 to 16"),
+        ([{"until": 1, "bits": 8, "act": 8}, {"bits": 4}], "a stage has until and bits; got act"),
     ],
 )
-def test_stages_without_sense_are_refused(stages: list[dict[str, Any]]) -> None:
-    with pytest.raises(ValueError, match=r"stage|until"):
+def test_stages_without_sense_are_refused(stages: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         Progressive(stages)
 
 
@@ -438,3 +440,15 @@ def test_a_last_stage_that_begins_where_the_training_ends_is_refused() -> None:
     assert [stages.bits_at(epoch, 5) for epoch in range(5)] == [8, 8, 8, 8, 2]
     with pytest.raises(ValueError, match="begins at epoch 4 of 4: it is never reached"):
         stages.bits_at(0, 4)
+
+
+def test_a_network_is_quantized_once_and_calibrated_before_it_is_used(layers: list[Layer]) -> None:
+    model, bits = network(), Uniform(4, 4).assign(layers)
+    quantize_(model, layers, bits, LSQ, LSQ)
+    line = r"8 quantizers are not calibrated \(0\.weight_quantizer, 0\.act_quantizer, 2\.weight_qua"
+    with pytest.raises(ValueError, match=line):
+        check_calibrated(model)
+    with pytest.raises(ValueError, match="layer '0' is already quantized; call unquantize_ first"):
+        quantize_(model, layers, bits, LSQ, LSQ)
+    calibrate_(model, torch.randn(4, 3, 8, 8))
+    check_calibrated(model)

@@ -8,7 +8,9 @@ import resource
 import shutil
 import subprocess
 import sys
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any
 
 import pytest
 import standin
@@ -16,7 +18,7 @@ import torch
 from compose import TINY, TINY_PTQ
 from conftest import Qexp
 
-from qexp import __version__, sweep
+from qexp import __version__, sweep, tools
 from qexp.config import configs_dir
 from qexp.runner.folder import find_runs, owner, read_json, read_status
 
@@ -202,7 +204,9 @@ def test_a_sweep_folder_used_again_is_of_the_new_sweep(tiny: Qexp) -> None:
 
 def test_a_deletion_after_an_option_is_an_override(tiny: Qexp) -> None:
     said = tiny("-m", "bits=2,3", "~launch")
-    assert "unknown option" not in said.err
+    assert (said.code, said.err) == (0, "")
+    assert len(runs("done")) == 2
+    assert {"~launch" in (run / ".hydra/overrides.yaml").read_text() for run in runs()} == {True}
 
 
 def test_a_resume_decides_where_and_whether_itself(tiny: Qexp, qexp: Qexp) -> None:
@@ -487,6 +491,17 @@ def test_a_sweep_folder_resumes_its_unfinished_runs(tiny: Qexp, qexp: Qexp) -> N
     assert "is done" in said.err
 
 
+def test_a_resumed_sweep_goes_on_behind_a_run_that_fails_again(tiny: Qexp, qexp: Qexp) -> None:
+    tiny("-m", "bits=2,3", "recipe.then=crash")
+    (folder,) = Path("outputs/sweeps").iterdir()
+    said = qexp("resume", str(folder), "recipe.then='bits=2'")
+    assert said.code == 1
+    (failed,), (done,) = runs("failed"), runs("done")
+    assert said.err == f"resume: 1 of 2 failed: {failed}.\n"
+    assert f"ZeroDivisionError: division by zero (traceback in {failed}/train.log)" in said.out
+    assert read_json(done / "result.json")["top1"] == 90.3
+
+
 def test_a_sweep_resumes_from_another_folder(
     tiny: Qexp, qexp: Qexp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -517,6 +532,71 @@ def test_ls_tells_done_failed_and_dead(tiny: Qexp, qexp: Qexp) -> None:
         ["d-m/asq-w3a3", "failed", "-", "2"],
         ["d-m/asq-w4a4", "dead", "-", "2"],
     ]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (
+            ZeroDivisionError("a\nb"),
+            1,
+            "qexp: ZeroDivisionError: a b (QEXP_TRACEBACK=1 shows where)",
+        ),
+        (KeyboardInterrupt(), 130, "interrupted."),
+        (SystemExit(3), 3, ""),
+        (SystemExit("no"), 1, ""),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_ends_a_command_outside_of_runs_is_one_line(
+    qexp: Qexp, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, line: str
+) -> None:
+    def ends(argv: list[str]) -> int:
+        raise error
+
+    monkeypatch.setattr(tools, "ls", ends)
+    assert qexp("ls") == (code, "", f"{line}\n" if line else "")
+    monkeypatch.setenv("QEXP_TRACEBACK", "1")
+    assert ("Traceback" in qexp("ls").err) == isinstance(error, Exception)
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_reader_that_reads_no_further_is_no_error(
+    buffered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, *([] if buffered else ["-u"]), "-m", "qexp", "--help"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_errors_are_red_on_a_terminal_that_has_colors(
+    qexp: Qexp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    line = "qexp: unknown command 'zzz'. Run qexp for the list."
+    assert qexp("zzz").err == f"\033[31m{line}\033[0m\n"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert qexp("zzz").err == f"{line}\n"
+
+
+def test_an_age_is_in_its_largest_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = datetime(2026, 3, 4, 12, tzinfo=timezone.utc)
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return now
+
+    monkeypatch.setattr(tools, "datetime", Clock)
+    ages = {5: "5s", 59: "59s", 60: "1m", 7200: "2h", 86400 * 12: "12d"}
+    found = [tools.age((now - timedelta(seconds=s)).isoformat()) for s in ages]
+    assert found == list(ages.values())
+    assert [tools.age(odd) for odd in (None, "yesterday", 5)] == ["-"] * 3
 
 
 def test_ls_takes_several_folders_and_lists_a_run_once(tiny: Qexp, qexp: Qexp) -> None:

@@ -275,3 +275,14 @@ def test_ranges_of_a_recipe_are_told_under_its_own_path() -> None:
 )
 def test_a_value_fits_its_annotation(value: Any, hint: Any, words: str | None) -> None:
     assert says(value, hint) == words
+
+
+def test_without_configs_qexp_asks_to_be_installed_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("qexp.config.PACKAGE", tmp_path / "lib" / "qexp")
+    with pytest.raises(ConfigError, match=r"config: no configs beside .*qexp\. Reinstall qexp"):
+        configs_dir()
+    (tmp_path / "lib" / "qexp" / "configs").mkdir(parents=True)
+    (tmp_path / "lib" / "qexp" / "configs" / "train.yaml").touch()
+    assert configs_dir() == tmp_path / "lib" / "qexp" / "configs"

@@ -244,7 +244,7 @@ def test_state_dict_and_deepcopy_reproduce_the_output(case: Case) -> None:
 @widths()
 def test_gradients_reach_the_input_and_every_parameter(case: Case, bits: int) -> None:
     q, x = case.calibrated(bits)
-    x.requires_grad_()
+    x = (1.5 * x).requires_grad_()  # some of it clipped: an offset learns from that alone
     (q.train()(x) * torch.linspace(0.5, 1.5, x.numel()).view_as(x)).sum().backward()
     assert x.grad is not None
     assert x.grad.abs().sum() > 0
@@ -252,6 +252,7 @@ def test_gradients_reach_the_input_and_every_parameter(case: Case, bits: int) ->
     for name, parameter in q.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().sum() > 0, name
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.role != "weight"], ids=lambda c: c.name)

@@ -376,3 +376,15 @@ def test_inputs_on_powers_of_two_beyond_16_bits_are_refused() -> None:
     with pytest.raises(ConfigError, match="'conv' has 5-bit inputs on powers of two"):
         check_known(powers, "conv")
     check_known(APoTActivation(8, signed=False), "conv")
+
+
+def test_geometry_and_grids_that_no_engine_has_are_refused() -> None:
+    stored, _ = weight("half", 4, (3, 2, 3, 3))
+    odd = dataclasses.replace(stored, how=dataclasses.replace(stored.how, offset=0.25))
+    with pytest.raises(ConfigError, match="a grid has an offset other than 1/2"):
+        planes(odd)
+    for own in ({"padding": "same"}, {"padding": 1, "padding_mode": "reflect"}):
+        conv = nn.Sequential(nn.Conv2d(2, 3, 3, **own))
+        quantize_(conv, trace(conv, (2, 5, 5)), {"0": Bits(4, 4)}, DoReFaWeight, LSQ)
+        with pytest.raises(ConfigError, match="convolutions need zero padding given as integers"):
+            IntegerLayer(quant_layers(conv)["0"], stored, "integer")

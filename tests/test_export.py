@@ -338,40 +338,97 @@ def changed(packed: Packed, **fields: Any) -> str:
     return json.dumps({**json.loads(packed.header.to_json()), **fields})
 
 
-HOSTILE: dict[str, dict[str, Any]] = {
-    "version": {"version": 2},
-    "format": {"format": "other"},
-    "true is no version": {"version": True},
-    "extra field": {"surprise": 1},
-    "classes": {"num_classes": 10**12},
-    "negative": {"num_classes": -1},
-    "image": {"input_shape": [3, 10**9, 8]},
-    "depth": {"keywords": {"depth": 10**9}},
-    "width": {"keywords": {"depth": 8, "width": 1e30}},
-    "nested": {"keywords": {"depth": {"_target_": "os.system"}}},
-    "unknown keyword": {"keywords": {"depth": 8, "dept": 8}},
-    "weights": {"keywords": {"depth": 8, "weights": "DEFAULT"}},
-    "pretrained": {"target": "torchvision.models.resnet18", "keywords": {"pretrained": True}},
-    "number": {"keywords": {"depth": 8, "width": 1001}},
-    "list": {"keywords": {"depth": [8]}},
-    "layers": {"layers": [{"name": "../../x", "shape": [4, 4], "weight": None, "input": None}]},
-    "shape": {"layers": [{"name": "linear", "shape": [65536] * 4, "weight": 0, "input": 0}]},
-    "index": {"layers": [{"name": "linear", "shape": [10, 32], "weight": 99, "input": 0}]},
-    "bool index": {"layers": [{"name": "linear", "shape": [10, 32], "weight": True, "input": 0}]},
-    "norms": {"norms": ["bn1", "bn1"]},
-    "no such norm": {"norms": ["conv1"]},
-    "kind": {"inputs": [{"kind": "os", "bits": 4, "signed": True, "keywords": {}}]},
-    "bits": {"inputs": [{"kind": "lsq", "bits": 64, "signed": True, "keywords": {}}]},
-    "grid": {"weights": []},
-}  # fmt: skip
+HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
+    "version": ({"version": 2}, "it is of version 2, this qexp reads 1"),
+    "format": ({"format": "other"}, "it has no qexp-packed header"),
+    "true is no version": ({"version": True}, "it is of version True, this qexp reads 1"),
+    "extra field": ({"surprise": 1}, "its header must have the fields data, "),
+    "classes": ({"num_classes": 10**12}, "num_classes must be an integer from 1 to 65536"),
+    "negative": ({"num_classes": -1}, "num_classes must be an integer from 1 to 65536"),
+    "image": ({"input_shape": [3, 10**9, 8]}, "input_shape must be an integer from 1 to 65536"),
+    "plane": ({"input_shape": [3, 8]}, "input_shape must have 3 dimensions"),
+    "depth": ({"keywords": {"depth": 10**9}}, "keywords.depth must be from -1000 to 1000"),
+    "width": ({"keywords": {"depth": 8, "width": 1e30}}, "keywords.width must be from -1000 to"),
+    "nested": ({"keywords": {"depth": {"_target_": "os.system"}}}, "keywords.depth must be a num"),
+    "unknown keyword": ({"keywords": {"depth": 8, "dept": 8}}, "has no keyword 'dept'"),
+    "weights": ({"keywords": {"depth": 8, "weights": "DEFAULT"}}, "would load weights that no run"),
+    "pretrained": (
+        {"target": "torchvision.models.resnet18", "keywords": {"pretrained": True}},
+        "would load weights that no run records",
+    ),
+    "number": ({"keywords": {"depth": 8, "width": 1001}}, "keywords.width must be from -1000 to"),
+    "list": ({"keywords": {"depth": [8]}}, "the model cannot be built"),
+    "no object": ({"keywords": [8]}, "keywords must be an object"),
+    "layers": (
+        {"layers": [{"name": "../../x", "shape": [4, 4], "weight": None, "input": None}]},
+        "the model has no layer '../../x'",
+    ),
+    "shape": (
+        {"layers": [{"name": "linear", "shape": [65536] * 4, "weight": 0, "input": 0}]},
+        "shape must have at most 1099511627776 elements",
+    ),
+    "another shape": (
+        {"layers": [{"name": "linear", "shape": [10, 33], "weight": None, "input": None}]},
+        "layer 'linear' of the model has another shape",
+    ),
+    "index": (
+        {"layers": [{"name": "linear", "shape": [10, 32], "weight": 99, "input": 0}]},
+        "layer 'linear' has an index beyond its list",
+    ),
+    "bool index": (
+        {"layers": [{"name": "linear", "shape": [10, 32], "weight": True, "input": 0}]},
+        "weight must be an integer from 0 to 10000",
+    ),
+    "norms": ({"norms": ["bn1", "bn1"]}, "it names a layer twice"),
+    "a norm that is a layer": ({"norms": ["conv1"]}, "it names a layer twice"),
+    "no such norm": ({"norms": ["bn9"]}, "the model has no batch norm 'bn9'"),
+    "kind": (
+        {"inputs": [{"kind": "os", "bits": 4, "signed": True, "keywords": {}}]},
+        "it has inputs of an unknown kind",
+    ),
+    "bits": (
+        {"inputs": [{"kind": "lsq", "bits": 64, "signed": True, "keywords": {}}]},
+        "bits must be an integer from 1 to 16",
+    ),
+    "sign": (
+        {"inputs": [{"kind": "lsq", "bits": 4, "signed": 1, "keywords": {}}]},
+        "signed must be true or false",
+    ),
+    "no weights": ({"weights": []}, "layer 'conv1' has an index beyond its list"),
+    "nameless": ({"target": ""}, "target must be a name"),
+    "no list": ({"layers": {}}, "layers must be a list of at most 10000 items"),
+}
 
 
-@pytest.mark.parametrize("fields", HOSTILE.values(), ids=HOSTILE.keys())
-def test_a_hostile_header_is_refused(fields: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("fields", "message"), HOSTILE.values(), ids=HOSTILE.keys())
+def test_a_hostile_header_is_refused(fields: dict[str, Any], message: str) -> None:
     packed = packed_of(network("lsq"))
     with pytest.raises(FormatError) as error:
         restore(Packed(parse(changed(packed, **fields)), packed.tensors))
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 10**5, '{"format": NaN}', '{"format": -Infinity}'])
+def test_a_header_that_is_not_json_is_refused(text: str) -> None:
+    with pytest.raises(FormatError, match="its header is not JSON"):
+        parse(text)
+
+
+@pytest.mark.parametrize(
+    ("coding", "message"),
+    [
+        ({"form": "pickle"}, "it has weights of an unknown form"),
+        ({"grid": (0.0, 1.0)}, "it has a grid of another length than its levels"),
+        ({"form": "table"}, "it has a grid of another length than its levels"),
+        ({"offset": "1"}, "offset must be a number"),
+    ],
+)
+def test_a_coding_that_is_none_is_refused(coding: dict[str, Any], message: str) -> None:
+    header = packed_of(network("lsq")).header
+    wrong = replace(header, weights=(replace(header.weights[0], **coding), *header.weights[1:]))
+    with pytest.raises(FormatError, match=message):
+        parse(wrong.to_json())
 
 
 def test_an_index_one_beyond_its_list_is_refused() -> None:
@@ -389,24 +446,36 @@ def test_more_levels_than_codes_of_their_width_are_refused() -> None:
         parse(replace(header, weights=(first, *header.weights[1:])).to_json())
 
 
-@pytest.mark.parametrize("change", ["missing", "extra", "shape", "codes", "dtype", "long"])
-def test_tensors_that_do_not_fit_are_refused(change: str) -> None:
+CODES = "conv1.w.codes"
+MISFITS: dict[str, tuple[dict[str, Any], str]] = {
+    "missing": ({"linear.bias": None}, "the model has a tensor the file lacks, 'linear.bias'"),
+    "extra": ({"surprise": torch.zeros(1)}, "the model has no place for 'surprise'"),
+    "norm": ({"bn1.affine": torch.zeros(2, 1000)}, "batch norm 'bn1' has no gain and bias of its"),
+    "shape": ({"linear.bias": torch.zeros(3)}, "tensor 'linear.bias' has shape [3]"),
+    "codes": ({CODES: lambda t: t[:-1]}, "layer 'conv1': 215 bytes cannot hold 216 codes of 8 bit"),
+    "no codes": ({CODES: None}, "layer 'conv1' has no codes"),
+    "floats": ({CODES: lambda t: t.float()}, "layer 'conv1' has no codes"),
+    "dtype": (
+        {"conv1.w.scale": torch.tensor([1], dtype=torch.int8)},
+        "conv1.w.scale is torch.int8",
+    ),
+    "long": ({"conv1.w.scale": torch.ones(3)}, "tensor conv1.w.scale has shape [3]"),
+    "scalar": ({"conv1.w.scale": torch.tensor(1.0)}, "tensor conv1.w.scale has shape []"),
+    "form": ({"conv1.w.gain": torch.ones(1)}, "layer 'conv1' has other tensors than its form"),
+    "input": ({"conv1.a.scale": None}, "(an input of kind lsq has scale)"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), MISFITS.values(), ids=MISFITS.keys())
+def test_tensors_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
     packed = packed_of(network("lsq"))
     tensors = dict(packed.tensors)
-    if change == "missing":
-        del tensors["linear.bias"]
-    elif change == "extra":
-        tensors["surprise"] = torch.zeros(1)
-    elif change == "shape":
-        tensors["bn1.affine"] = torch.zeros(2, 1000)
-    elif change == "codes":
-        tensors["conv1.w.codes"] = tensors["conv1.w.codes"][:-1]
-    elif change == "dtype":
-        tensors["conv1.w.scale"] = tensors["conv1.w.scale"].to(torch.int8)
-    else:
-        tensors["conv1.w.scale"] = torch.ones(3)
-    with pytest.raises(FormatError):
+    for name, value in change.items():
+        made = value(tensors[name]) if callable(value) and value is not None else value
+        tensors = {k: t for k, t in {**tensors, name: made}.items() if t is not None}
+    with pytest.raises(FormatError) as error:
         restore(Packed(packed.header, tensors))
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize("zero", [torch.tensor(0.5), torch.tensor(100, dtype=torch.int8)])
@@ -745,6 +814,58 @@ def run_folder(tmp_path: Path) -> Path:
     return Path(cfg.folder)
 
 
+def test_a_model_of_ones_own_is_scored_with_the_users_word_alone(qexp: Qexp) -> None:
+    import compose
+
+    words = [word for word in compose.TINY if not word.startswith("model")]
+    own = ("model=custom", f"model._target_={__name__}.Grouped", "model.name=own")
+    more = ("model.checkpoint=none", "quantizer=lsq", "max_steps=1", "folder=run")
+    assert qexp("train", *words, *own, *more).code == 0
+    said = qexp("export", "run=run")
+    line = f"packed: {__name__}.Grouped is your own model: qexp eval needs trust=true\n"
+    assert (said.code, line in said.out) == (0, True)
+    ran = qexp("eval", "run=run", "device=cpu").out.split(" | ")
+    for engine in ("float", "integer"):
+        file = ("eval", "run=run", "checkpoint=model.safetensors", f"engine={engine}", "device=cpu")
+        said = qexp(*file)
+        assert (said.code, said.out) == (2, "")
+        assert said.err.endswith("If you trust it: trust=true\n")
+        assert qexp(*file, "trust=true").out.split(" | ")[0] == ran[0]
+
+
+def test_a_network_that_no_file_can_describe_is_refused() -> None:
+    model = network("lsq")
+    line = (
+        r"cannot be described in a file: keywords\.width must be .*Write a function that builds it"
+    )
+    with pytest.raises(ConfigError, match=line):
+        pack_network(
+            model,
+            target=TARGET,
+            keywords={"depth": 8, "width": 1e30},
+            num_classes=10,
+            input_shape=SHAPE,
+            data={"name": "synthetic", "mean": [0.5] * 3, "std": [0.25] * 3},
+        )
+    model.get_submodule("bn1").running_mean = None  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match="batch norm 'bn1' has no running statistics"):
+        packed_of(model)
+
+
+@pytest.mark.parametrize("metadata", [{}, {"qexp": "{}"}, {"qexp": "["}])
+def test_a_safetensors_file_of_others_is_no_packed_file(
+    tmp_path: Path, metadata: dict[str, str]
+) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"weight": torch.ones(2)}, tmp_path / "x.safetensors", metadata or None)
+    why = (
+        "its header is not JSON" if metadata.get("qexp") == "[" else "it has no qexp-packed header"
+    )
+    with pytest.raises(CheckpointError, match=f"that can be read: {why}. Export it again."):
+        read(tmp_path / "x.safetensors")
+
+
 def test_what_float16_adapters_change_is_said(qexp: Qexp, run_folder: Path) -> None:
     said = qexp("export", f"run={run_folder}", "adapters=float16")
     assert said.code == 0, said.err
@@ -777,6 +898,12 @@ def test_a_file_away_from_its_run_is_scored_without_a_word_about_a_run(
     file = (run_folder / "model.safetensors").rename(tmp_path / "x.safetensors")
     said = qexp("eval", f"run={run_folder}", f"checkpoint={file}", "device=cpu")
     assert (said.code, said.err) == (0, "")
+
+
+def test_the_score_of_a_run_that_is_not_done_says_so(qexp: Qexp, run_folder: Path) -> None:
+    (run_folder / "status.json").write_text('{"state": "interrupted"}')
+    said = qexp("eval", f"run={run_folder}", "device=cpu")
+    assert (said.code, said.err) == (0, "warning: that run is interrupted, not done\n")
 
 
 def test_a_run_without_its_status_is_exported(qexp: Qexp, run_folder: Path) -> None:
@@ -945,6 +1072,10 @@ def test_a_file_alone_is_scored_on_images_cut_as_it_says(tmp_path: Path) -> None
     assert _named_dataset(data, torch.device("cpu"), str(tmp_path)).resize == 300
     del data["resize"]
     assert _named_dataset(data, torch.device("cpu"), str(tmp_path)).resize == 256
+    with pytest.raises(CheckpointError, match="the file's mean is not that of 'imagefolder'"):
+        _named_dataset({**data, "mean": [0.5]}, torch.device("cpu"), str(tmp_path))
+    with pytest.raises(CheckpointError, match="trained on 'mine', which is not one of qexp's data"):
+        _named_dataset({**data, "name": "mine"}, torch.device("cpu"), None)
 
 
 def test_a_run_of_another_resize_does_not_score_a_file(

@@ -134,6 +134,20 @@ class InPlace(nn.Module):
             y = y.relu_() + y
         elif self.way == "alone":
             y = nn.functional.relu(y, inplace=True)
+        elif self.way == "taxicab":
+            y = nn.functional.normalize(y, p=1.0)
+        elif self.way == "places":
+            y, _ = nn.functional.max_pool2d(y, 2, return_indices=True)
+        elif self.way == "roll of all":
+            y = y.roll(1)
+        elif self.way == "circular":
+            y = nn.functional.pad(y, (1, 1, 1, 1), mode="circular")
+        elif self.way == "attribute":
+            y = y.real
+        elif self.way == "more dimensions":
+            y = y.repeat(1, 1, 1, 1, 1)[0]
+        elif self.way == "by keyword":
+            return self.linear(self.flatten(input=y.mean((2, 3), keepdim=True)))
         return self.linear(y.mean((2, 3)))
 
 
@@ -160,6 +174,13 @@ class InPlace(nn.Module):
         ("half of the batch", "what depends on the batch or the image in 'floordiv'"),
         ("argmax", "format=onnx does not know argmax"),
         ("written method", "'relu_' changes in place what 'conv' gave"),
+        ("taxicab", "format=onnx does not know normalize with p=1.0"),
+        ("places", "format=onnx does not know max_pool2d_with_indices"),
+        ("roll of all", "format=onnx does not know roll without dims"),
+        ("circular", r"format=onnx does not know pad \(1, 1, 1, 1\) of mode circular"),
+        ("attribute", "format=onnx does not know the attribute 'real' of a tensor"),
+        ("more dimensions", "format=onnx does not know repeat with more dimensions than its tenso"),
+        ("by keyword", "format=onnx does not know Flatten but of one input, by position"),
         ("flatten rows", ""),
         ("batch view", ""),
         ("batch sum", ""),

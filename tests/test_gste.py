@@ -251,5 +251,18 @@ def test_without_a_compiler_torch_computes(monkeypatch: pytest.MonkeyPatch) -> N
     try:
         assert not gste.available()
         assert not gste.takes(torch.zeros(1), 15)
+        monkeypatch.setattr(gste, "gste_forward", None)  # it would be called
+        monkeypatch.setattr(gste, "gste_backward", None)
+        monkeypatch.setattr(torch, "compile", lambda fn, **_: fn)  # not what is tested, and slow
+        q, x = N2UQ(2, signed=False), torch.randn(8, 10).relu_()
+        q.calibrate(x)
+        found = []
+        for compiled in (False, True):
+            compile_kernels(compiled)
+            own = x.clone().requires_grad_()
+            y = q(own)
+            y.sum().backward()
+            found.append((y.detach(), own.grad))
+        torch.testing.assert_close(found[1], found[0])
     finally:
         gste._library.cache_clear()

@@ -128,11 +128,18 @@ def test_gradients_equal_autograd_of_the_composed_form_in_float64() -> None:
         torch.testing.assert_close(got[1].double(), want[1], rtol=1e-5, atol=1e-5)
 
 
-def test_composed_form_passes_gradcheck_away_from_the_jumps() -> None:
-    # With codes fixed, x_hat is linear in scale: gradcheck of scale through decode.
+def test_decoding_is_linear_in_the_step_by_gradcheck() -> None:
     q = LSQ(3, shape=(2, 3)).double()
     codes = torch.tensor([[-4, 1, 3], [0, 2, -1]])
-    assert torch.autograd.gradcheck(lambda s: codes * s, (q.scale.detach().requires_grad_(),))
+    step = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+
+    def decoded(scale: Tensor) -> Tensor:
+        q.scale = scale
+        return q.decode(codes)
+
+    del q.scale  # a parameter, for which no other tensor can stand
+    assert torch.equal(decoded(step), codes * step)
+    assert torch.autograd.gradcheck(decoded, (step,))
 
 
 @pytest.mark.parametrize("init", ["lsq", "mse"])

@@ -12,7 +12,7 @@ from torch import Tensor
 from qexp.quant.cells import bin_sums, gather, search
 from qexp.quant.functional import compile_kernels, midpoints
 from qexp.quant.lsq import LSQ
-from qexp.quant.n2uq import MIN_SEGMENT, N2UQ, N2UQWeight
+from qexp.quant.n2uq import MAX_BITS, MIN_SEGMENT, N2UQ, N2UQWeight
 
 
 def uneven(bits: int, signed: bool = False, count: str | None = None) -> N2UQ:
@@ -298,3 +298,9 @@ def test_an_input_on_a_threshold_has_one_code_forward_and_backward() -> None:
     y.backward(torch.tensor([[1.0, 10.0, 100.0]]))
     assert step.grad is not None
     assert step.grad.item() == 210.0  # sum e * code
+
+
+def test_more_thresholds_than_can_be_learned_apart_are_refused() -> None:
+    N2UQ(MAX_BITS, signed=False)
+    with pytest.raises(ValueError, match=rf"at most {MAX_BITS} bits, got {MAX_BITS + 1}"):
+        N2UQ(MAX_BITS + 1, signed=False)

@@ -174,6 +174,15 @@ def test_the_kernel_needs_a_gpu_and_triton(
     assert engine_device("integer", "cuda").type == "cpu"
 
 
+def test_more_codes_than_32_bits_can_place_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored, _ = weight("lsq", 4, (4, 4))
+    monkeypatch.setattr(packed_gemm, "LARGEST", 4 * 4 * 4)
+    PackedGemm(stored, Window(), 0, 15)
+    monkeypatch.setattr(packed_gemm, "LARGEST", 4 * 4 * 4 - 1)
+    with pytest.raises(ConfigError, match="weight is too large for engine=triton"):
+        PackedGemm(stored, Window(), 0, 15)
+
+
 def test_more_than_eight_bits_are_refused() -> None:
     stored, _ = weight("lsq", 10, (4, 4))
     with pytest.raises(ConfigError, match="weights of up to 8 bits, a layer has 10"):

@@ -102,6 +102,13 @@ def test_a_bad_cell_is_named_with_its_line(tmp_path: Path, cell: str, line: str)
         read_papers(path)
 
 
+def test_a_table_of_papers_without_a_column_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "papers.csv"
+    path.write_text(",".join(c for c in COLUMNS if c not in ("top1", "table")) + "\n")
+    with pytest.raises(ConfigError, match=r"papers.csv lacks the columns top1, table\."):
+        read_papers(path)
+
+
 def _script(name: str = "make_tables") -> Any:
     spec = importlib.util.spec_from_file_location(name, ROOT / f"scripts/{name}.py")
     assert spec is not None

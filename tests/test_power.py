@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from itertools import product
 
 import numpy as np
@@ -126,20 +127,28 @@ def least_error(grid: Tensor) -> float:
     return (project(x, clip.view(1, 1), grid) - x).square().mean().item()
 
 
-@pytest.mark.parametrize(
-    ("grid", "error"),
-    [
-        (grids.full(2, 2.0), 0.1464),
-        (grids.symmetric(3, 2.0), 0.0475),
-        (grids.full(3, 2.0), 0.0440),
-        (grids.no_zero(3, 2.0), 0.0441),
-        (grids.full(4, SQRT2), 0.0121),
-        (grids.released(4, SQRT2), 0.0112),
-        (grids.additive(4), 0.0121),
-    ],
-)
-def test_errors_in_the_docstring_are_the_measured_ones(grid: Tensor, error: float) -> None:
-    assert least_error(grid) == pytest.approx(error, rel=0.02)
+DOCUMENTED = re.findall(r"^    (\w+)( 2| sqrt2|) +((?:\.\d{4} *){9})$", str(grids.__doc__), re.M)
+
+
+@pytest.mark.parametrize(("name", "base", "errors"), DOCUMENTED)
+def test_errors_in_the_docstring_are_the_measured_ones(name: str, base: str, errors: str) -> None:
+    for bits, error in zip((2, 3, 4), errors.split()[:3], strict=True):
+        own = () if name == "additive" else (SQRT2 if base == " sqrt2" else 2.0,)
+        assert least_error(getattr(grids, name)(bits, *own)) == pytest.approx(
+            float(error), rel=0.02
+        )
+
+
+def test_the_docstring_has_every_grid_of_weights() -> None:
+    both = {"symmetric", "full", "no_zero", "released"}
+    assert [(name, base) for name, base, _ in DOCUMENTED] == [
+        *((name, " 2") for name in ("symmetric", "full", "no_zero")),
+        *((name, " sqrt2") for name in ("symmetric", "full", "no_zero")),
+        ("released", " 2"),
+        ("released", " sqrt2"),
+        ("additive", ""),
+    ]
+    assert all(callable(getattr(grids, name)) for name in both)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -271,9 +280,15 @@ def test_apot_gradients_equal_autograd_of_the_composed_form_in_float64(
 def test_decoding_is_linear_in_the_clip_by_gradcheck() -> None:
     q = POST(4, shape=(2, 4)).double()
     codes = torch.tensor([[-8, -1, 0, 7], [3, -4, 2, 1]])
-    grid = q.grid[codes - q.qmin]
-    scale = torch.rand(2, 1, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda s: s * grid, (scale,))
+    clip = torch.tensor([[0.3], [0.7]], dtype=torch.float64, requires_grad=True)
+
+    def decoded(scale: Tensor) -> Tensor:
+        q.scale = scale
+        return q.decode(codes)
+
+    del q.scale  # a parameter, for which no other tensor can stand
+    assert torch.equal(decoded(clip), clip * q.grid[codes + 8])
+    assert torch.autograd.gradcheck(decoded, (clip,))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -317,11 +332,12 @@ def test_widths_without_a_grid_are_refused_with_the_ones_that_have_it(
 @pytest.mark.parametrize(
     ("own", "message"),
     [
-        ({"base": "sqrt2"}, "base"),
-        ({"base": 1.0}, "base"),
-        ({"levels": "all"}, "levels"),
-        ({"signed": False}, "signed"),
-        ({"init": "max"}, "init"),
+        ({"base": "sqrt2"}, "base must be 'auto' or a finite number above 1, got 'sqrt2'"),
+        ({"base": 1.0}, "base must be 'auto' or a finite number above 1, got 1.0"),
+        ({"base": math.inf}, "base must be 'auto' or a finite number above 1, got inf"),
+        ({"levels": "all"}, "levels must be one of full, symmetric, no_zero, got 'all'"),
+        ({"signed": False}, "POST quantizes weights, which are signed"),
+        ({"init": "max"}, "init must be quantile or mse .* got 'max'"),
     ],
 )
 def test_wrong_options_are_named(own: dict[str, object], message: str) -> None:

@@ -271,6 +271,14 @@ def test_a_reconstruction_that_diverges_fails_instead_of_scoring(
     assert json.loads((Path(cfg.folder) / "status.json").read_text())["state"] == "failed"
 
 
+def test_a_folding_that_changes_the_network_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ptq_module, "fold_bn_", lambda model: model.linear.bias.data.add_(1))
+    with pytest.raises(RunError, match=r"folding batch norms changed the logits by .* of the larg"):
+        quantized(tiny(tmp_path, "quantizer=nearest"))
+
+
 def test_a_layer_with_a_forward_of_its_own_is_refused() -> None:
     class Same(torch.nn.Conv2d):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,7 @@ from qexp.quant.codebook import Codebook
 from qexp.quant.convert import quant_layers
 from qexp.quant.dorefa import PACT
 from qexp.quant.lsq import LSQ
+from qexp.quant.n2uq import N2UQ
 from qexp.quant.quantizer import Quantizer
 from qexp.quant.trace import Layer
 from qexp.recipes import build, outcome, picture
@@ -393,10 +394,9 @@ def test_a_checkpoint_within_an_epoch_is_never_of_a_broken_network(
     options = [f"model.checkpoint={float_run}", "recipe.lr=1e30", "recipe.save_every=1"]
     with pytest.raises(RunError, match=r"last\.pt \(epoch 1, step 1\)"):
         train(tiny(tmp_path, *options))
-    last = tmp_path / "run" / "last.pt"
-    if last.exists():
-        state = checkpoint.load(last)["model"]
-        assert all(v.isfinite().all() for v in state.values() if v.is_floating_point())
+    kept = checkpoint.load(tmp_path / "run" / "last.pt")
+    assert (kept["epoch"], kept["step"]) == (0, 1)
+    assert all(v.isfinite().all() for v in kept["model"].values() if v.is_floating_point())
 
 
 @pytest.mark.parametrize("length", [["recipe.epochs=1"], ["recipe.epochs=3", "max_steps=10"]])
@@ -452,6 +452,35 @@ def test_codebooks_are_drawn_from_where_calibration_put_them(
         assert item.epochs.tolist() == [0, 1]
         assert item.levels[1].tolist() == pytest.approx(epoch["codebooks"][item.name])
         assert not torch.equal(item.levels[0], item.levels[1])
+
+
+def test_pictures_are_of_the_start_and_of_the_end_of_the_training(
+    tmp_path: Path, float_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: dict[str, list[Any]] = {}
+    monkeypatch.setattr(plot, "curves", lambda *given: None)
+    for name in ("weight_levels", "activation_thresholds", "factors"):
+        monkeypatch.setattr(plot, name, lambda items, *rest, name=name: drawn.update({name: items}))
+    options = ["quantizer=asq", "bits=3", f"model.checkpoint={float_run}", "recipe.epochs=1"]
+    _, folder = train(tiny(tmp_path, *options, "recipe.plots=true"))
+    start, end = (checkpoint.load(path)["model"] for path in (float_run, folder / "last.pt"))
+    layers = quant_layers(load_run(folder, "last.pt", "cpu")[0])
+    assert [item.name for item in drawn["weight_levels"]] == list(layers)
+    for item in drawn["weight_levels"]:
+        weight, levels = f"{item.name}.weight", layers[item.name].weight_quantizer.levels()
+        assert torch.equal(item.before, start[weight].flatten())
+        assert torch.equal(item.after, end[weight].flatten())
+        assert not torch.equal(item.before, item.after)
+        assert torch.equal(item.levels_after, levels)
+        assert not torch.equal(item.levels_before, levels)
+        assert item.bits == (3 if item.name.startswith("layer") else 8)
+    for item in drawn["activation_thresholds"]:
+        quantizer = layers[item.name].act_quantizer
+        assert torch.equal(item.thresholds, quantizer.thresholds().detach())
+        assert torch.equal(item.levels, quantizer.levels()[0].detach())
+    assert len(drawn["activation_thresholds"]) == len(layers)
+    assert [item.name for item in drawn["factors"]] == list(layers)[1:-1]
+    assert {len(item.factors) for item in drawn["factors"]} == {16}  # one a calibration image
 
 
 def test_several_processes_and_synced_norms_are_another_protocol(
@@ -685,6 +714,12 @@ def test_a_decay_that_is_none_is_refused(decay: float) -> None:
         PACT(4, decay=decay)
 
 
+@pytest.mark.parametrize("rate", [-0.1, math.inf, math.nan])
+def test_a_rate_that_is_none_is_refused(rate: float) -> None:
+    with pytest.raises(ValueError, match="lr_scale must be at least 0 and finite, got"):
+        N2UQ(4, lr_scale=rate)
+
+
 def test_learning_rate_schedules_match_their_definition() -> None:
     def at(step: int, schedule: str, warmup: int = 0) -> float:
         return lr_factor(step, 100, schedule=schedule, warmup=warmup, milestones=(0.5, 0.75))
@@ -762,6 +797,13 @@ def test_reestimated_batch_norm_makes_eval_mode_the_forward_pass_it_was_measured
     model.train()
     torch.testing.assert_close(found, model(x), rtol=1e-2, atol=1e-4)  # variance over n, n - 1
     assert all(norm.momentum == 0.1 for norm in norms)
+
+
+def test_a_split_without_images_is_not_scored() -> None:
+    model = torch.nn.Linear(2, 2).train()
+    with pytest.raises(ConfigError, match="eval: the split holds no images"):
+        evaluate(model, [])
+    assert model.training
 
 
 def test_training_loop_has_no_host_sync_before_its_check(

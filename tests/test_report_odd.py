@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from test_report import PROTOCOL, make_run, report, rows
 
-from qexp.errors import ConfigError
+from qexp.errors import ConfigError, RunError
 from qexp.report.command import main
 from qexp.report.papers import COLUMNS, read_papers
 
@@ -148,7 +148,8 @@ def test_a_written_report_is_utf8_whole_or_the_old_one(tmp_path, monkeypatch, ca
     out.write_text("old")
     with monkeypatch.context() as patch:
         patch.setattr("os.replace", _full_disk)
-        with pytest.raises(Exception, match="cannot write"):
+        full = r"report: cannot write '.*report\.md': .*No space left.* Choose another --out\."
+        with pytest.raises(RunError, match=full):
             main([str(tmp_path), "--out", str(out)])
     assert out.read_text() == "old"
     assert report(capsys, str(tmp_path), "--out", str(out)) == ""

@@ -38,7 +38,7 @@ START = ("model.checkpoint=none", "recipe.epochs=1")
 @pytest.mark.parametrize(
     "change",
     ["bits=2", "seed=7", "recipe.batch_size=8", "recipe.optimizer=adamw", "recipe.ema=0.9",
-     "bitwidth.first_last=float", "max_steps=1", "model.width=0.5", "quantizer=lsq"],
+     "bitwidth.first_last=fp32", "max_steps=1", "model.width=0.5", "quantizer=lsq"],
 )  # fmt: skip
 def test_what_is_settled_cannot_change_and_nothing_is_lost(tmp_path: Path, change: str) -> None:
     train(tiny(tmp_path, *START))

@@ -550,6 +550,25 @@ def test_an_installed_package_reports_its_version_as_commit(
     assert environment.source_version() == (environment.qexp.__version__, False)
 
 
+def test_a_checkout_reports_its_commit_and_what_is_not_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "qexp" / "__init__.py"
+    file.parent.mkdir()
+    file.touch()
+    monkeypatch.setattr(environment.qexp, "__file__", str(file))
+    who = ("-c", "user.name=a", "-c", "user.email=a@b")
+    for words in (("init", "-q"), ("add", "."), (*who, "commit", "-q", "-m", "a")):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True, capture_output=True)
+    (tmp_path / "untracked.txt").touch()
+    commit, dirty = environment.source_version()
+    assert (len(commit), dirty) == (40, False)
+    file.write_text("changed = True")
+    assert environment.source_version() == (commit, True)
+    (tmp_path / ".git" / "HEAD").write_text("damaged")
+    assert environment.source_version() == (environment.qexp.__version__, False)
+
+
 @pytest.mark.parametrize(
     "before",
     [
@@ -598,6 +617,9 @@ def test_auto_is_never_a_device_that_nothing_was_run_on(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert pick_device("auto") == torch.device("cpu")
     assert pick_device("mps") == torch.device("mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="device=mps, but this torch has no MPS"):
+        pick_device("mps")
 
 
 # Threads beside other processes

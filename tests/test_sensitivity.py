@@ -75,10 +75,26 @@ def test_a_sensitivity_that_is_no_number_is_refused_not_called_small(metric: str
         assign(model, metric=metric)
 
 
-@pytest.mark.parametrize("wrong", [{"probes": 0}, {"images": 0}, {"candidates": ()}])
-def test_a_policy_that_looks_at_nothing_is_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="must be"):
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"probes": 0}, "probes and images must be at least 1; got 0 and 512"),
+        ({"images": 0}, "probes and images must be at least 1; got 50 and 0"),
+        ({"candidates": ()}, r"candidates must be widths from 1 to 16; got \[\]"),
+        ({"candidates": (2, 32)}, r"candidates must be widths from 1 to 16; got \[2, 32\]"),
+        ({"metric": "hessian"}, "metric must be hutchinson, fisher, loss or size; got 'hessian'"),
+        ({"budget_kind": "kb"}, "budget_kind must be average_bits, bytes or bops; got 'kb'"),
+    ],
+)
+def test_a_policy_without_sense_is_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         Sensitivity(budget=3, **wrong)
+
+
+def test_a_table_of_bits_is_not_written_over_a_folder(tmp_path: Path) -> None:
+    layers = trace(network(), (3, 8, 8))
+    with pytest.raises(ValueError, match=r"save=.* is a folder; give the name of a file"):
+        Sensitivity(3, metric="size", save=str(tmp_path)).check(layers, LSQ)
 
 
 def softmax_model() -> tuple[nn.Module, list[Layer], Tensor, Tensor]:
@@ -364,6 +380,17 @@ def test_a_solver_that_slips_over_the_budget_is_asked_for_less(
     omega = {n: {b: 4.0**-b for b in CANDIDATES} for n in "ab"}
     assert total(cost, allocate(cost, 60, omega=omega)) <= 60
     assert len(calls) == 2
+
+
+def test_what_cannot_be_allocated_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    cost, omega = {"a": {2: 20, 3: 30}}, {"a": {2: 1.0, 3: 0.5}}
+    method: Any = "best"
+    with pytest.raises(ValueError, match="allocation must be ilp, greedy, random or uniform; got"):
+        allocate(cost, 30, omega=omega, method=method)
+    none = SimpleNamespace(x=None, message="out of time")
+    monkeypatch.setattr(scipy.optimize, "milp", lambda *given, **more: none)
+    with pytest.raises(RuntimeError, match="the integer programme was not solved: out of time"):
+        allocate(cost, 30, omega=omega)
 
 
 def test_greedy_takes_the_most_harm_removed_a_unit_that_still_fits() -> None:
