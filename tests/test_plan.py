@@ -223,14 +223,24 @@ def test_a_plan_of_widths_that_change_shows_the_last_and_names_the_stages(
     assert "stages:   weight bits 8 in epoch 1, 4 in epochs 2 to 4, 2 in epochs 5 to 10;" in text
 
 
-def test_training_holds_weights_gradients_and_momentum(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    ("words", "networks"),
+    [
+        ("recipe.momentum=0.9", 3),  # weights, gradients, momentum
+        ("recipe.momentum=0", 2),
+        ("recipe.optimizer=adamw", 4),
+        ("recipe.ema=0.9 recipe.distill.weight=0.5", 5),
+    ],
+)
+def test_training_holds_weights_gradients_and_what_its_options_add(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: str, networks: int
 ) -> None:
     monkeypatch.setattr(cost, "_timed", lambda *given: cost.Timed(1.0, 0.0, 0.0, "cpu"))
     large = nn.Linear(30_000, 30_000, device="meta")
     card = SimpleNamespace(train_size=48, test_size=32, val_size=0)
-    line = cost.training(tiny(tmp_path), card, large, [])[1]  # type: ignore[arg-type]
-    assert f"{3 * 4 * 30_000 * 30_001 / 2**30:.2f} GB" in line
+    cfg = tiny(tmp_path, *words.split())
+    line = cost.training(cfg, card, large, [])[1]  # type: ignore[arg-type]
+    assert f"{networks * 4 * 30_000 * 30_001 / 2**30:.2f} GB" in line
 
 
 def test_durations_are_in_the_unit_that_reads_best() -> None:

@@ -95,8 +95,7 @@ def training(cfg: DictConfig, card: Card, model: nn.Module, layers: Sequence[Lay
     images = steps * s.batch_size * (4 / 3 if s.distill.weight > 0 else 1)
     images += steps / per_epoch * (card.test_size + card.val_size) / 3
     parameters = 4 * sum(p.numel() for p in model.parameters())
-    networks = 4 if s.distill.weight > 0 else 3  # weights, gradients, momentum; a teacher
-    memory = networks * parameters + WORKING * cost.bytes(s.batch_size / s.accumulate)
+    memory = _networks(s) * parameters + WORKING * cost.bytes(s.batch_size / s.accumulate)
     source = "from random weights" if s.from_scratch else cfg.model.checkpoint
     return [
         f"training: {s.epochs} epochs of {per_epoch} steps of {s.batch_size} images, {steps:,} "
@@ -105,6 +104,14 @@ def training(cfg: DictConfig, card: Card, model: nn.Module, layers: Sequence[Lay
         f"idle process on {cost.how} ({1 / cost.seconds:.0f} img/s measured now on noise; with "
         f"evaluation, without {LEFT_OUT})",
     ]
+
+
+def _networks(s: Settings) -> int:
+    """How many times a training holds as many numbers as there are weights."""
+    moments = 2 if s.optimizer == "adamw" else int(s.momentum > 0)
+    return (
+        2 + moments + (s.ema > 0) + (s.distill.weight > 0)
+    )  # weights, gradients; average; teacher
 
 
 def reconstruction(
