@@ -344,9 +344,8 @@ def test_a_method_has_one_name_over_all_widths(tmp_path, capsys) -> None:
 
 def test_an_option_that_a_run_lacks_is_named_by_its_default_or_not_at_all() -> None:
     asq = {"quantizer.act._target_": "qexp.quant.asq.ASQ"}
-    assert name_variants([asq, asq | {"quantizer.act.init": "mse"}]) == [
-        "quantizer.act.init=lsq", "quantizer.act.init=mse",
-    ]  # fmt: skip
+    mse, lsq = (asq | {"quantizer.act.init": init} for init in ("mse", "lsq"))
+    assert name_variants([asq, mse]) == name_variants([lsq, mse]) == ["", "quantizer.act.init=mse"]
     both = [asq, asq | {"quantizer.act.init": "mse"}, asq | {"quantizer.act.init": "lsq"}]
     assert name_variants(both) == ["", "quantizer.act.init=mse", ""]
     elsewhere = {"quantizer.act._target_": "mine.Act"}

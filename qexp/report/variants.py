@@ -58,10 +58,10 @@ def default_of(variant: Mapping[str, Any], key: str) -> Any:
 def name_variants(variants: Sequence[Mapping[str, Any]]) -> list[str]:
     """For each variant the options in which it differs from most of the others, `option=value`.
 
-    Where no value is commonest, each is named. A part of another class (`quantizer.weight=POST`) is
-    named by it, and its further options are compared among parts of that class alone. An option
-    that a variant lacks, as code from before had it, is at its class's default; where that is not
-    known, lacking it is the usual and has no name.
+    Where no value is commonest, the class's default has no name. A part of another class
+    (`quantizer.weight=POST`) is named by it, and its further options are compared among parts of
+    that class alone. An option that a variant lacks, as code from before had it, is at its class's
+    default; where that is not known, lacking it is the usual and has no name.
     """
     shown: list[list[str]] = [[] for _ in variants]
     known = [i for i, variant in enumerate(variants) if variant]  # of a run without config, nothing
@@ -72,6 +72,8 @@ def name_variants(variants: Sequence[Mapping[str, Any]]) -> list[str]:
             values = {i: str(variants[i].get(key, default_of(variants[i], key))) for i in alike}
             lacking = ABSENT in values.values()
             usual = ABSENT if lacking else commonest([*values.values()])
+            if usual is None:
+                usual = str(default_of(variants[alike[0]], key))
             for i, value in values.items():
                 if value != usual:
                     name = f"{part}={value.rpartition('.')[2]}"
