@@ -58,8 +58,8 @@ checked.
 Departs from the paper: its function, granularity, initialisation, rates and tables are in no text
 we could read, and no code was released. All above is our reading of the three abstracts; the
 closed forms are our derivation. Inputs with negative values get a zero point; t keeps its sign.
-Not built: sigmoid(4 v) in place of the clip, whose gradient does not end at a bound (most rows do at
-W2A4), and a soft step in backward.
+Not built: sigmoid(4 v) in place of the clip, whose gradient does not end at a bound (at W2A4 most
+rows do), and a soft step in backward.
 """
 
 from __future__ import annotations
