@@ -51,7 +51,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -61,9 +61,13 @@ from qexp.quant.functional import (
     MIN_SCALE,
     dequantize,
     fake_quantize,
+    from_rows,
+    in_order_of,
     integer_range,
+    kernel,
+    operands,
     quantize,
-    scale_grad,
+    sum_to,
 )
 from qexp.quant.quantizer import Quantizer
 
@@ -142,6 +146,51 @@ class LSQ(Quantizer):
         return {"clamped_steps": (self.scale.detach() <= MIN_SCALE).sum()}
 
 
+@kernel
+def _offset_forward(x: Tensor, scale: Tensor, offset: Tensor, qmin: int, qmax: int) -> Tensor:
+    # x [R, M]; scale, offset [R, 1] float32 (see `operands`)
+    x_int = ((x.float() - offset) / scale).round_().clamp_(qmin, qmax)
+    return x_int.mul_(scale).add_(offset).to(x.dtype)
+
+
+@kernel
+def _offset_backward(
+    grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor, qmin: int, qmax: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    # grad, x [R, M]; scale, offset [R, 1]
+    z = (x.float() - offset) / scale
+    clipped = z.clamp(qmin, qmax)
+    inside = clipped == z
+    grad_x = torch.where(inside, grad, 0.0)
+    t = clipped.round_().sub_(torch.where(inside, z, 0.0))
+    # dL/doffset = sum e * [clipped]                                          [R, 1]
+    outside = torch.where(inside, 0.0, grad.float())
+    return grad_x, sum_to(t.mul_(grad), scale), sum_to(outside, offset)
+
+
+class _OffsetQuantize(torch.autograd.Function):
+    """Saves x itself, which the operation before keeps anyway, and not what is left of it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, offset: Tensor, qmin: int, qmax: int, g: float
+    ) -> Tensor:
+        ctx.save_for_backward(x, scale, offset)
+        ctx.qmin, ctx.qmax, ctx.g = qmin, qmax, g
+        rows, step = operands(x, scale.clamp_min(MIN_SCALE))
+        return from_rows(_offset_forward(rows, step, offset.reshape_as(step), qmin, qmax), x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+        x, scale, offset = ctx.saved_tensors
+        rows, step = operands(x, scale.clamp_min(MIN_SCALE))
+        grad, _ = operands(in_order_of(grads[0], x), scale)
+        given = (grad, rows, step, offset.reshape_as(step), ctx.qmin, ctx.qmax)
+        grad_x, *sums = _offset_backward(*given)
+        grad_scale, grad_offset = ((s * ctx.g).reshape(scale.shape).to(scale.dtype) for s in sums)
+        return from_rows(grad_x, x), grad_scale, grad_offset, None, None, None
+
+
 class LSQPlus(Quantizer):
     """LSQ+ activations: learned step and learned offset, unsigned codes.
 
@@ -173,12 +222,8 @@ class LSQPlus(Quantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         g = grad_scale(x, 1, self.qmax, self.count)
-        offset = scale_grad(self.offset, g)
-        shifted = x.float() - offset  # float32, so that x_hat is rounded to bfloat16 once
-        # fake_quantize passes e * [inside] to `shifted`, hence -that to the offset; adding the
-        # offset back gives e: together e * [clipped], as in the paper.
-        x_hat = fake_quantize(shifted, self.scale, self.qmin, self.qmax, g) + offset
-        return x_hat.to(x.dtype)
+        given = (self.scale, self.offset, self.qmin, self.qmax, g)
+        return _OffsetQuantize.apply(x, *given)  # type: ignore[return-value]
 
     def codes(self, x: Tensor) -> Tensor:
         shifted = x.float() - self.offset
