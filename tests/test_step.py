@@ -14,6 +14,7 @@ from waiting import Watch
 
 from qexp.quant.convert import calibrate_, quant_layers, shared_weights, unquantize_
 from qexp.recipes import build
+from qexp.recipes.saving import kept_bytes
 
 
 def network(tmp_path: Path, method: str) -> tuple[nn.Module, Tensor, Tensor]:
@@ -81,6 +82,14 @@ def test_micro_batches_share_one_quantized_weight(
     for name, value in expected.items():
         torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-6, msg=name)
     assert all(layer.w_hat is None for layer in quant_layers(model).values())
+
+
+def test_an_offset_keeps_no_more_than_a_step_does(tmp_path: Path) -> None:
+    def kept(method: str) -> int:
+        model, x, y = network(tmp_path, method)
+        return kept_bytes(model, lambda: F.cross_entropy(model(x), y).backward())
+
+    assert kept("lsqplus") == kept("lsq")
 
 
 def test_unquantized_it_is_the_float_network_again(tmp_path: Path) -> None:
