@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 import standin
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 
 from qexp import cli
 
@@ -47,6 +48,7 @@ def qexp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     def call(*argv: str) -> Said:
         GlobalHydra.instance().clear()
         code = cli.main(argv)
+        HydraConfig.instance().cfg = None  # else the next check names this one
         out, err = capsys.readouterr()
         return Said(code, out, err)
 
