@@ -107,11 +107,12 @@ def training(cfg: DictConfig, card: Card, model: nn.Module, layers: Sequence[Lay
 
 
 def _networks(s: Settings) -> int:
-    """How many times a training holds as many numbers as there are weights."""
+    """How many times a training holds as many numbers as there are weights.
+
+    Weights and gradients, the optimizer's moments, the average, a teacher.
+    """
     moments = 2 if s.optimizer == "adamw" else int(s.momentum > 0)
-    return (
-        2 + moments + (s.ema > 0) + (s.distill.weight > 0)
-    )  # weights, gradients; average; teacher
+    return 2 + moments + (s.ema > 0) + (s.distill.weight > 0)
 
 
 def reconstruction(

@@ -90,6 +90,9 @@ def draw_operands(
     Args:
         before: of `weights`; None where weights were rounded and not trained.
     """
+    layers = quant_layers(model)
+    if not layers:
+        return
     items = [
         plot.WeightPlot(
             name,
@@ -99,7 +102,7 @@ def draw_operands(
             layer.weight_quantizer.levels().cpu(),
             layer.weight_quantizer.bits,
         )
-        for name, layer in quant_layers(model).items()
+        for name, layer in layers.items()
         if layer.weight_quantizer.bits < 32 and (before is None or name in before)
     ]
     if items:
