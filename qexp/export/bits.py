@@ -14,11 +14,6 @@ from torch import Tensor
 MAX_WIDTH = 17  # a released 16-bit grid would overflow its 16 bits by one
 
 
-def width_of(levels: int) -> int:
-    """Bits of a code that counts `levels`; at least 1."""
-    return max(1, (levels - 1).bit_length())
-
-
 def packed_size(count: int, width: int) -> int:
     """Bytes of `count` codes of `width` bits."""
     return -(-count * width // 8)

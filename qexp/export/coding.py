@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from qexp.errors import ConfigError
-from qexp.export.bits import width_of
+from qexp.quant.accounting import width_of
 from qexp.quant.adaround import AdaRound
 from qexp.quant.codebook import Codebook
 from qexp.quant.dorefa import DoReFaWeight

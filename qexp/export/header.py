@@ -13,9 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from qexp.export.bits import MAX_WIDTH, width_of
+from qexp.export.bits import MAX_WIDTH
 from qexp.export.coding import Coding
 from qexp.export.inputs import KINDS, Input
+from qexp.quant.accounting import width_of
 
 FORMAT = "qexp-packed"
 VERSION = 1

@@ -234,9 +234,14 @@ def _account_layer(
     )
 
 
+def width_of(levels: int) -> int:
+    """Bits of a code that counts `levels`; at least 1."""
+    return max(1, (levels - 1).bit_length())
+
+
 def packed_bytes(count: int, levels: int) -> int:
     """Bytes of `count` codes of `levels` values, whole bits a code, one padded end."""
-    return math.ceil(count * max(1, (levels - 1).bit_length()) / 8)
+    return math.ceil(count * width_of(levels) / 8)
 
 
 @torch.no_grad()
