@@ -46,9 +46,12 @@ def made(bits: int = 3, spread: float = 0.3, **own: object) -> AQuant:
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("fusion", ["none", "window", "residual"])
-def test_border_one_half_is_nearest_bit_for_bit(bits: int, signed: bool, fusion: str) -> None:
+@pytest.mark.parametrize("squash", ["clip", "sigmoid"])
+def test_border_one_half_is_nearest_bit_for_bit(
+    bits: int, signed: bool, fusion: Any, squash: Any
+) -> None:
     x = columns() - 0.2 * signed
-    a = AQuant(bits, signed=signed, shape=FIELD, fusion=fusion)  # type: ignore[arg-type]
+    a = AQuant(bits, signed=signed, shape=FIELD, fusion=fusion, squash=squash)
     n = Nearest(bits, signed=signed)
     a.calibrate(x)
     n.calibrate(x)
@@ -94,8 +97,11 @@ def composed(q: AQuant, x: Tensor) -> Tensor:
         ("row", "residual"),
     ],
 )
-def test_fused_border_equals_the_composed_one(border: str, per: str, fusion: str) -> None:
-    q = made(border=border, per=per, fusion=fusion)
+@pytest.mark.parametrize("squash", ["clip", "sigmoid"])
+def test_fused_border_equals_the_composed_one(
+    border: str, per: str, fusion: str, squash: str
+) -> None:
+    q = made(border=border, per=per, fusion=fusion, squash=squash)
     x = columns() if per == "row" else columns().view(5, 4, 9, 7)
     e = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
     results = []
@@ -150,8 +156,9 @@ def test_border_gradient_matches_closed_form_with_clipped_values() -> None:
 
 
 @pytest.mark.parametrize("fusion", ["none", "window"])
-def test_border_function_passes_gradcheck(fusion: str) -> None:
-    q = AQuant(3, signed=False, shape=(1, 1, 3), fusion=fusion).double()  # type: ignore[arg-type]
+@pytest.mark.parametrize("squash", ["clip", "sigmoid"])
+def test_border_function_passes_gradcheck(fusion: Any, squash: Any) -> None:
+    q = AQuant(3, signed=False, shape=(1, 1, 3), fusion=fusion, squash=squash).double()
     torch.manual_seed(0)
     nn.init.normal_(q.border, 0, 0.1)
     u = torch.rand(2, 3, 4, dtype=torch.float64) * 7
@@ -166,6 +173,72 @@ def test_border_function_passes_gradcheck(fusion: str) -> None:
 
     assert ((q.borders(u) > 0) & (q.borders(u) < 1)).all()  # no kink of the clip
     assert torch.autograd.gradcheck(border, (u, *values))
+
+
+def moved(q: AQuant, x: Tensor, e: Tensor) -> Tensor:
+    """The gradient of the border's coefficients, [degree + 1]."""
+    q.zero_grad()
+    (q(x) * e).sum().backward()
+    assert q.border.grad is not None
+    return q.border.grad.sum(1)
+
+
+@pytest.mark.parametrize("squash", ["clip", "sigmoid"])
+@pytest.mark.parametrize("fusion", ["none", "window", "residual"])
+@pytest.mark.parametrize("signed", [True, False])
+def test_a_narrow_tau_gives_the_true_derivative_of_a_loss(
+    squash: Any, fusion: Any, signed: bool
+) -> None:
+    # Many inputs between and beyond the codes, and an error that depends on where they lie: what
+    # moving the border does to the loss is known by moving it. Straight through sees the average.
+    q = AQuant(2, signed=signed, shape=(1, 1, 2), fusion=fusion, squash=squash, tau=0.02)
+    q.scale.data.fill_(0.5)
+    q.border.data.copy_(torch.tensor([0.05, 0.1, -0.08])[:, None].expand(3, 2))
+    x = torch.rand(200000, generator=torch.Generator().manual_seed(0)) * 4 - 2 * signed - 0.25
+    x = x.view(1, 2, -1)
+    e = (12 * x).sin() + 0.5 * x
+
+    def loss(shift: float) -> float:
+        with torch.no_grad():
+            q.border[0] += shift
+            total = float((q(x) * e).double().sum())
+            q.border[0] -= shift
+        return total
+
+    wanted = (loss(0.01) - loss(-0.01)) / 0.02
+    narrow = float(moved(q, x, e)[0])
+    q.tau = 1.0
+    straight = float(moved(q, x, e)[0])
+    assert narrow == pytest.approx(wanted, rel=0.05)
+    assert abs(straight - wanted) > 0.2 * abs(wanted)
+
+
+def test_inputs_at_zero_move_no_border_where_tau_is_below_one() -> None:
+    found = {}
+    for tau in (1.0, 0.9):
+        q = AQuant(2, signed=False, shape=(1,), per="tensor", border="constant", tau=tau)
+        q.scale.data.fill_(0.5)
+        # Code 0 has no code below, 3 none above: of these six only the third is near a border.
+        x = torch.tensor([[0.0, 0.01, 0.24, 1.49, 1.76, 9.0]])
+        found[tau] = moved(q, x, torch.ones_like(x)).item()
+    assert found[1.0] == pytest.approx(-0.5 * 4)  # the last two are clipped
+    assert found[0.9] == pytest.approx(-0.5 / 0.9)
+
+
+@pytest.mark.parametrize("fusion", ["none", "window", "residual"])
+def test_every_input_moves_the_border_at_the_widest_tau(fusion: Any) -> None:
+    x, e = columns(), torch.randn(columns().shape, generator=torch.Generator().manual_seed(3))
+    q = made(2, fusion=fusion)
+    straight = moved(q, x, e)
+    q.tau = 0.999999
+    assert not torch.allclose(moved(q, x, e), straight, rtol=1e-2)  # zeros are half of the inputs
+    above = x.clamp_min(0.6 * q.scale.item())
+    below = above.clamp_max(2.4 * q.scale.item())
+    with torch.no_grad():
+        q.border.zero_()  # between codes 0 and 3 all of them
+    near = moved(q, below, e)
+    q.tau = 1.0
+    torch.testing.assert_close(near, moved(q, below, e), rtol=1e-4, atol=1e-4)
 
 
 class Borders(nn.Module):
@@ -258,8 +331,11 @@ def test_grouped_weights_give_every_channel_its_own_outputs() -> None:
 
 @pytest.mark.parametrize("fusion", ["none", "window", "residual"])
 @pytest.mark.parametrize("bits", [2, 4])
-def test_decoded_codes_of_columns_equal_forward_and_fit_their_bits(fusion: str, bits: int) -> None:
-    q = made(bits, fusion=fusion)
+@pytest.mark.parametrize("squash", ["clip", "sigmoid"])
+def test_decoded_codes_of_columns_equal_forward_and_fit_their_bits(
+    fusion: str, bits: int, squash: str
+) -> None:
+    q = made(bits, fusion=fusion, squash=squash)
     x = columns(3) * 2
     with torch.no_grad():
         codes = q.codes(x)
@@ -353,12 +429,16 @@ def test_health_counts_the_rows_whose_border_leaves_its_range() -> None:
     q = AQuant(3, signed=False, shape=FIELD, border="linear")
     q.border.data[1, :4] = 0.6  # at the upper end of the range alone
     assert int(q.health()["borders_at_bound"]) == 4
+    q = AQuant(3, signed=False, shape=FIELD, border="linear", squash="sigmoid")
+    q.border.data[1, :4] = 0.6
+    assert int(q.health()["borders_at_bound"]) == 0  # it has none
     mixed = AQuant(3, signed=False, shape=FIELD, fusion="window")
     assert "borders_at_bound" not in mixed.health()  # each window has borders of its own
 
 
-def test_thresholds_are_where_the_codes_change() -> None:
-    q = AQuant(2, signed=False, shape=FIELD, per="tensor", border="linear")
+@pytest.mark.parametrize("squash", ["clip", "sigmoid"])
+def test_thresholds_are_where_the_codes_change(squash: Any) -> None:
+    q = AQuant(2, signed=False, shape=FIELD, per="tensor", border="linear", squash=squash)
     q.scale.data.fill_(2.0)
     q.border.data.copy_(torch.tensor([[0.1], [0.3]]))
     x = torch.linspace(0, 6, 6001)[None]
@@ -379,6 +459,9 @@ def test_size_counts_every_coefficient() -> None:
     [
         ({"border": "cubic"}, "border must be one of"),
         ({"per": "pixel"}, "per must be one of"),
+        ({"squash": "tanh"}, "squash must be one of clip, sigmoid, got 'tanh'"),
+        ({"tau": 0.0}, "tau must be above 0 and at most 1, got 0.0"),
+        ({"tau": 1.5}, "tau must be above 0 and at most 1, got 1.5"),
         ({"per": "channel", "fusion": "window"}, "fusion=window needs per=row"),
     ],
 )

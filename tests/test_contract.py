@@ -152,6 +152,7 @@ CASES = [
     # Per row needs im2col columns: tests/test_aquant.py.
     Case("aquant-channel", partial(AQuant, per="channel"), "relu", refines=True),
     Case("aquant-tensor", partial(AQuant, per="tensor", border="linear"), "relu", refines=True),
+    Case("aquant-sigmoid", partial(AQuant, per="channel", squash="sigmoid"), "relu", refines=True),
     Case("aquant-signed", partial(AQuant, per="channel"), "signed", refines=True),
     Case("pact", PACT, "relu", refines=True),
     Case("pact-signed", PACT, "signed"),

@@ -74,6 +74,7 @@ METHODS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "nearest": (partial(Nearest, per_channel=True), Nearest),
     "adaround": (AdaRound, partial(Nearest, symmetric=True)),
     "aquant": (AdaRound, AQuant),
+    "aquant_sigmoid": (AdaRound, partial(AQuant, squash="sigmoid")),
     "aquant_fusion": (AdaRound, partial(AQuant, per="row", fusion="residual", border="linear")),
 }
 

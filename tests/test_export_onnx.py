@@ -219,6 +219,7 @@ BORDERS = {
     "per channel": {"per": "channel"},
     "per tensor": {"per": "tensor", "border": "linear"},
     "window": {"fusion": "window"},
+    "sigmoid": {"squash": "sigmoid"},
     "constant window": {"fusion": "window", "border": "constant"},
 }
 

@@ -65,7 +65,8 @@ def _asq_stored(q: ASQ) -> tuple[str, ...]:
 
 def _aquant_keywords(q: AQuant) -> dict[str, Any]:
     border = {degree + 1: name for name, degree in DEGREE.items()}[q.border.shape[0]]
-    return {"border": border, "per": q.per, "fusion": q.fusion}
+    squash = {"squash": q.squash} if q.squash != "clip" else {}
+    return {"border": border, "per": q.per, "fusion": q.fusion} | squash
 
 
 def _aquant_stored(q: AQuant) -> tuple[str, ...]:

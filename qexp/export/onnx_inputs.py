@@ -224,8 +224,11 @@ def _aquant(graph: Graph, q: Any, x: str) -> str:
         v = graph.op("Add", coefficients.pop(), graph.op("Mul", t, v))
     if q.fusion != "none":
         v = _fused(graph, q, u, v)
-    half = graph.op("Add", graph.constant(0.5), v)
-    border = graph.op("Clip", half, graph.constant(0.0), graph.constant(1.0))
+    if q.squash == "sigmoid":
+        border = graph.op("Sigmoid", graph.op("Mul", graph.constant(4.0), v))
+    else:
+        half = graph.op("Add", graph.constant(0.5), v)
+        border = graph.op("Clip", half, graph.constant(0.0), graph.constant(1.0))
     up = graph.op("Add", u, graph.op("Sub", graph.constant(1.0), border))
     x_int = graph.op("Add", graph.op("Floor", up), zero)
     bounds = (graph.constant(float(q.qmin)), graph.constant(float(q.qmax)))

@@ -29,6 +29,9 @@ Who shares a border (`per`).  row: one function for each (input channel, kernel 
               the closed form, as all rows correct the same error at once. G_ii is taken as 1.2e-7
               at least: rows of smaller weights (ResNet-20 folded at 2 bits: 68) start nearer to 0.
 
+`squash`.  clip as above, or sigmoid: B = sigmoid(4 v), of the same value and slope at v = 0, which
+    never reaches a bound; then free is 4 B (1 - B) below.
+
 Closed form (`init: closed_form`).  The u that minimises sum_o (w_hat_oi q - w_oi u)^2 rounds at
     B_i(u) = 1/2 + (1 - rho_i) u,   rho_i = <w_hat_i, w_i> / |w_hat_i|^2, i.e. a1 = (1 - rho_i) *
     (qmax - qmin), a0 = a2 = 0. It needs no data. `init: zero` starts as nearest.
@@ -38,7 +41,11 @@ Gradients, e = dL/dx_hat, inside = [x_int not clipped], free = [0 < 1/2 + v < 1]
     dL/da_k   = sum dL/dB * free * t^k                                 over samples and positions
     dL/dx     = e * inside * (1 - B'(u)),   B'(u) = free * (a1 + 2 a2 t) / (qmax - qmin)
     dL/dscale = sum e * ((x_int - zero) - inside * (1 - B'(u)) * u)
-    The hard forward is differentiated straight through floor.
+    The hard forward is differentiated straight through floor: as if every input moved with B.
+`tau` < 1 counts for dL/dB only those that a step of the border can round otherwise:
+    dL/dB     = -e * scale / tau * near,   near = [|u + 1 - B - k| <= tau / 2, k the integer next to
+    it, if k - 1 and k are codes]: the derivative of a staircase whose steps are tau wide. Inputs of
+    0, half of what a ReLU gives, move nothing then; straight through they do.
 
 State counted in the size: one float32 step, the coefficients, M.
 
@@ -58,8 +65,7 @@ checked.
 Departs from the paper: its function, granularity, initialisation, rates and tables are in no text
 we could read, and no code was released. All above is our reading of the three abstracts; the
 closed forms are our derivation. Inputs with negative values get a zero point; t keeps its sign.
-Not built: sigmoid(4 v) in place of the clip, whose gradient does not end at a bound (at W2A4 most
-rows do), and a soft step in backward.
+Not built: a tau that narrows while the border is learned, and soft steps in forward.
 """
 
 from __future__ import annotations
@@ -71,7 +77,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from qexp.quant.border import border_round, polynomial_border
+from qexp.quant.border import Rule, border_of, border_round, polynomial_border
 from qexp.quant.drop import Drop, last_byte, random_bytes
 from qexp.quant.functional import MIN_SCALE, as_rows, from_rows
 from qexp.quant.nearest import Estimator, activation_sample, check_estimator, estimate_grid
@@ -90,6 +96,8 @@ class AQuant(Quantizer):
         per: who shares a border: `row`, `channel` or `tensor`.
         fusion: `none`, `window` or `residual`; the last two need `per: row`.
         init: `closed_form` (from the weights, see `see_weights`) or `zero`.
+        squash: `clip` or `sigmoid`: how v becomes a border in [0, 1].
+        tau: share of a code's width around a border whose elements move it; 1: all move it.
         estimator, p, percent: how the step is found (nearest.py).
     """
 
@@ -105,6 +113,8 @@ class AQuant(Quantizer):
         per: Literal["row", "channel", "tensor"] = "row",
         fusion: Literal["none", "window", "residual"] = "none",
         init: Literal["closed_form", "zero"] = "closed_form",
+        squash: Literal["clip", "sigmoid"] = "clip",
+        tau: float = 1.0,
         estimator: Estimator = "mse",
         p: float = 2.4,
         percent: float = 99.9,
@@ -115,9 +125,13 @@ class AQuant(Quantizer):
         _check("per", per, ("row", "channel", "tensor"))
         _check("fusion", fusion, ("none", "window", "residual"))
         _check("init", init, ("closed_form", "zero"))
+        _check("squash", squash, ("clip", "sigmoid"))
+        if not 0 < tau <= 1:
+            raise ValueError(f"tau must be above 0 and at most 1, got {tau}")
         if fusion != "none" and per != "row":
             raise ValueError(f"fusion={fusion} needs per=row, got per={per}")
         self.per, self.fusion, self.init = per, fusion, init
+        self.squash, self.tau = squash, float(tau)
         self.drop: Drop | None = None  # set while a network is reconstructed
         self.estimator: Estimator = estimator
         self.p, self.percent = p, percent
@@ -203,7 +217,7 @@ class AQuant(Quantizer):
             feature = v if self.fusion == "window" else (u - (u + 0.5).floor()).detach()
             mixed = torch.matmul(self.mixing, feature.reshape(by_window)).reshape(u.shape)
             v = mixed if self.fusion == "window" else v + mixed
-        return (0.5 + v).clamp(0, 1)
+        return border_of(v, self.squash == "sigmoid")
 
     def _integers(self, x: Tensor) -> Tensor:
         """x_int - zero for x [A, R, M]."""
@@ -216,11 +230,11 @@ class AQuant(Quantizer):
         if self.drop is not None:
             dice = random_bytes(view, self.drop.generator)
             last = last_byte(self.drop.probability)
-        bounds = (self.zero, self.qmin, self.qmax)
+        rule = Rule(self.qmin, self.qmax, self.squash == "sigmoid", self.tau)
         if self.fusion == "none":
-            x_hat = polynomial_border(view, self.scale, self.border, *bounds, dice, last)
+            x_hat = polynomial_border(view, self.scale, self.border, self.zero, rule, dice, last)
         else:
-            fusion = (self.mixing, *bounds, self.fusion == "window")
+            fusion = (self.mixing, self.zero, rule, self.fusion == "window")
             x_hat = window_border(view, self.scale, self.border, *fusion, dice, last)
         return self._unview(x_hat, x)
 
@@ -232,12 +246,12 @@ class AQuant(Quantizer):
         return (codes.to(self.scale.dtype) - self.zero) * self.scale.clamp_min(MIN_SCALE)
 
     def _borders(self) -> tuple[Tensor, Tensor]:
-        """`(u, 1/2 + v)` on a grid of all representable u, [G] and [R, G]; without fusion."""
+        """`(u, B)` on a grid of all representable u, [G] and [R, G]; without fusion."""
         steps = self.qmax - self.qmin
         u = torch.arange(steps * GRID, device=self.zero.device) / GRID + (self.qmin - self.zero)
         t = (u / steps)[None]
         a = [row[:, None] for row in self.border.detach()] + [torch.zeros_like(t)] * 2
-        return u, 0.5 + a[0] + t * (a[1] + t * a[2])
+        return u, border_of(a[0] + t * (a[1] + t * a[2]), self.squash == "sigmoid")
 
     def levels(self) -> Tensor:
         codes = torch.arange(self.qmin, self.qmax + 1, device=self.zero.device)
@@ -246,7 +260,7 @@ class AQuant(Quantizer):
     def thresholds(self) -> Tensor:
         """Borders between codes in units of x, [L-1]: of the average row, without fusion."""
         u, border = self._borders()
-        mean = border.clamp(0, 1).mean(0).reshape(-1, GRID)  # [L-1, GRID]
+        mean = border.mean(0).reshape(-1, GRID)  # [L-1, GRID]
         frac = (u - u.floor()).reshape(-1, GRID)
         up = torch.cat([frac >= mean, torch.ones_like(mean[:, :1], dtype=torch.bool)], 1)
         first = up.int().argmax(1) / GRID  # of each code: where rounding up begins
@@ -266,8 +280,9 @@ class AQuant(Quantizer):
 
     @property
     def kind(self) -> str:
-        # What `mixing` means depends on the fusion, its shape does not.
-        return super().kind + ("" if self.fusion == "none" else f" fusion={self.fusion}")
+        # What `mixing` and the coefficients mean depends on these, their shapes do not.
+        fusion = "" if self.fusion == "none" else f" fusion={self.fusion}"
+        return super().kind + fusion + ("" if self.squash == "clip" else f" squash={self.squash}")
 
     def extra_repr(self) -> str:
         kind = {1: "constant", 2: "linear", 3: "quadratic"}[self.border.shape[0]]

@@ -11,13 +11,29 @@ aquant.py.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from qexp.quant.drop import mix_backward, mix_forward
 from qexp.quant.functional import MIN_SCALE, kernel
+
+
+class Rule(NamedTuple):
+    """What a border has besides its coefficients.
+
+    Attributes:
+        qmin, qmax: the least and the largest code.
+        sigmoid: B = sigmoid(4 v) in place of clip(1/2 + v, 0, 1).
+        tau: share of a code's width in which elements move a border; 1: all, straight through.
+    """
+
+    qmin: int
+    qmax: int
+    sigmoid: bool = False
+    tau: float = 1.0
+
 
 # ---------------------------------------------------------------------------------------------
 # What the kernels here and in window_border.py are made of
@@ -29,23 +45,41 @@ def polynomial(u: Tensor, a: Tensor, span: int) -> Tensor:
     return a[0] + t * (a[1] + t * a[2])
 
 
+def border_of(v: Tensor, sigmoid: bool) -> Tensor:
+    """clip(1/2 + v, 0, 1) or sigmoid(4 v): both 1/2 and of slope 1 at v = 0. Shape: as v."""
+    return torch.sigmoid(4 * v) if sigmoid else (0.5 + v).clamp(0, 1)
+
+
+def times_slope(value: Tensor, border: Tensor, sigmoid: bool) -> Tensor:
+    """value * dB/dv at B = `border`. Shape: all alike."""
+    if sigmoid:
+        return value * (4 * border * (1 - border))
+    return torch.where((border > 0) & (border < 1), value, 0.0)
+
+
 def quantized(
-    x: Tensor, u: Tensor, raw: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int
+    x: Tensor, u: Tensor, border: Tensor, scale: Tensor, zero: Tensor, rule: Rule
 ) -> Tensor:
-    """x_hat as x, for u = x / scale and the border `raw` = 1/2 + v before it is clipped."""
-    x_int = ((u + (1 - raw.clamp(0, 1))).floor() + zero).clamp(qmin, qmax)
+    """x_hat as x, for u = x / scale."""
+    x_int = ((u + (1 - border)).floor() + zero).clamp(rule.qmin, rule.qmax)
     return ((x_int - zero) * scale).to(x.dtype)
 
 
 def passed_on(
-    e: Tensor, u: Tensor, raw: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """e * inside; free; dL/dv = -e * scale * inside * free; e * (x_int - zero). All as u."""
-    x_int = (u + (1 - raw.clamp(0, 1))).floor() + zero
+    e: Tensor, u: Tensor, border: Tensor, scale: Tensor, zero: Tensor, rule: Rule
+) -> tuple[Tensor, Tensor, Tensor]:
+    """e * inside; dL/dv = dL/dB * dB/dv; e * (x_int - zero). Shape: all as u."""
+    qmin, qmax, sigmoid, tau = rule
+    shifted = u + (1 - border)
+    x_int = shifted.floor() + zero
     passed = torch.where((x_int >= qmin) & (x_int <= qmax), e, 0.0)
-    free = (raw > 0) & (raw < 1)
-    down = torch.where(free, -passed * scale, 0.0)
-    return passed, free, down, e * (x_int.clamp(qmin, qmax) - zero)
+    down = -passed * scale
+    if tau < 1:
+        step = shifted.round()  # between codes step - 1 and step, if both exist
+        exists = (step + zero > qmin) & (step + zero <= qmax)
+        near = (shifted - step).abs() <= 0.5 * tau
+        down = torch.where(exists & near, e * scale * (-1.0 / tau), 0.0)
+    return passed, times_slope(down, border, sigmoid), e * (x_int.clamp(qmin, qmax) - zero)
 
 
 def coefficient_sums(down: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,24 +92,24 @@ def coefficient_sums(down: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @kernel
-def _border_forward(
-    x: Tensor, scale: Tensor, zero: Tensor, a: Tensor, qmin: int, qmax: int
-) -> Tensor:
+def _border_forward(x: Tensor, scale: Tensor, zero: Tensor, a: Tensor, rule: Rule) -> Tensor:
     # x [A, R, M]; scale, zero [1, 1, 1]; a [3, 1, R, 1]
     u = x.float() / scale
-    return quantized(x, u, 0.5 + polynomial(u, a, qmax - qmin), scale, zero, qmin, qmax)
+    border = border_of(polynomial(u, a, rule.qmax - rule.qmin), rule.sigmoid)
+    return quantized(x, u, border, scale, zero, rule)
 
 
 @kernel
 def _border_backward(
-    grad: Tensor, x: Tensor, scale: Tensor, zero: Tensor, a: Tensor, qmin: int, qmax: int
+    grad: Tensor, x: Tensor, scale: Tensor, zero: Tensor, a: Tensor, rule: Rule
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    span = rule.qmax - rule.qmin
     u = x.float() / scale
-    t = u * (1.0 / (qmax - qmin))
-    raw = 0.5 + polynomial(u, a, qmax - qmin)
-    passed, free, down, of_codes = passed_on(grad.float(), u, raw, scale, zero, qmin, qmax)
+    t = u * (1.0 / span)
+    border = border_of(polynomial(u, a, span), rule.sigmoid)
+    passed, down, of_codes = passed_on(grad.float(), u, border, scale, zero, rule)
     # dL/dx = e * inside * (1 - B'(u))                                    [A, R, M]
-    slope = torch.where(free, (a[1] + 2 * t * a[2]) * (1.0 / (qmax - qmin)), 0.0)
+    slope = times_slope((a[1] + 2 * t * a[2]) * (1.0 / span), border, rule.sigmoid)
     grad_u = passed * (1 - slope)
     # dL/dscale = sum e * (x_int - zero) - e * inside * (1 - B'(u)) * u   [A, R]
     grad_scale = of_codes - grad_u * u
@@ -84,9 +118,9 @@ def _border_backward(
 
 @kernel
 def _dropped_forward(
-    x: Tensor, dice: Tensor, scale: Tensor, zero: Tensor, a: Tensor, qmin: int, qmax: int, last: int
+    x: Tensor, dice: Tensor, scale: Tensor, zero: Tensor, a: Tensor, rule: Rule, last: int
 ) -> Tensor:
-    x_hat = _border_forward(x, scale, zero, a, qmin, qmax)
+    x_hat = _border_forward(x, scale, zero, a, rule)
     return mix_forward(x, x_hat, dice, last)
 
 
@@ -98,12 +132,11 @@ def _dropped_backward(
     scale: Tensor,
     zero: Tensor,
     a: Tensor,
-    qmin: int,
-    qmax: int,
+    rule: Rule,
     last: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     to_x, to_x_hat = mix_backward(grad, dice, last)
-    grad_x, *sums = _border_backward(to_x_hat, x, scale, zero, a, qmin, qmax)
+    grad_x, *sums = _border_backward(to_x_hat, x, scale, zero, a, rule)
     return grad_x + to_x, *sums
 
 
@@ -115,30 +148,29 @@ class _PolynomialBorder(torch.autograd.Function):
         scale: Tensor,
         a: Tensor,
         zero: Tensor,
-        qmin: int,
-        qmax: int,
+        rule: Rule,
         dice: Tensor | None,
         last: int,
     ) -> Tensor:
         ctx.save_for_backward(x, scale, a, zero, dice)
-        ctx.bounds, ctx.last = (qmin, qmax), last
+        ctx.rule, ctx.last = rule, last
         constants = broadcast(scale, zero, a)
         if dice is None:
-            return _border_forward(x, *constants, qmin, qmax)
-        return _dropped_forward(x, dice, *constants, qmin, qmax, last)
+            return _border_forward(x, *constants, rule)
+        return _dropped_forward(x, dice, *constants, rule, last)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, a, zero, dice = ctx.saved_tensors
         constants = broadcast(scale, zero, a)
         if dice is None:
-            results = _border_backward(grads[0], x, *constants, *ctx.bounds)
+            results = _border_backward(grads[0], x, *constants, ctx.rule)
         else:
-            results = _dropped_backward(grads[0], x, dice, *constants, *ctx.bounds, ctx.last)
+            results = _dropped_backward(grads[0], x, dice, *constants, ctx.rule, ctx.last)
         grad_x, grad_scale, *sums = results
         grad_a = torch.stack([s.sum(0) for s in sums[: a.shape[0]]])  # [degree + 1, R]
-        # zero, the bounds, the dice and their limit are constants
-        return grad_x, grad_scale.sum(), grad_a, None, None, None, None, None
+        # zero, the rule, the dice and their limit are constants
+        return grad_x, grad_scale.sum(), grad_a, None, None, None, None
 
 
 def polynomial_border(
@@ -146,17 +178,16 @@ def polynomial_border(
     scale: Tensor,
     a: Tensor,
     zero: Tensor,
-    qmin: int,
-    qmax: int,
+    rule: Rule,
     dice: Tensor | None = None,
     last: int = -1,
 ) -> Tensor:
-    """Fake quantization with B = clip(1/2 + a0 + a1 t + a2 t^2, 0, 1), t = u / (qmax - qmin).
+    """Fake quantization with the border `rule` makes of a0 + a1 t + a2 t^2, t = u / (qmax - qmin).
 
     Elements whose byte of `dice` is at most `last` stay as they are.
     Shape: x, dice [A, R, M]; scale, zero []; a [degree + 1, R]; result as x.
     """
-    return _PolynomialBorder.apply(x, scale, a, zero, qmin, qmax, dice, last)  # type: ignore[return-value]
+    return _PolynomialBorder.apply(x, scale, a, zero, rule, dice, last)  # type: ignore[return-value]
 
 
 def broadcast(scale: Tensor, zero: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,7 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qexp.quant.border import broadcast, coefficient_sums, passed_on, polynomial, quantized
+from qexp.quant.border import (
+    Rule,
+    border_of,
+    broadcast,
+    coefficient_sums,
+    passed_on,
+    polynomial,
+    quantized,
+)
 from qexp.quant.drop import mix_backward, mix_forward
 from qexp.quant.functional import kernel
 
@@ -27,9 +35,10 @@ def _features(x: Tensor, scale: Tensor, a: Tensor, span: int, window: bool) -> T
     return polynomial(u, a, span) if window else u - (u + 0.5).floor()
 
 
-def _raw(u: Tensor, product: Tensor, a: Tensor, span: int, window: bool) -> Tensor:
-    """1/2 + v', before it is clipped to [0, 1]."""
-    return 0.5 + (product if window else polynomial(u, a, span) + product)
+def _border(u: Tensor, product: Tensor, a: Tensor, rule: Rule, window: bool) -> Tensor:
+    """B of v'."""
+    v = product if window else polynomial(u, a, rule.qmax - rule.qmin) + product
+    return border_of(v, rule.sigmoid)
 
 
 @kernel
@@ -40,14 +49,13 @@ def _forward(
     scale: Tensor,
     zero: Tensor,
     a: Tensor,
-    qmin: int,
-    qmax: int,
+    rule: Rule,
     last: int,
     window: bool,
 ) -> Tensor:
     u = x.float() / scale
-    raw = _raw(u, product, a, qmax - qmin, window)
-    x_hat = quantized(x, u, raw, scale, zero, qmin, qmax)
+    border = _border(u, product, a, rule, window)
+    x_hat = quantized(x, u, border, scale, zero, rule)
     return x_hat if dice is None else mix_forward(x, x_hat, dice, last)
 
 
@@ -60,8 +68,7 @@ def _backward(
     scale: Tensor,
     zero: Tensor,
     a: Tensor,
-    qmin: int,
-    qmax: int,
+    rule: Rule,
     last: int,
     window: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,8 +76,8 @@ def _backward(
     if dice is not None:
         to_x, e = mix_backward(e, dice, last)
     u = x.float() / scale
-    raw = _raw(u, product, a, qmax - qmin, window)
-    passed, _, down, of_codes = passed_on(e, u, raw, scale, zero, qmin, qmax)
+    border = _border(u, product, a, rule, window)
+    passed, down, of_codes = passed_on(e, u, border, scale, zero, rule)
     # What reaches x past the border, dropped elements included           [A, R, M]
     straight = passed if to_x is None else passed + to_x
     return down, straight, (of_codes - passed * u).sum(2)
@@ -103,37 +110,38 @@ class _WindowBorder(torch.autograd.Function):
         a: Tensor,
         mixing: Tensor,
         zero: Tensor,
-        qmin: int,
-        qmax: int,
+        rule: Rule,
         window: bool,
         dice: Tensor | None,
         last: int,
     ) -> Tensor:
         step, offset, full = broadcast(scale, zero, a)
-        product = _times(mixing, _features(x, step, full, qmax - qmin, window))
+        product = _times(mixing, _features(x, step, full, rule.qmax - rule.qmin, window))
         ctx.save_for_backward(x, scale, a, mixing, zero, product, dice)
-        ctx.numbers = (qmin, qmax, last, window)
+        ctx.numbers = (rule, last, window)
         return _forward(x, product, dice, step, offset, full, *ctx.numbers)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, a, mixing, zero, product, dice = ctx.saved_tensors
-        qmin, qmax, _, window = ctx.numbers
+        rule, _, window = ctx.numbers
         step, offset, full = broadcast(scale, zero, a)
         down, straight, of_codes = _backward(
             grads[0], x, product, dice, step, offset, full, *ctx.numbers
         )
-        features = _features(x, step, full, qmax - qmin, window)
+        features = _features(x, step, full, rule.qmax - rule.qmin, window)
         by_window = (x.shape[0], *mixing.shape[:2], x.shape[2])  # [A, C, window, M]
         grad_mixing = torch.matmul(
             down.reshape(by_window), features.reshape(by_window).transpose(2, 3)
         ).sum(0)
         of_v = _times(mixing.transpose(1, 2), down) if window else down
-        grad_x, of_borders, *sums = _polynomial_backward(of_v, x, straight, step, full, qmax - qmin)
+        grad_x, of_borders, *sums = _polynomial_backward(
+            of_v, x, straight, step, full, rule.qmax - rule.qmin
+        )
         grad_a = torch.stack([s.sum(0) for s in sums[: a.shape[0]]])  # [degree + 1, R]
         grad_scale = of_codes.sum() + of_borders.sum()
-        # zero, bounds, fusion, dice and their limit are constants
-        return grad_x, grad_scale, grad_a, grad_mixing, None, None, None, None, None, None
+        # zero, rule, fusion, dice and their limit are constants
+        return grad_x, grad_scale, grad_a, grad_mixing, None, None, None, None, None
 
 
 def window_border(
@@ -142,15 +150,14 @@ def window_border(
     a: Tensor,
     mixing: Tensor,
     zero: Tensor,
-    qmin: int,
-    qmax: int,
+    rule: Rule,
     window: bool,
     dice: Tensor | None = None,
     last: int = -1,
 ) -> Tensor:
-    """Fake quantization with B = clip(1/2 + v', 0, 1), v' of the module docstring.
+    """Fake quantization with the border that `rule` makes of v' (module docstring).
 
     Elements whose byte of `dice` is at most `last` stay as they are.
     Shape: x, dice [A, R, M]; scale, zero []; a [degree + 1, R]; mixing [C, R / C, R / C]; as x.
     """
-    return _WindowBorder.apply(x, scale, a, mixing, zero, qmin, qmax, window, dice, last)  # type: ignore[return-value]
+    return _WindowBorder.apply(x, scale, a, mixing, zero, rule, window, dice, last)  # type: ignore[return-value]
