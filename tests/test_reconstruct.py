@@ -254,6 +254,10 @@ def test_passes_of_the_published_methods() -> None:
         {"rounding", "scale"},
         {"border", "mixing"},
     ]
+    twice = Method("block", steps="both", borders="joint")
+    assert [p.learned for p in passes(twice, FAST)] == [names, {"scale"}]
+    unquantized = Method("block", quantized_inputs=False, steps="both", borders="fixed")
+    assert [p.learned for p in passes(unquantized, FAST)] == [{"rounding"}, {"scale"}]
 
 
 def test_beta_is_silent_in_the_warm_up_then_falls_linearly() -> None:

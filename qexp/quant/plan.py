@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-When = Literal["joint", "after", "fixed"]
+When = Literal["joint", "after", "both", "fixed"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Method:
         granularity: parts that are learned one by one: `none`, `layer` or `block`.
         quantized_inputs: activations are quantized while the rounding is learned.
         steps: activation steps are learned with the rounding (`joint`), in a second pass over all
-            units (`after`), or stay as calibrated (`fixed`).
+            units (`after`), in `both`, or stay as calibrated (`fixed`).
         step_inputs: what that second pass learns from: a unit's input in the quantized network so
             far (`prefix`), or in the float network (`float`, the released BRECQ).
         borders: the same for what else activation quantizers learn (AQuant).
@@ -120,8 +120,9 @@ def passes(method: Method, schedule: Schedule) -> list[Pass]:
         return []
     others = set(schedule.lr) - {"rounding", "scale"}
     when = {"scale": method.steps} | dict.fromkeys(others, method.borders)
-    joint = {k for k, w in when.items() if w == "joint" and method.quantized_inputs}
-    late = {k for k, w in when.items() if w != "fixed"} - joint
+    early = {k for k, w in when.items() if w in ("joint", "both")}
+    joint = early if method.quantized_inputs else set()
+    late = {k for k, w in when.items() if w in ("after", "both")} | early - joint
     biases = {"bias"} if method.bias_lr > 0 else set()
     first = Pass(
         name="rounding",
