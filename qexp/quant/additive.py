@@ -101,7 +101,9 @@ class APoTActivation(FixedGrid):
 
     def whole(self) -> Tensor:
         """The levels as integers, each by its code: multiples of the smallest positive one."""
-        return (self.grid / self.grid[self.grid > 0].min()).round()
+        # Not grid[grid > 0]: how many there are a GPU would have to tell first.
+        unit = torch.where(self.grid > 0, self.grid, torch.inf).min()
+        return (self.grid / unit).round()
 
     def forward(self, x: Tensor) -> Tensor:
         features = max(math.prod(x.shape[1:]) if self.count == "sample" else x.numel(), 1)
