@@ -792,6 +792,10 @@ class Heads(nn.Module):
             y = attend(q, k, v, dropout_p=0.1)
         elif self.way == "grouped":
             y = attend(q, k[:, :1], v[:, :1], enable_gqa=True)
+        elif self.way == "bare":
+            y = nn.functional.softmax(q @ k.mT) @ v
+        elif self.way == "batch":
+            y = attend(*(t.permute(1, 2, 3, 0) for t in (q, k, v))).permute(3, 0, 1, 2)
         elif self.way == "flat":
             q, k, v = (t.reshape(-1, 16, 8) for t in (q, k, v))
             scores = torch.baddbmm(self.kept.repeat(x.shape[0], 1, 1), q, k.mT, alpha=0.3)
@@ -816,6 +820,12 @@ def test_every_way_of_attending_computes_the_same_logits(way: str) -> None:
         ("blind", "attention with a query that sees no key"),
         ("dropout", "attention with a dropout that is left on"),
         ("grouped", r"attention with grouped queries \(enable_gqa\)"),
+        ("batch", "attention over the batch"),
+        pytest.param(
+            "bare",
+            "softmax without dim",
+            marks=pytest.mark.filterwarnings("ignore:Implicit dimension"),
+        ),
     ],
 )
 def test_attention_that_onnx_has_not_is_refused_by_name(way: str, message: str) -> None:

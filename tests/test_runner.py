@@ -35,6 +35,7 @@ from qexp.runner.folder import (
     read_json,
     read_status,
 )
+from qexp.runner.guards import os_errors
 from qexp.runner.idle import crowded, idle_cores
 from qexp.runner.run import open_run
 
@@ -320,6 +321,32 @@ def test_a_full_disk_is_one_line(
     ):
         _save_to(run.dir, full, monkeypatch)
     assert not list(tmp_path.rglob(".*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("code", "advice"),
+    [
+        (errno.EDQUOT, "disk quota exceeded. Free some space or set out=..."),
+        (errno.EFBIG, "the file would be larger than is allowed there (ulimit -f). Set out=..."),
+        (errno.EIO, "the disk fails to read or write. Check it, or set out=... on another"),
+        (errno.EACCES, "no permission to write. Set out=... to a folder of yours"),
+        (errno.EPERM, "no permission to write. Set out=... to a folder of yours"),
+        (errno.EROFS, "the file system is read-only. Set out=..."),
+        (errno.ENOTDIR, "a part of the path is a file. Set out=..."),
+        (errno.ENOENT, "nothing can be written there. Set out=... to a folder of yours"),
+        (errno.EEXIST, "a file is in the way. Set out=..."),
+    ],
+)
+def test_what_a_disk_refuses_is_one_line_with_advice(
+    tmp_path: Path, code: int, advice: str
+) -> None:
+    line = f"run: {tmp_path / 'last.pt'}: {advice}, then start or resume the run."
+    with pytest.raises(RunError, match=f"^{re.escape(line)}$"), os_errors(tmp_path):
+        raise OSError(code, os.strerror(code), str(tmp_path / "last.pt"))
+    elsewhere = OSError(code, os.strerror(code), "/somewhere/else")  # no write of the run
+    with pytest.raises(OSError, match="somewhere/else") as caught, os_errors(tmp_path):
+        raise elsewhere
+    assert caught.value is elsewhere
 
 
 def test_a_small_disk_fills_up_in_one_line(tmp_path: Path, cfg: DictConfig) -> None:
