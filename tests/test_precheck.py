@@ -140,6 +140,10 @@ def test_a_reconstruction_without_sense_is_refused_before_anything_is_written(
             "quantizer.reconstruct.correction_inputs is not used: quantizer.reconstruct.bias_corr",
         ),
         (
+            "quantizer=qdrop quantizer.reconstruct.biases=after",
+            "quantizer.reconstruct.biases is not used: quantizer.reconstruct.bias_lr is 0",
+        ),
+        (
             "quantizer=brecq quantizer.reconstruct.drop=0.5",
             "quantizer.reconstruct.drop is not used: quantizer.reconstruct.quantized_inputs is",
         ),

@@ -256,6 +256,16 @@ def test_passes_of_the_published_methods() -> None:
     ]
     twice = Method("block", steps="both", borders="joint")
     assert [p.learned for p in passes(twice, FAST)] == [names, {"scale"}]
+    biased = Method("block", biases="both", bias_lr=0.01)
+    assert [p.learned for p in passes(biased, FAST)] == [names | {"bias"}, {"bias"}]
+    assert [p.lr["bias"] for p in passes(biased, FAST)] == [0.01, 0.01]
+    late = Method("block", quantized_inputs=False, steps="fixed", borders="fixed", bias_lr=0.01)
+    assert [p.learned for p in passes(late, FAST)] == [{"rounding", "bias"}]
+    assert [p.learned for p in passes(replace(late, biases="after"), FAST)] == [
+        {"rounding"},
+        {"bias"},
+    ]
+    assert len(passes(replace(late, biases="after", bias_lr=0.0), FAST)) == 1
     unquantized = Method("block", quantized_inputs=False, steps="both", borders="fixed")
     assert [p.learned for p in passes(unquantized, FAST)] == [{"rounding"}, {"scale"}]
 

@@ -32,7 +32,8 @@ class Method:
         borders: the same for what else activation quantizers learn (AQuant).
         drop: probability that an element of a layer's input is left in float.
         mix: probability that an element of a unit's input is the float network's.
-        bias_lr: rate of the layers' biases, learned with the rounding; 0: they stay.
+        biases: the same for the layers' biases; `joint` needs no quantized inputs.
+        bias_lr: their rate; 0: they stay.
         fisher: weight the error by the gradient of the network's output (BRECQ eq. 10).
         bias_correction: at the end, set each layer's bias so that its mean output is the float one.
         correction_inputs: while that mean is taken, inputs are `quantized`, or `float`: then what
@@ -49,6 +50,7 @@ class Method:
     borders: When = "joint"
     drop: float = 0.5
     mix: float = 0.5
+    biases: When = "joint"
     bias_lr: float = 0.0
     fisher: bool = False
     bias_correction: bool = False
@@ -123,10 +125,12 @@ def passes(method: Method, schedule: Schedule) -> list[Pass]:
     early = {k for k, w in when.items() if w in ("joint", "both")}
     joint = early if method.quantized_inputs else set()
     late = {k for k, w in when.items() if w in ("after", "both")} | early - joint
-    biases = {"bias"} if method.bias_lr > 0 else set()
+    if method.bias_lr > 0:
+        joint |= {"bias"} if method.biases in ("joint", "both") else set()
+        late |= {"bias"} if method.biases in ("after", "both") else set()
     first = Pass(
         name="rounding",
-        learned=frozenset(joint | biases | {"rounding"}),
+        learned=frozenset(joint | {"rounding"}),
         inputs=method.quantized_inputs,
         iterations=schedule.iterations,
         lr={**schedule.lr, "bias": method.bias_lr},
@@ -137,7 +141,7 @@ def passes(method: Method, schedule: Schedule) -> list[Pass]:
         learned=frozenset(late),
         inputs=True,
         iterations=schedule.step_iterations,
-        lr={**schedule.lr, "scale": schedule.step_lr},
+        lr={**schedule.lr, "scale": schedule.step_lr, "bias": method.bias_lr},
         p=schedule.step_p,
     )
     return [first, second] if late else [first]

@@ -48,6 +48,8 @@ def unused(cfg: DictConfig) -> Iterator[str]:
                 "quantizer.reconstruct.drop is not used: "
                 "quantizer.reconstruct.quantized_inputs is false"
             )
+        if method.biases != "joint" and method.bias_lr == 0:
+            yield "quantizer.reconstruct.biases is not used: quantizer.reconstruct.bias_lr is 0"
         if method.correction_inputs != "quantized" and not method.bias_correction:
             yield (
                 "quantizer.reconstruct.correction_inputs is not used: "
