@@ -49,18 +49,18 @@ Gradients, e = dL/dx_hat, inside = [x_int not clipped], free = [0 < 1/2 + v < 1]
 
 State counted in the size: one float32 step, the coefficients, M.
 
-Measured here (ResNet-20, CIFAR-10, W2A2, 300 iterations a block, three seeds; results/ptq_ladder):
-per row it adds 1.35 points to QDrop (deviation 0.71), 1.40 (0.72) to QDrop with biases learned in
-the same reconstruction, 1.45 (0.80) to the same per row with the border fixed at 1/2, and nearly
-doubles the stored bytes (three float32 numbers a row beside 2-bit weights). The closed form alone,
-not learned, adds 1.10 (1.19); a border per channel 0.75 (0.44), per tensor -0.06 (1.04); fusion
-adds nothing to quadratic rows (-0.05 and -0.40). More iterations leave less of it: 600 a block 1.18
-(1.01), 2000 0.56 (0.48; results/ptq_block_iterations). An iteration takes twice as long, and at
-about equal time nothing is left: QDrop with 600 is 0.36 (0.67) below rows with 300. At W2A4, W3A3
-and W4A4 no rung is half a point above QDrop (rows +0.14, -0.08, -0.01; deviations 0.33, 0.75,
-0.20). From our own float network (92.89) rows add 1.78 (0.21) at W2A2, 0.45 (0.22) at W3A3 and 0.36
-(0.28) at W2A4 (results/ptq_cifar10_own_s1). The 60.31 that the paper gives for ResNet-18 is not
-checked.
+Measured here (ResNet-20, CIFAR-10, W2A2, 300 iterations a block, three seeds; results/ptq_ladder),
+learned once, with the rounding: per row it adds 1.35 points to QDrop (deviation 0.71), 1.40 (0.72)
+to QDrop with biases learned in the same reconstruction, 1.45 (0.80) to the same per row with the
+border fixed at 1/2, and nearly doubles the stored bytes (three float32 numbers a row beside 2-bit
+weights). The closed form alone, not learned, adds 1.10 (1.19); a border per channel 0.75 (0.44),
+per tensor -0.06 (1.04); fusion adds nothing to quadratic rows (-0.05 and -0.40). More iterations
+leave less of it: 600 a block 1.18 (1.01), 2000 0.56 (0.48; results/ptq_block_iterations). An
+iteration takes twice as long, and at about equal time nothing is left: QDrop with 600 is 0.36
+(0.67) below rows with 300. At W2A4, W3A3 and W4A4 no rung is half a point above QDrop (rows +0.14,
+-0.08, -0.01; deviations 0.33, 0.75, 0.20). From our own float network (92.89) rows add 1.78 (0.21)
+at W2A2, 0.45 (0.22) at W3A3 and 0.36 (0.28) at W2A4 (results/ptq_cifar10_own_s1). The 60.31 that
+the paper gives for ResNet-18 is not checked.
 
 When. Learned with the rounding and once more after it, from the quantized network and without drops
 (`quantizer.reconstruct.borders=both`), the same borders add 3.10 (0.92) to QDrop at W2A2, 0.51
