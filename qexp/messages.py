@@ -19,6 +19,7 @@ from qexp.errors import ConfigError, did_you_mean
 from qexp.signature import unknown_key
 
 COMPOSITION = (HydraException, OmegaConfBaseException)
+RUN_GIVEN = ("eval", "export")  # configs of commands that take a run's folder as run=FOLDER
 
 
 class Source(NamedTuple):
@@ -40,6 +41,8 @@ def explain(error: Exception, source: Source) -> str:
     if isinstance(error, OverrideParseException):
         key, equals, value = str(error.override).partition("=")
         hint = f"Quote the value: \"{key}='{value}'\"" if equals and value else "Write key=value."
+        if not equals and "/" in key and source.name in RUN_GIVEN:
+            hint = f"Write run={key}."
         return f"config: cannot read the override '{error.override}'. {hint}"
     cause = error.__cause__
     detail = str(cause).splitlines()[0] if isinstance(cause, OmegaConfBaseException) else ""
