@@ -110,3 +110,41 @@ def test_the_searched_range_is_the_best_of_both_ends(one_sided: bool) -> None:
     scale, start = mse_range(x, 7, one_sided=one_sided)
     assert start.item() == pytest.approx(best[0], rel=1e-6)
     assert scale.item() == pytest.approx((best[1] - best[0]) / 7, rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(6, 40), (6, 4, 5, 2)])
+def test_a_step_per_row_is_that_of_each_row_alone(shape: tuple[int, ...]) -> None:
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    w = w * torch.arange(1, 7).view(6, *[1] * (len(shape) - 1))
+    steps = mse_scale(w, -4, 3, per_row=True)
+    assert steps.shape == (6, *[1] * (len(shape) - 1))
+    for row, step in zip(w, steps.flatten(), strict=True):
+        assert torch.equal(mse_scale(row, -4, 3), step)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_ranges_are_float32_whatever_they_are_made_of(dtype: torch.dtype) -> None:
+    x = torch.randn(40, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x.requires_grad_()
+    found = [sample(x, 1000), sample(x, 10), mse_scale(x, -4, 3), *mse_range(x, 7)]
+    found.append(mse_scale(x, -4, 3, per_row=True))
+    for value in found:
+        assert value.dtype == torch.float32
+        assert not value.requires_grad
+    assert torch.equal(mse_scale(x, -4, 3), mse_scale(x.detach().float(), -4, 3))
+
+
+def test_the_searched_range_takes_the_power_it_is_given() -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.cat([torch.randn(400, generator=g), torch.tensor([9.0])])
+    steps = [mse_range(x, 7, p=p)[0].item() for p in (1.0, 2.0, 4.0)]
+    assert steps == sorted(steps)  # the higher the power, the more the outlier counts
+    assert steps[2] > 1.2 * steps[0]
+
+
+def test_a_range_without_any_spread_has_a_step() -> None:
+    for x in (torch.zeros(10), torch.zeros(3, 4)):
+        assert mse_scale(x, -4, 3).item() > 0
+        scale, start = mse_range(x, 7)
+        assert scale.item() > 0
+        assert start.item() == 0
