@@ -66,7 +66,8 @@ When. Learned with the rounding and once more after it, from the quantized netwo
 (`quantizer.reconstruct.borders=both`), the same borders add 3.10 (0.92) to QDrop at W2A2, 0.51
 (0.45) at W3A3, 0.65 (0.37) at W2A4 and 0.34 (0.08) at W4A4, each on every seed
 (results/ptq_cifar10_quick), for half as many iterations more; after it alone (`after`) 2.48 (0.75)
-at W2A2. From our own float network it is 3.58 (0.19) at W2A2 (results/ptq_cifar10_own_s1).
+at W2A2. From our own float network it is 3.58 (0.19) at W2A2 (results/ptq_cifar10_own_s1), on
+ResNet-56 1.22 (0.07; results/ptq_resnet56_quick).
 It is the border that gains there: QDrop with its steps learned twice is -0.33 (0.62), with its
 biases too +1.11 (0.54), a constant border per channel learned twice +0.49 (0.83;
 results/ptq_aquant_options). `joint` stays the default: the paper's order is not in our sources, and
