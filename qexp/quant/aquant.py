@@ -49,29 +49,17 @@ Gradients, e = dL/dx_hat, inside = [x_int not clipped], free = [0 < 1/2 + v < 1]
 
 State counted in the size: one float32 step, the coefficients, M.
 
-Measured here (ResNet-20, CIFAR-10, W2A2, 300 iterations a block, three seeds; results/ptq_ladder),
-learned once, with the rounding: per row it adds 1.35 points to QDrop (deviation 0.71), 1.40 (0.72)
-to QDrop with biases learned in the same reconstruction, 1.45 (0.80) to the same per row with the
-border fixed at 1/2, and nearly doubles the stored bytes (three float32 numbers a row beside 2-bit
-weights). The closed form alone, not learned, adds 1.10 (1.19); a border per channel 0.75 (0.44),
-per tensor -0.06 (1.04); fusion adds nothing to quadratic rows (-0.05 and -0.40). More iterations
-leave less of it: 600 a block 1.18 (1.01), 2000 0.56 (0.48; results/ptq_block_iterations). An
-iteration takes twice as long, and at about equal time nothing is left: QDrop with 600 is 0.36
-(0.67) below rows with 300. At W2A4, W3A3 and W4A4 no rung is half a point above QDrop (rows +0.14,
--0.08, -0.01; deviations 0.33, 0.75, 0.20). From our own float network (92.89) rows add 1.78 (0.21)
-at W2A2, 0.45 (0.22) at W3A3 and 0.36 (0.28) at W2A4 (results/ptq_cifar10_own_s1). The 60.31 that
-the paper gives for ResNet-18 is not checked.
-
-When. Learned with the rounding and once more after it, from the quantized network and without drops
-(`quantizer.reconstruct.borders=both`), the same borders add 3.10 (0.92) to QDrop at W2A2, 0.51
-(0.45) at W3A3, 0.65 (0.37) at W2A4 and 0.34 (0.08) at W4A4, each on every seed
-(results/ptq_cifar10_quick), for half as many iterations more; after it alone (`after`) 2.48 (0.75)
-at W2A2. From our own float network it is 3.58 (0.19) at W2A2 (results/ptq_cifar10_own_s1), on
-ResNet-56 1.22 (0.07; results/ptq_resnet56_quick).
-It is the border that gains there: QDrop with its steps learned twice is -0.33 (0.62), with its
-biases too +1.11 (0.54), a constant border per channel learned twice +0.49 (0.83;
-results/ptq_aquant_options). `joint` stays the default: the paper's order is not in our sources, and
-the ladder is made of it.
+Measured here (docs/results.md: ResNet-20, CIFAR-10, 300 iterations a block, three seeds; points
+over QDrop and their deviation). Learned with the rounding (`quantizer.reconstruct.borders=joint`):
+W2A2 +1.35 (0.71), W2A4 +0.14 (0.33), W3A3 -0.08 (0.75), W4A4 -0.01 (0.20). At W2A2 the closed form,
+not learned, has +1.10 (1.19), a border per channel +0.75 (0.44), per tensor -0.06 (1.04); fusion
+adds nothing to rows, and 2000 iterations leave +0.56 (0.48). Rows nearly double the bytes of 2-bit
+weights; an iteration takes twice as long. Learned with the rounding and once more after it, on the
+quantized network and without drops (`both`, half as many iterations more): W2A2 +3.10 (0.92), W2A4
++0.65 (0.37), W3A3 +0.51 (0.45), W4A4 +0.34 (0.08), on every seed; QDrop's steps learned twice -0.33
+(0.62) at W2A2, its biases too +1.11 (0.54), a constant border per row twice +2.12 (0.93). `joint`
+stays the default: the paper's order is not in our sources, and the ladder is made of it. The 60.31
+that the paper gives for ResNet-18 is not checked.
 
 Departs from the paper: its function, granularity, initialisation, rates and tables are in no text
 we could read, and no code was released. All above is our reading of the three abstracts; the
@@ -228,7 +216,11 @@ class AQuant(Quantizer):
             feature = v if self.fusion == "window" else (u - (u + 0.5).floor()).detach()
             mixed = torch.matmul(self.mixing, feature.reshape(by_window)).reshape(u.shape)
             v = mixed if self.fusion == "window" else v + mixed
-        return border_of(v, self.squash == "sigmoid")
+        return border_of(v, self.rule.sigmoid)
+
+    @property
+    def rule(self) -> Rule:
+        return Rule(self.qmin, self.qmax, self.squash == "sigmoid", self.tau)
 
     def _integers(self, x: Tensor) -> Tensor:
         """x_int - zero for x [A, R, M]."""
@@ -241,11 +233,11 @@ class AQuant(Quantizer):
         if self.drop is not None:
             dice = random_bytes(view, self.drop.generator)
             last = last_byte(self.drop.probability)
-        rule = Rule(self.qmin, self.qmax, self.squash == "sigmoid", self.tau)
+        given = (self.zero, self.rule)
         if self.fusion == "none":
-            x_hat = polynomial_border(view, self.scale, self.border, self.zero, rule, dice, last)
+            x_hat = polynomial_border(view, self.scale, self.border, *given, dice, last)
         else:
-            fusion = (self.mixing, self.zero, rule, self.fusion == "window")
+            fusion = (self.mixing, *given, self.fusion == "window")
             x_hat = window_border(view, self.scale, self.border, *fusion, dice, last)
         return self._unview(x_hat, x)
 
@@ -262,7 +254,7 @@ class AQuant(Quantizer):
         u = torch.arange(steps * GRID, device=self.zero.device) / GRID + (self.qmin - self.zero)
         t = (u / steps)[None]
         a = [row[:, None] for row in self.border.detach()] + [torch.zeros_like(t)] * 2
-        return u, border_of(a[0] + t * (a[1] + t * a[2]), self.squash == "sigmoid")
+        return u, border_of(a[0] + t * (a[1] + t * a[2]), self.rule.sigmoid)
 
     def levels(self) -> Tensor:
         codes = torch.arange(self.qmin, self.qmax + 1, device=self.zero.device)

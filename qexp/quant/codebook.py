@@ -39,7 +39,7 @@ is ternary. With `full`, ten epochs, one seed (results/cifar10_qat_short): 87.70
 W2A2, 90.50 against 90.43 at W3A3, 91.09 against 91.13 at W4A4: the fourth level counts, the eighth
 and sixteenth do not. `symmetric` stays the default, because it is what the abstract describes. A
 gamma of 0.9 gives 84.15 against 82.63 at W2A2 in three epochs (one seed, results/cifar10_ablations)
-and 0.45 (0.34) more than 0.99 in ten (three seeds): in short trainings 0.99 lags behind.
+and 0.45 (0.34) more than 0.99 in ten (three seeds).
 
 Quantiles alone are far from the least squared error, and worse than a uniform grid: start and
 adaptation only make sense together.

@@ -32,7 +32,7 @@ class Method:
         borders: the same for what else activation quantizers learn (AQuant).
         drop: probability that an element of a layer's input is left in float.
         mix: probability that an element of a unit's input is the float network's.
-        biases: the same for the layers' biases; `joint` needs no quantized inputs.
+        biases: when the layers' biases are learned, in the words of `steps`.
         bias_lr: their rate; 0: they stay.
         fisher: weight the error by the gradient of the network's output (BRECQ eq. 10).
         bias_correction: at the end, set each layer's bias so that its mean output is the float one.
@@ -116,18 +116,16 @@ class Pass(NamedTuple):
 def passes(method: Method, schedule: Schedule) -> list[Pass]:
     """The sweeps of a method: none, one, or a second one for what is learned after.
 
-    What is `joint` needs quantized inputs; without them it moves to the second pass.
+    What is `joint` needs quantized inputs, but for biases; without them it moves to the second.
     """
     if method.granularity == "none":
         return []
     others = set(schedule.lr) - {"rounding", "scale"}
-    when = {"scale": method.steps} | dict.fromkeys(others, method.borders)
+    biases = method.biases if method.bias_lr > 0 else "fixed"
+    when = {"scale": method.steps, "bias": biases} | dict.fromkeys(others, method.borders)
     early = {k for k, w in when.items() if w in ("joint", "both")}
-    joint = early if method.quantized_inputs else set()
+    joint = early if method.quantized_inputs else early & {"bias"}
     late = {k for k, w in when.items() if w in ("after", "both")} | early - joint
-    if method.bias_lr > 0:
-        joint |= {"bias"} if method.biases in ("joint", "both") else set()
-        late |= {"bias"} if method.biases in ("after", "both") else set()
     first = Pass(
         name="rounding",
         learned=frozenset(joint | {"rounding"}),
