@@ -131,6 +131,13 @@ def test_asq_lsq_is_the_pair_in_one_word() -> None:
     assert word == pair | {"name": "lsq+asq"}  # how a run of the pair is named, below
 
 
+def test_aquant_twice_is_an_option_of_aquant_in_one_word() -> None:
+    word = composed("quantizer=aquant_twice")
+    option = composed("quantizer=aquant", "quantizer.reconstruct.borders=both")
+    assert (word.quantizer, word.recipe) == (option.quantizer, option.recipe)
+    assert word.quantizer.reconstruct.borders == "both"
+
+
 def test_defaults_have_self_first_and_experiment_last() -> None:
     defaults = [str(d) for d in OmegaConf.load(CONFIGS / "train.yaml").defaults]
     assert defaults[0] == "_self_"

@@ -370,6 +370,7 @@ LADDER = {
     "c7_channel": ("aquant.AQuant", {"per": "channel"}, {"borders": "joint"}),
     "c7_tensor": ("aquant.AQuant", {"per": "tensor"}, {"borders": "joint"}),
     "c8": ("aquant.AQuant", {"per": "row"}, {"steps": "fixed", "borders": "joint"}),
+    "c9": ("aquant.AQuant", {"border": "quadratic", "per": "row"}, {"borders": "both"}),
 }
 
 
