@@ -14,10 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
+from qexp.config import configs_dir
 from qexp.errors import ConfigError, RunError
 from qexp.report.command import EXAMPLES, main
-from qexp.report.runs import read_runs
+from qexp.report.runs import flatten, read_runs
+from qexp.report.shipped import shipped
 from qexp.report.variants import name_variants
 
 PROTOCOL = {
@@ -319,12 +323,12 @@ def test_an_error_that_quotes_a_class_is_text_in_markdown(tmp_path, capsys) -> N
 
 
 def test_quantizer_options_tell_rows_of_one_name_apart(tmp_path, capsys) -> None:
-    make_run(tmp_path, "a", quantizer={"weight": {"per_channel": False}})
-    make_run(tmp_path, "b", quantizer={"weight": {"per_channel": True}}, seed=1)
+    make_run(tmp_path, "a", method="mine", quantizer={"weight": {"per_channel": False}})
+    make_run(tmp_path, "b", method="mine", quantizer={"weight": {"per_channel": True}}, seed=1)
     names = sorted(row["method"] for row in rows(capsys, tmp_path))
     assert names == [
-        "lsq [quantizer.weight.per_channel=False]",
-        "lsq [quantizer.weight.per_channel=True]",
+        "mine [quantizer.weight.per_channel=False]",
+        "mine [quantizer.weight.per_channel=True]",
     ]
 
 
@@ -372,6 +376,33 @@ def test_variants_are_named_by_what_differs_from_most_and_parts_by_their_class()
         "", "quantizer.weight.levels=symmetric", "quantizer.act.factor=exp", "quantizer.weight=LSQ",
     ]  # fmt: skip
     assert name_variants([{"a.b": 1}, {"a.b": 2}]) == ["a.b=1", "a.b=2"]  # neither is commonest
+
+
+def test_a_name_alone_is_the_config_that_is_shipped_under_it(tmp_path, capsys) -> None:
+    act = {"_target_": "qexp.quant.aquant.AQuant", "tau": 1.0}
+    for i, borders in enumerate(("both", "both", "after", "joint")):
+        own = {"act": act | {"tau": i + 1.0}, "reconstruct": {"borders": borders}}
+        make_run(tmp_path, str(i), method="aquant", quantizer=own)
+    both, after = "quantizer.reconstruct.borders=both", "quantizer.reconstruct.borders=after"
+    tau = [f"quantizer.act.tau={n}.0" for n in (2, 3, 4)]
+    options = [f"[{both}]", f"[{tau[0]}, {both}]", f"[{tau[1]}, {after}]", f"[{tau[2]}]"]
+    names = {f"aquant {text}" for text in options}  # without options there is none
+    assert {row["method"] for row in rows(capsys, tmp_path)} == names
+
+
+@pytest.mark.parametrize("method", ["lsq", "adq", "aquant", "aquant_twice", "fp32"])
+def test_what_a_name_stands_for_is_what_hydra_composes(method: str) -> None:
+    with initialize_config_dir(str(configs_dir()), version_base="1.3"):
+        cfg = compose("train", overrides=[f"quantizer={method}"])
+    whole = OmegaConf.to_container(cfg.quantizer, resolve=True)
+    assert shipped(method) == dict(flatten({"quantizer": whole}))
+
+
+def test_the_name_of_two_parts_stands_for_both_and_no_other_for_anything() -> None:
+    word, parts = shipped("asq_lsq"), shipped("lsq+asq")
+    assert parts.items() <= word.items()
+    assert {key.split(".")[1] for key in parts} == {"weight", "act"}
+    assert shipped("qdrop+apot") == shipped("mine") == shipped("../lsq") == shipped("") == {}
 
 
 def test_an_option_that_is_off_is_no_other_method_than_before_the_option(tmp_path, capsys) -> None:

@@ -23,6 +23,7 @@ from qexp.report.papers import Paper
 from qexp.report.protocols import is_start, label_, place, recipe_of
 from qexp.report.rows import Row, Table
 from qexp.report.runs import RunRecord
+from qexp.report.shipped import shipped
 from qexp.report.variants import briefly, differences, drop_new_options_, name_variants
 
 GROUPS = ("dataset", "model", "method", "bits", "recipe", "protocol")
@@ -162,5 +163,6 @@ def _name_variants(rows: Sequence[Row]) -> None:
 
 def _name(rows: Sequence[Row], part: str) -> None:
     own = [{k: v for k, v in r.first.variant.items() if k.startswith(part)} for r in rows]
-    for row, options in zip(rows, name_variants(own), strict=True):
+    names = name_variants(own, shipped(rows[0].first.method))
+    for row, options in zip(rows, names, strict=True):
         row.options = ", ".join(filter(None, (row.options, options)))

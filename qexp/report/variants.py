@@ -55,10 +55,13 @@ def default_of(variant: Mapping[str, Any], key: str) -> Any:
     return ABSENT if default is inspect.Parameter.empty else default
 
 
-def name_variants(variants: Sequence[Mapping[str, Any]]) -> list[str]:
-    """For each variant the options in which it differs from most of the others, `option=value`.
+def name_variants(
+    variants: Sequence[Mapping[str, Any]], shipped: Mapping[str, Any] | None = None
+) -> list[str]:
+    """For each variant the options in which it differs from the `shipped` config, `option=value`.
 
-    Where no value is commonest, the class's default has no name. A part of another class
+    Where no variant is as shipped, it is named by what differs from most of the others, and where
+    no value is commonest, the class's default has no name. A part of another class
     (`quantizer.weight=POST`) is named by it, and its further options are compared among parts of
     that class alone. An option that a variant lacks, as code from before had it, is at its class's
     default; where that is not known, lacking it is the usual and has no name.
@@ -70,8 +73,7 @@ def name_variants(variants: Sequence[Mapping[str, Any]]) -> list[str]:
         named_by_class = option == TARGET
         for alike in [known] if named_by_class else _by_class(variants, part, known):
             values = {i: str(variants[i].get(key, default_of(variants[i], key))) for i in alike}
-            lacking = ABSENT in values.values()
-            usual = ABSENT if lacking else commonest([*values.values()])
+            usual = _usual([*values.values()], str((shipped or {}).get(key, ABSENT)))
             if usual is None:
                 usual = str(default_of(variants[alike[0]], key))
             for i, value in values.items():
@@ -89,6 +91,11 @@ def _by_class(
     for i in known:
         found.setdefault(str(variants[i].get(f"{part}.{TARGET}")), []).append(i)
     return [*found.values()]
+
+
+def _usual(values: Sequence[str], shipped: str) -> str | None:
+    """The value that has no name: none, else the shipped one, else the commonest."""
+    return next((v for v in (ABSENT, shipped) if v in values), commonest(values))
 
 
 def commonest(values: Sequence[str]) -> str | None:
