@@ -81,4 +81,4 @@ def rounding(units: Sequence[Mapping[str, Any]], path: Path, title: str = "") ->
 
 
 def _name(row: Mapping[str, Any]) -> str:
-    return str(row["unit"]) + (" (steps)" if row["pass"] == "steps" else "")
+    return str(row["unit"]) + (" (after)" if row["pass"] == "steps" else "")

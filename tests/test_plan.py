@@ -144,9 +144,7 @@ def test_cost_of_reconstruction_counts_every_pass(
     words = ("quantizer=brecq", "recipe.iterations=20", "recipe.step_iterations=10")
     text = plan.plan(tiny(tmp_path, *words, base=TINY_PTQ))
     # ResNet-8: a first layer, three blocks, a last layer; the outer two have no rounding to learn
-    assert (
-        "3 units, 20 iterations each (rounding); then 5 units, 10 iterations each (steps)" in text
-    )
+    assert "3 units, 20 iterations each (rounding); then 5 units, 10 iterations each (what" in text
     # (20 + 10) * 8 images; a third of 3 + 5 units of 24 + 16 images, and of twice 32 test images
     assert "about 6 min" in text  # 240 + 128 s
     text = plan.plan(tiny(tmp_path, "quantizer=nearest", base=TINY_PTQ))

@@ -198,7 +198,7 @@ def test_a_reconstructions_figures_have_the_numbers_of_its_units(
     assert first._suptitle.get_text() == "mine: error of each unit\non held-out images"
     assert [[bar.get_height() for bar in kind] for kind in top.containers] == [[0.4] * 2, [0.1] * 2]
     assert [bar.get_height() for bar in foot.containers[0]] == [90, 0]
-    assert [text.get_text() for text in foot.get_xticklabels()] == ["a", "a (steps)"]
+    assert [text.get_text() for text in foot.get_xticklabels()] == ["a", "a (after)"]
     (loss,), (decided,) = _lines(rounding, ORANGE), _lines(rounding, GREEN)
     assert loss.get_ydata().tolist() == [1, 0.5, 0.25]
     assert loss.get_xdata().tolist() == decided.get_xdata().tolist() == [10, 20, 30]

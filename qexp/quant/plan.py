@@ -97,7 +97,7 @@ class Pass(NamedTuple):
     """One sweep over all units: what it learns, and how.
 
     Attributes:
-        name: `rounding` or `steps`.
+        name: `rounding`; `steps` is the second one, whatever it learns.
         learned: names of the parameters.
         inputs: activations are quantized.
         iterations: minibatches a unit.

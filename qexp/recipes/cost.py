@@ -61,6 +61,8 @@ LEARNING = 7
 # A forward pass's memory as a multiple of its widest layer's input and output: both stay while the
 # next activation is made, and a quantizer has copies of its input.
 FORWARD = 2
+# A pass in words.
+LEARNED = {"rounding": "rounding", "steps": "what is learned after it"}
 LEFT_OUT = "compilation, loading, and a float baseline that must be trained first"
 
 
@@ -151,7 +153,7 @@ def reconstruction(
     disk = f", {(recorded - cache) / 2**30:.2f} GB on disk" if recorded > cache else ""
     images += sum(learned) * (s.images + s.held_out) / 3 + 2 * card.test_size / 3
     work = [
-        f"{units} units, {p.iterations:,} iterations each ({p.name})"
+        f"{units} units, {p.iterations:,} iterations each ({LEARNED[p.name]})"
         for units, p in zip(learned, sweeps, strict=True)
     ]
     return [
