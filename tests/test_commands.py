@@ -14,8 +14,9 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from qexp.config import configs_dir
+from qexp.config import check, configs_dir
 from qexp.report.runs import flatten
+from qexp.schema import Train
 
 ROOT = Path(__file__).parents[1]
 # What may differ: where a run lay and how fast it went.
@@ -108,3 +109,21 @@ def test_a_sweep_of_experiments_is_one_of_each_with_its_own_values() -> None:
     assert len(found) == 2 * 6 + 2
     assert ("experiment=smoke", "bits=4", "seed=1") in found
     assert ("seed=1", "bits=4", "quantizer=aquant_twice", "experiment=ptq_cifar10_quick") in found
+
+
+def shown(page: str) -> list[str]:
+    """The `qexp train` lines of a page's code blocks, without their remarks."""
+    blocks = (ROOT / page).read_text().split("```")[1::2]
+    lines = (line.partition("#")[0].strip() for block in blocks for line in block.splitlines())
+    ours = (line for line in lines if line.startswith("qexp train ") and "--config-dir" not in line)
+    return list(dict.fromkeys(line for line in ours if "mypackage" not in line))
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_every_command_of_a_page_composes(page: str) -> None:
+    commands = shown(page)
+    assert len(commands) > 20
+    for command in commands:
+        job, *_ = jobs(command)
+        with initialize_config_dir(str(configs_dir()), version_base="1.3"):
+            check(compose("train", overrides=list(job)), Train)
