@@ -140,6 +140,10 @@ def test_a_reconstruction_without_sense_is_refused_before_anything_is_written(
             "quantizer.reconstruct.correction_inputs is not used: quantizer.reconstruct.bias_corr",
         ),
         (
+            "quantizer=adaround quantizer.reconstruct.network=true",
+            "quantizer.reconstruct.network is not used: there is nothing to learn there",
+        ),
+        (
             "quantizer=qdrop quantizer.reconstruct.biases=after",
             "quantizer.reconstruct.biases is not used: quantizer.reconstruct.bias_lr is 0",
         ),

@@ -76,18 +76,21 @@ def test_every_method_runs_and_its_checkpoint_gives_its_top1_again(
     assert 100 * right.mean() == pytest.approx(result["top1"])
 
 
-@pytest.mark.parametrize("method", ["brecq", "aquant"])
+@pytest.mark.parametrize(
+    ("method", "at"), [("brecq", 3), ("aquant", 3), ("aquant_twice", 9), ("aquant_twice", 10)]
+)
 def test_a_run_stopped_between_units_resumes_bit_for_bit(
-    tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, method: str, at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, whole = quantized(tiny(tmp_path / "whole", f"quantizer={method}", "bits=2"))
-    stopped = tiny(tmp_path / "stopped", f"quantizer={method}", "bits=2")
+    words = (f"quantizer={method}", "quantizer.reconstruct.network=true", "bits=2")
+    _, whole = quantized(tiny(tmp_path / "whole", *words))
+    stopped = tiny(tmp_path / "stopped", *words)
     real, saves = checkpoint.save, []
 
     def save_twice_then_stop(path: Path, state: dict[str, Any]) -> None:
         real(path, state)
         saves.append(path)
-        if len(saves) == 3:
+        if len(saves) == at:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(ptq_module.checkpoint, "save", save_twice_then_stop)
@@ -98,7 +101,8 @@ def test_a_run_stopped_between_units_resumes_bit_for_bit(
     a, b = checkpoint.load(whole / "last.pt"), checkpoint.load(folder / "last.pt")
     assert a["model"].keys() == b["model"].keys()
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
-    assert len(a["units"]) == len(b["units"])
+    assert same(a["units"], b["units"])
+    assert a["units"][-1]["unit"] == "network"
     assert result["top1"] == json.loads((whole / "result.json").read_text())["top1"]
 
 

@@ -7,6 +7,7 @@ import errno
 import math
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -129,6 +130,42 @@ def test_the_second_pass_learns_steps_alone() -> None:
     moved = [k for k, v in case.state().items() if not torch.equal(v, before[k])]
     assert sorted(moved) == [f"layer1.0.conv{i}.act_quantizer.scale" for i in (1, 2)]
     assert row["pass"] == "steps"
+
+
+def test_a_last_pass_learns_all_layers_from_the_networks_output() -> None:
+    method = replace(QDROP, network=True)
+    case = Case(partial(AQuant, per="channel"))
+    case.run("layer1.0", method)
+    before = case.state()
+    unit = Unit("", tuple(case.names))
+    sweep = passes(method, replace(FAST, step_iterations=100, minibatch=48))[1]
+    store = Store(torch.device("cpu"), math.inf, None)
+    row = reconstruct_unit(
+        case.model, case.reference, unit, case.data, sweep, method, FAST, store, batch_size=32
+    )
+    assert (row["unit"], row["pass"], row["iterations"]) == ("network", "network", 100)
+    assert row["error"] < 0.9 * row["error_before"]
+    moved = {k for k, v in case.state().items() if not torch.equal(v, before[k])}
+    own = {f"{name}.act_quantizer.{p}" for name in case.names for p in ("scale", "border")}
+    assert moved == own
+    with torch.no_grad():
+        y, target = case.model(case.data.held_out), case.reference(case.data.held_out)
+    error = float((y - target).square().sum() / target.square().sum())
+    assert row["error"] == pytest.approx(error, rel=1e-4)
+
+
+def test_weights_that_are_not_learned_are_quantized_once_to_the_same_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ends = []
+    for context in (None, lambda model: nullcontext()):
+        case = Case()
+        case.run("layer1.0", BRECQ)
+        if context:
+            monkeypatch.setattr(reconstruct_module, "frozen_weights", context)
+        case.run("layer1.0", BRECQ, sweep=1)
+        ends.append(case.state())
+    assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
 
 
 @pytest.mark.parametrize("step_inputs", ["prefix", "float"])
@@ -266,6 +303,11 @@ def test_passes_of_the_published_methods() -> None:
         {"bias"},
     ]
     assert len(passes(replace(late, biases="after", bias_lr=0.0), FAST)) == 1
+    whole = replace(biased, network=True)
+    assert [(p.name, p.learned, p.p) for p in passes(whole, FAST)][2:] == [
+        ("network", names - {"rounding"} | {"bias"}, 2.0)
+    ]
+    assert len(passes(replace(late, bias_lr=0.0, network=True), FAST)) == 1  # nothing to learn
     unquantized = Method("block", quantized_inputs=False, steps="both", borders="fixed")
     assert [p.learned for p in passes(unquantized, FAST)] == [{"rounding"}, {"scale"}]
 

@@ -44,7 +44,7 @@ class Unit:
     """One part of the network: a module and the layers inside it.
 
     Attributes:
-        name: path of the module.
+        name: path of the module; empty: the whole network.
         layers: paths of its convolutions and linear layers, in execution order.
         activation: applied to its output before outputs are compared.
     """
@@ -52,6 +52,10 @@ class Unit:
     name: str
     layers: tuple[str, ...]
     activation: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def title(self) -> str:
+        return self.name or "network"
 
 
 def find_units(model: nn.Module, layers: Sequence[str], granularity: Granularity) -> list[Unit]:

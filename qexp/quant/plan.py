@@ -34,6 +34,8 @@ class Method:
         mix: probability that an element of a unit's input is the float network's.
         biases: when the layers' biases are learned, in the words of `steps`.
         bias_lr: their rate; 0: they stay.
+        network: at the end all of these that are learned at all are learned once more, together,
+            from the output of the network.
         fisher: weight the error by the gradient of the network's output (BRECQ eq. 10).
         bias_correction: at the end, set each layer's bias so that its mean output is the float one.
         correction_inputs: while that mean is taken, inputs are `quantized`, or `float`: then what
@@ -52,6 +54,7 @@ class Method:
     mix: float = 0.5
     biases: When = "joint"
     bias_lr: float = 0.0
+    network: bool = False
     fisher: bool = False
     bias_correction: bool = False
     correction_inputs: Literal["quantized", "float"] = "quantized"
@@ -70,10 +73,10 @@ class Schedule:
 
     Attributes:
         iterations: minibatches a unit in the first pass.
-        step_iterations: in the second pass, if there is one.
+        step_iterations: in each further pass.
         minibatch: images an iteration.
         lr: Adam's rate by name of parameter (`rounding`, `scale`, `border`, `mixing`).
-        step_lr: rate of `scale` in the second pass.
+        step_lr: rate of `scale` in the further passes.
         step_p: exponent of the error in the second pass.
         penalty: factor of the rounding regulariser.
         beta: its exponent, first and last.
@@ -97,7 +100,8 @@ class Pass(NamedTuple):
     """One sweep over all units: what it learns, and how.
 
     Attributes:
-        name: `rounding`; `steps` is the second one, whatever it learns.
+        name: `rounding`; `steps`, the second one, whatever it learns; `network`, over all units
+            at once.
         learned: names of the parameters.
         inputs: activations are quantized.
         iterations: minibatches a unit.
@@ -114,7 +118,7 @@ class Pass(NamedTuple):
 
 
 def passes(method: Method, schedule: Schedule) -> list[Pass]:
-    """The sweeps of a method: none, one, or a second one for what is learned after.
+    """The sweeps of a method: none, or the rounding and, where it has some, what is learned after.
 
     What is `joint` needs quantized inputs, but for biases; without them it moves to the second.
     """
@@ -142,4 +146,6 @@ def passes(method: Method, schedule: Schedule) -> list[Pass]:
         lr={**schedule.lr, "scale": schedule.step_lr, "bias": method.bias_lr},
         p=schedule.step_p,
     )
-    return [first, second] if late else [first]
+    ever = frozenset(k for k, w in when.items() if w != "fixed") if method.network else frozenset()
+    last = second._replace(name="network", learned=ever, p=2.0)
+    return [first, *(sweep for sweep in (second, last) if sweep.learned)]

@@ -17,6 +17,9 @@ while its activations are quantized and randomly dropped. They are settings of o
     BRECQ     block        false             after   0     0     a second pass learns the steps
     QDrop     block        true              joint   0.5   0.5
 
+After it come, where a method asks for them, a second pass over all units (`after`, `both`: nothing
+is dropped or mixed) and one over the network as a single unit (`network`).
+
 Optional Fisher weighting (BRECQ eq. 10): the squared error of each output element is multiplied
 with (1 + |g|)^2, g the gradient of KL(float || quantized) of the logits at that element.
 
@@ -46,7 +49,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -130,7 +133,7 @@ def reconstruct_unit(
     Args:
         model: quantized, calibrated network, up to this unit already reconstructed.
         reference: the float network.
-        sweep: what is learned now: the rounding, or afterwards the steps.
+        sweep: what is learned now: the rounding, or afterwards the steps and what else there is.
         store: of recorded inputs and outputs; emptied first.
         later: names of the layers behind this unit (for the Fisher weights).
         seed: of this unit and pass.
@@ -169,18 +172,19 @@ def reconstruct_unit(
             assert y is not None
             arrays.append((x_hat, x, _apply(finish, y, batch_size)))
         fisher = None
-        if method.fisher:
+        if method.fisher and sweep.name != "network":
             fisher = output_weights(model, reference, unit, later, data.images, batch_size, store)
         check = (arrays[1][0], arrays[1][2], batch_size, device)
         before = relative_error(run, *check)
         channels = channels_of(arrays[0][2], reference.get_submodule(unit.layers[-1]))
         learned = (run, layers, groups, arrays[0], channels, fisher)
-        with _trainable(model, groups):
+        fixed = nullcontext() if "rounding" in groups else frozen_weights(model)
+        with _trainable(model, groups), fixed:
             trace = learn(*learned, sweep, method, schedule, seed, tick)
         _check_finite(unit, groups, trace["loss"])
         after = relative_error(run, *check)
     return {
-        "unit": unit.name,
+        "unit": unit.title,
         "pass": sweep.name,
         "iterations": sweep.iterations,
         "loss": trace["loss"][-1],
@@ -202,7 +206,7 @@ def _check_finite(
     if bad or not all(map(math.isfinite, losses)):
         what = f"'{bad[0]}' has values that are not finite" if bad else "its loss is not finite"
         rates = ", ".join(f"recipe.lr.{name}" for name in groups)
-        raise RunError(f"run: unit '{unit.name}' diverged: {what}. Lower {rates} (or step_lr).")
+        raise RunError(f"run: unit '{unit.title}' diverged: {what}. Lower {rates} (or step_lr).")
 
 
 @torch.no_grad()

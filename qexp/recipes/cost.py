@@ -40,7 +40,7 @@ from qexp.recipes.loss import training_loss
 from qexp.recipes.ptq_settings import Settings as Reconstruction
 from qexp.recipes.saving import kept_bytes, save_less_
 from qexp.recipes.settings import Settings
-from qexp.recipes.units import cache_bytes
+from qexp.recipes.units import cache_bytes, parts_of
 from qexp.runner.device import (
     compiler_available,
     keep_memory,
@@ -62,7 +62,11 @@ LEARNING = 7
 # next activation is made, and a quantizer has copies of its input.
 FORWARD = 2
 # A pass in words.
-LEARNED = {"rounding": "rounding", "steps": "what is learned after it"}
+LEARNED = {
+    "rounding": "rounding",
+    "steps": "what is learned after it",
+    "network": "from the network's output",
+}
 LEFT_OUT = "compilation, loading, and a float baseline that must be trained first"
 
 
@@ -136,10 +140,11 @@ def reconstruction(
     parts = []
     if method.granularity != "none":
         parts = find_units(reference, names, method.granularity)
-    learned = [sum(learns(model, unit, sweep) for unit in parts) for sweep in sweeps]
+    jobs = [[unit for unit in parts_of(parts, p) if learns(model, unit, p)] for p in sweeps]
+    learned, units = [len(job) for job in jobs], [unit for job in jobs for unit in job]
     device = pick_device(cfg.device)
     mode = choose(cfg.compile, layers, 3 * s.iterations * s.minibatch, device)
-    recorded, widest, share = _values(reference, parts, names, card.input_shape)
+    recorded, widest, share = _values(reference, units, names, card.input_shape)
     mode = mode if sweeps else "off"
     cost = _timed(cfg, card, model.eval(), s.minibatch, mode, Settings())
     images = sum(p.iterations for p in sweeps) * s.minibatch
@@ -153,8 +158,8 @@ def reconstruction(
     disk = f", {(recorded - cache) / 2**30:.2f} GB on disk" if recorded > cache else ""
     images += sum(learned) * (s.images + s.held_out) / 3 + 2 * card.test_size / 3
     work = [
-        f"{units} units, {p.iterations:,} iterations each ({LEARNED[p.name]})"
-        for units, p in zip(learned, sweeps, strict=True)
+        f"{n} unit{'s' * (n != 1)}, {p.iterations:,} iterations each ({LEARNED[p.name]})"
+        for n, p in zip(learned, sweeps, strict=True)
     ]
     return [
         f"images:   {s.images} for reconstruction, {s.act_images} for activation steps; "

@@ -42,6 +42,13 @@ def units_of(method: Method, reference: nn.Module, network: build.Network) -> li
     return find_units(reference, [layer.name for layer in network.layers], method.granularity)
 
 
+def parts_of(units: Sequence[Unit], sweep: Pass) -> Sequence[Unit]:
+    """What a pass learns one by one: the units, or all of them as one."""
+    if sweep.name != "network":
+        return units
+    return [Unit("", tuple(name for unit in units for name in unit.layers))]
+
+
 def check_units(
     cfg: DictConfig, model: nn.Module, layers: Sequence[Layer], input_shape: Sequence[int]
 ) -> None:
@@ -142,10 +149,11 @@ class Work:
     def rows(self, run: Run, network: build.Network, skip: int) -> Iterator[dict[str, Any]]:
         """Reconstruct from unit number `skip` on; yields what happened in each."""
         macs = {layer.name: layer.macs for layer in network.layers}
-        jobs = [(sweep, k) for sweep in range(len(self.sweeps)) for k in range(len(self.units))]
-        learning = [learns(network.model, self.units[k], self.sweeps[sweep]) for sweep, k in jobs]
+        parts = [parts_of(self.units, sweep) for sweep in self.sweeps]
+        jobs = [(sweep, k) for sweep, units in enumerate(parts) for k in range(len(units))]
+        learning = [learns(network.model, parts[sweep][k], self.sweeps[sweep]) for sweep, k in jobs]
         effort = [
-            learned * self.sweeps[sweep].iterations * sum(macs[n] for n in self.units[k].layers)
+            learned * self.sweeps[sweep].iterations * sum(macs[n] for n in parts[sweep][k].layers)
             for (sweep, k), learned in zip(jobs, learning, strict=True)
         ]
         store = Store(self.data.images.device, self.s.cache_gb * 1e9, run.dir)
@@ -156,7 +164,8 @@ class Work:
             if k == 0 and sweep == 1 and not self.method.quantized_inputs:
                 self._calibrate_inputs(network.model)
             clock.begin(number)
-            row = self._one(network.model, self.sweeps[sweep], k, number, store, clock)
+            job = self.sweeps[sweep], parts[sweep], k
+            row = self._one(network.model, *job, number, store, clock)
             clock.end(learned=bool(row))
             yield row
             if row:
@@ -166,12 +175,19 @@ class Work:
             self._calibrate_inputs(network.model)
 
     def _one(
-        self, model: nn.Module, sweep: Pass, k: int, number: int, store: Store, clock: Clock
+        self,
+        model: nn.Module,
+        sweep: Pass,
+        units: Sequence[Unit],
+        k: int,
+        number: int,
+        store: Store,
+        clock: Clock,
     ) -> dict[str, Any]:
-        unit = self.units[k]
+        unit = units[k]
         if self.cfg.max_steps is not None:
             sweep = sweep._replace(iterations=min(sweep.iterations, self.cfg.max_steps))
-        bar = tqdm(total=sweep.iterations, desc=unit.name, leave=False, disable=None)
+        bar = tqdm(total=sweep.iterations, desc=unit.title, leave=False, disable=None)
 
         def tick(iteration: int) -> None:
             if not bar.disable:
@@ -192,7 +208,7 @@ class Work:
             self.method,
             self.s,
             store,
-            later=[name for u in self.units[k + 1 :] for name in u.layers],
+            later=[name for u in units[k + 1 :] for name in u.layers],
             seed=1_000_003 * self.cfg.seed + 2 * number,
             batch_size=self.s.batch_size,
             tick=tick,

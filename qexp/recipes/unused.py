@@ -50,6 +50,8 @@ def unused(cfg: DictConfig) -> Iterator[str]:
             )
         if method.biases != "joint" and method.bias_lr == 0:
             yield "quantizer.reconstruct.biases is not used: quantizer.reconstruct.bias_lr is 0"
+        if method.network and not any(p.name == "network" for p in passes(method, Schedule())):
+            yield "quantizer.reconstruct.network is not used: there is nothing to learn there"
         if method.correction_inputs != "quantized" and not method.bias_correction:
             yield (
                 "quantizer.reconstruct.correction_inputs is not used: "
