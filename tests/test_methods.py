@@ -14,14 +14,14 @@ from compose import tiny
 from qexp.config import configs_dir
 from qexp.recipes import build
 from qexp.recipes.qat import qat
+from qexp.report.shipped import shipped
 from qexp.runner.run import open_run
 
 
 def trained_methods() -> list[str]:
     """Quantizers whose recipe is training, from the configs themselves."""
     names = sorted(p.stem for p in (configs_dir() / "quantizer").glob("*.yaml"))
-    text = {n: (configs_dir() / "quantizer" / f"{n}.yaml").read_text() for n in names}
-    return [n for n in names if "recipe@_global_" not in text[n]]
+    return [n for n in names if "quantizer.reconstruct.granularity" not in shipped(n)]
 
 
 METHODS = trained_methods()
