@@ -390,12 +390,14 @@ def test_a_name_alone_is_the_config_that_is_shipped_under_it(tmp_path, capsys) -
     assert {row["method"] for row in rows(capsys, tmp_path)} == names
 
 
-@pytest.mark.parametrize("method", ["lsq", "adq", "aquant", "aquant_twice", "fp32"])
-def test_what_a_name_stands_for_is_what_hydra_composes(method: str) -> None:
-    with initialize_config_dir(str(configs_dir()), version_base="1.3"):
-        cfg = compose("train", overrides=[f"quantizer={method}"])
-    whole = OmegaConf.to_container(cfg.quantizer, resolve=True)
-    assert shipped(method) == dict(flatten({"quantizer": whole}))
+def test_what_a_name_stands_for_is_what_hydra_composes() -> None:
+    methods = [path.stem for path in (configs_dir() / "quantizer").glob("*.yaml")]
+    assert {"lsq", "aquant_twice", "fp32"} <= {*methods}
+    for method in methods:
+        with initialize_config_dir(str(configs_dir()), version_base="1.3"):
+            cfg = compose("train", overrides=[f"quantizer={method}"])
+        whole = OmegaConf.to_container(cfg.quantizer, resolve=True)
+        assert shipped(method) == dict(flatten({"quantizer": whole})), method
 
 
 def test_the_name_of_two_parts_stands_for_both_and_no_other_for_anything() -> None:
@@ -403,6 +405,7 @@ def test_the_name_of_two_parts_stands_for_both_and_no_other_for_anything() -> No
     assert parts.items() <= word.items()
     assert {key.split(".")[1] for key in parts} == {"weight", "act"}
     assert shipped("qdrop+apot") == shipped("mine") == shipped("../lsq") == shipped("") == {}
+    assert shipped("lsq+asq+lsq") == shipped("lsq+") == {}
 
 
 def test_an_option_that_is_off_is_no_other_method_than_before_the_option(tmp_path, capsys) -> None:

@@ -20,11 +20,11 @@ def shipped(method: str) -> Mapping[str, Any]:
     Empty for a name that is no config of ours.
     """
     folder = configs_dir() / "quantizer"
-    parts = dict(zip(("weight", "act"), method.split("+"), strict=False))
+    weight, _, act = method.partition("+")
     if method in _choices(folder):
         tree = _read(folder, method)
-    elif "+" in method and all(own in _choices(folder / part) for part, own in parts.items()):
-        tree = {part: _read(folder / part, own) for part, own in parts.items()}
+    elif weight in _choices(folder / "weight") and act in _choices(folder / "act"):
+        tree = {"weight": _read(folder / "weight", weight), "act": _read(folder / "act", act)}
     else:
         tree = {}
     return dict(flatten({"quantizer": tree}))
