@@ -21,7 +21,8 @@ from qexp.runner.run import open_run
 def trained_methods() -> list[str]:
     """Quantizers whose recipe is training, from the configs themselves."""
     names = sorted(p.stem for p in (configs_dir() / "quantizer").glob("*.yaml"))
-    return [n for n in names if "quantizer.reconstruct.granularity" not in shipped(n)]
+    trained = (n for n in names if "quantizer.reconstruct.granularity" not in shipped(n))
+    return [n for n in trained if "quantizer.weight._target_" in shipped(n)]  # fp32 has none
 
 
 METHODS = trained_methods()
