@@ -22,7 +22,7 @@ from qexp.errors import CheckpointError, ConfigError
 from qexp.export import inputs
 from qexp.export.header import FormatError, Header, LayerEntry, allowed
 from qexp.export.packed import Packed
-from qexp.models.build import build_model
+from qexp.models.build import build_model, resolve
 from qexp.models.load import load_tensors_
 from qexp.models.opened import open_attention_, own_names
 from qexp.quant.convert import replace_, second_names
@@ -69,7 +69,7 @@ def restore(packed: Packed, *, trust: bool = False) -> nn.Module:
         trust: build a model from outside `qexp.models` and `torchvision.models` too.
 
     Raises:
-        ConfigError: a model of somebody's own, without `trust`.
+        ConfigError: a model of somebody's own, without `trust`, or that is not installed here.
         FormatError: header and tensors do not make one network.
     """
     header = packed.header
@@ -104,6 +104,8 @@ def restore(packed: Packed, *, trust: bool = False) -> nn.Module:
 def _bare(header: Header) -> nn.Module:
     """The float network; without storage unless the caller's trust is needed for it."""
     node = {**header.keywords, "_target_": header.target}
+    if not allowed(header.target):
+        resolve(header.target)  # a package that is not here is no fault of the file
     with _refusing("the model"):
         try:
             with _WithoutStorage() if allowed(header.target) else nullcontext():

@@ -241,17 +241,29 @@ def to_bytes(packed: Packed) -> bytes:
     tensors = {name: value.contiguous() for name, value in packed.tensors.items()}
     blob = save(tensors)  # would write metadata in a random order
     length = int.from_bytes(blob[:8], "little")
-    metadata = {"qexp": text, "sha256": _digest(text, blob)}
-    plain = {"__metadata__": metadata, **json.loads(blob[8 : 8 + length])}
+    entries = json.loads(blob[8 : 8 + length])
+    metadata = {"qexp": text, "sha256": _digest(text, _named(entries), blob)}
+    plain = {"__metadata__": metadata, **entries}
     names = json.dumps(plain, separators=(",", ":")).encode()
     names += b" " * (-len(names) % 8)  # the tensors begin at a multiple of 8
     return len(names).to_bytes(8, "little") + names + blob[8 + length :]
 
 
-def _digest(text: str, blob: bytes) -> str:
-    """sha256 of the header's JSON followed by the tensors' bytes, hexadecimal."""
+def _digest(text: str, named: str, blob: bytes) -> str:
+    """sha256 of the header's JSON, which tensors there are, and their bytes; hexadecimal."""
     length = int.from_bytes(blob[:8], "little")
-    return hashlib.sha256(text.encode() + blob[8 + length :]).hexdigest()
+    return hashlib.sha256((text + named).encode() + blob[8 + length :]).hexdigest()
+
+
+def _named(entries: Mapping[str, Any]) -> str:
+    """`NAME DTYPE [shape]`, a line a tensor in the order of their bytes."""
+    tensors = [
+        (e["data_offsets"], name, e) for name, e in entries.items() if name != "__metadata__"
+    ]
+    return "".join(
+        f"{name} {e['dtype']} {json.dumps(e['shape'], separators=(',', ':'))}\n"
+        for _, name, e in sorted(tensors, key=lambda t: t[:2])
+    )
 
 
 def read(path: Path) -> Packed:
@@ -283,12 +295,14 @@ def _decoded(blob: bytes) -> Packed:
     except Exception as error:  # SafetensorError, or a dtype that torch does not have
         raise FormatError("it is truncated or not a safetensors file") from error
     length = int.from_bytes(blob[:8], "little")
-    metadata = json.loads(blob[8 : 8 + length]).get("__metadata__") or {}
+    entries = json.loads(blob[8 : 8 + length])
+    metadata = entries.get("__metadata__") or {}
     text = metadata.get("qexp")
     if not isinstance(text, str):
         raise FormatError("it has no qexp-packed header")
     header = parse(text)
-    if metadata.get("sha256") != _digest(text, blob):
+    # Files of before are signed without names.
+    if metadata.get("sha256") not in [_digest(text, s, blob) for s in (_named(entries), "")]:
         raise FormatError("its bytes are not those that were written (sha256)")
     for name, value in tensors.items():
         shortened = value.dtype == torch.float16 and name.endswith(f".a.{inputs.ADAPTER}")

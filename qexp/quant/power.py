@@ -244,4 +244,4 @@ class APoT(FixedGrid):
         return super().levels() * self.std
 
     def extra_bytes(self) -> int:
-        return super().extra_bytes() + (8 if self.normalize else 0)  # mean and std
+        return super().extra_bytes() + (4 if self.normalize else 0)  # the std; codes hold the mean

@@ -109,7 +109,8 @@ def _evaluate_file(cfg: DictConfig, name: str) -> dict[str, Any]:
     folder = Path(cfg.run) if cfg.get("run") else None
     if folder is not None:
         run_config(folder, "eval")
-    path = Path(name) if folder is None or Path(name).is_file() else folder / name
+    own = None if folder is None else folder / name
+    path = own if own and (own.is_file() or not Path(name).is_file()) else Path(name)
     engine = cfg.get("engine", "float")
     device = engine_device(engine, cfg.device)
     trust = bool(cfg.get("trust"))
