@@ -132,9 +132,19 @@ def test_a_reconstruction_without_sense_is_refused_before_anything_is_written(
         ),
         ("quantizer=nearest saved=blocks", "saved=blocks is not used: recipe ptq keeps nothing"),
         (
-            "quantizer=nearest quantizer.reconstruct.step_inputs=float",
+            "quantizer=qdrop quantizer.reconstruct.step_inputs=float",
             "quantizer.reconstruct.step_inputs is not used: there is no second pass",
         ),
+        (
+            "quantizer=qdrop quantizer.reconstruct.step_inputs=float "
+            "quantizer.reconstruct.network=true",
+            "quantizer.reconstruct.step_inputs is not used: there is no second pass",
+        ),
+        (
+            "quantizer=nearest quantizer.reconstruct.fisher=true quantizer.reconstruct.steps=after",
+            "quantizer.reconstruct.steps, fisher: not used, as quantizer.reconstruct.granularity i",
+        ),
+        ("quantizer=nearest quantizer.reconstruct.bias_correction=true", ""),
         (
             "quantizer=nearest quantizer.reconstruct.correction_inputs=float",
             "quantizer.reconstruct.correction_inputs is not used: quantizer.reconstruct.bias_corr",

@@ -261,8 +261,67 @@ def test_what_a_reconstruction_cannot_learn_of_an_input_is_said(
     words = ("quantizer=qdrop", "quantizer/act=pact", "bits=4")
     quantized(tiny(tmp_path, *words))
     assert "'alpha' of the inputs' quantizers stays as calibrated" in capsys.readouterr().err
-    quantized(tiny(tmp_path / "b", *words, "+recipe.lr.alpha=0.01"))
-    assert "stays as calibrated" not in capsys.readouterr().err
+    for k, more in enumerate(("+recipe.lr.alpha=0.01", "quantizer.reconstruct.borders=fixed")):
+        quantized(tiny(tmp_path / str(k), *words, more))
+        assert "stays as calibrated" not in capsys.readouterr().err
+
+
+def test_what_a_module_inside_an_input_quantizer_has_is_learned_by_its_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("quantizer=qdrop", "quantizer/act=asq", "bits=4")
+    quantized(tiny(tmp_path, *words))
+    assert "Add +recipe.lr.adapter=0.001 to learn it" in capsys.readouterr().err
+    states = []
+    for rate in (0.0, 0.01):
+        _, folder = quantized(tiny(tmp_path / str(rate), *words, f"+recipe.lr.adapter={rate}"))
+        assert "adapter" not in capsys.readouterr().err
+        states.append(torch.load(folder / "last.pt", weights_only=True)["model"])
+    inside = [name for name in states[0] if ".adapter." in name and name.startswith("layer1")]
+    assert inside
+    assert any(not torch.equal(states[0][name], states[1][name]) for name in inside)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ("quantizer=qdrop", "quantizer.reconstruct.borders=both"),
+            "'steps': no unit has any of b",
+        ),
+        (
+            ("quantizer=adaround", "quantizer/weight=nearest"),
+            "'rounding': no unit has any of round",
+        ),
+    ],
+)
+def test_a_pass_without_anything_to_learn_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], said: str
+) -> None:
+    quantized(tiny(tmp_path, *words, "bits=3"))
+    assert f"nothing is learned in the pass {said}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", [20261121123456, 2**63 - 1])
+def test_every_seed_that_a_config_takes_reconstructs(tmp_path: Path, seed: int) -> None:
+    result, _ = quantized(tiny(tmp_path, "quantizer=qdrop", f"seed={seed}"))
+    assert result["seed"] == seed
+
+
+def test_a_unit_is_told_before_it_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill between the two may tell a unit twice, never not at all."""
+    told: list[int] = []
+
+    def save(path: Path, content: dict[str, Any]) -> None:
+        events = (path.parent / "metrics.jsonl").read_text().splitlines()
+        told.append(sum(json.loads(line)["event"] == "unit" for line in events))
+        assert told[-1] == sum(bool(row) for row in content["units"])
+        kept(path, content)
+
+    kept = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", save)
+    quantized(tiny(tmp_path, "quantizer=qdrop"))
+    assert told[-1] > 1
 
 
 def test_a_reconstruction_that_diverges_fails_instead_of_scoring(

@@ -476,10 +476,24 @@ def test_fisher_weights_before_an_activation_are_so_where_it_works_in_place() ->
     torch.testing.assert_close(output_weights(*args), apart, rtol=0, atol=0)
 
 
-def test_a_unit_that_diverges_stops_with_its_name() -> None:
+@pytest.mark.parametrize(
+    ("method", "schedule", "sweep", "keys"),
+    [
+        (QDROP, {"lr": {"rounding": 0.1, "scale": 1e38}}, 0, "recipe.lr.scale, recipe.lr.rounding"),
+        (replace(QDROP, steps="both"), {"step_lr": 1e38}, 1, "recipe.step_lr"),
+        (
+            replace(QDROP, bias_lr=1e38, biases="after"), {}, 1, "quantizer.reconstruct.bias_lr"
+        ),
+    ],
+)  # fmt: skip
+def test_a_unit_that_diverges_stops_with_its_name_and_the_rates(
+    method: Method, schedule: dict[str, Any], sweep: int, keys: str
+) -> None:
     case = Case()
-    with pytest.raises(RunError, match=r"unit .layer1.0. diverged: .*Lower recipe.lr"):
-        case.run("layer1.0", QDROP, replace(FAST, lr={"rounding": 0.1, "scale": 1e38}))
+    with pytest.raises(RunError, match=r"unit .layer1.0. diverged: ") as told:
+        case.run("layer1.0", method, replace(FAST, **schedule), sweep=sweep)
+    named = str(told.value).partition(". Lower ")[2].removesuffix(".")
+    assert set(named.split(", ")) == set(keys.split(", "))
 
 
 def test_bias_correction_gives_every_layer_the_mean_of_the_float_one() -> None:

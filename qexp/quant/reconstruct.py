@@ -75,13 +75,17 @@ class Data(NamedTuple):
 def learned_parameters(
     layers: Sequence[QuantLayer], names: frozenset[str]
 ) -> dict[str, list[nn.Parameter]]:
-    """What a pass learns in a unit, by name. A weight's step is never learned."""
+    """What a pass learns in a unit, by name (of `adapter.0.weight`: `adapter`).
+
+    A weight's step is never learned.
+    """
     found: dict[str, list[nn.Parameter]] = {}
     for layer in layers:
         if "bias" in names and isinstance(layer.bias, nn.Parameter):
             found.setdefault("bias", []).append(layer.bias)
         for quantizer in (layer.weight_quantizer, layer.act_quantizer):
-            for name, parameter in quantizer.named_parameters():
+            for path, parameter in quantizer.named_parameters():
+                name = path.partition(".")[0]
                 if name in names and not (name == "scale" and quantizer is layer.weight_quantizer):
                     found.setdefault(name, []).append(parameter)
     return found
@@ -181,7 +185,7 @@ def reconstruct_unit(
         fixed = nullcontext() if "rounding" in groups else frozen_weights(model)
         with _trainable(model, groups), fixed:
             trace = learn(*learned, sweep, method, schedule, seed, tick)
-        _check_finite(unit, groups, trace["loss"])
+        _check_finite(unit, sweep, groups, trace["loss"])
         after = relative_error(run, *check)
     return {
         "unit": unit.title,
@@ -199,14 +203,23 @@ def reconstruct_unit(
 
 
 def _check_finite(
-    unit: Unit, groups: Mapping[str, Sequence[Tensor]], losses: Sequence[float]
+    unit: Unit, sweep: Pass, groups: Mapping[str, Sequence[Tensor]], losses: Sequence[float]
 ) -> None:
     """Stop the run where learning diverged, instead of scoring what is left."""
     bad = [n for n, ps in groups.items() if not all(bool(p.isfinite().all()) for p in ps)]
     if bad or not all(map(math.isfinite, losses)):
         what = f"'{bad[0]}' has values that are not finite" if bad else "its loss is not finite"
-        rates = ", ".join(f"recipe.lr.{name}" for name in groups)
-        raise RunError(f"run: unit '{unit.title}' diverged: {what}. Lower {rates} (or step_lr).")
+        raise RunError(
+            f"run: unit '{unit.title}' diverged: {what}. "
+            f"Lower {', '.join(_rate(name, sweep) for name in groups)}."
+        )
+
+
+def _rate(name: str, sweep: Pass) -> str:
+    """The key of a config that sets the rate of a parameter in a pass."""
+    if name == "bias":
+        return "quantizer.reconstruct.bias_lr"
+    return "recipe.step_lr" if name == "scale" and sweep.name != "rounding" else f"recipe.lr.{name}"
 
 
 @torch.no_grad()

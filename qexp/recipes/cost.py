@@ -6,9 +6,10 @@ takes a minute to make). From it:
 
     training         epochs * steps * batch images, and an epoch's forward pass of the splits test
                      and val
-    reconstruction   iterations * minibatch images through the network, a pass (each unit does its
-                     share); each unit records its input and output, once in the float network and
-                     once in the quantized one, half of it deep on average; two evaluations
+    reconstruction   iterations * minibatch images through the network, a pass (each unit that
+                     learns does its share, by operations); each unit records its input and output,
+                     once in the float network and once in the quantized one, half of it deep on
+                     average; two evaluations
 
 A forward pass is taken as a third of a step. The memory of a reconstruction is that of both
 networks, the images, what is recorded of the largest unit, and either one of its steps or a forward
@@ -147,7 +148,11 @@ def reconstruction(
     recorded, widest, share = _values(reference, units, names, card.input_shape)
     mode = mode if sweeps else "off"
     cost = _timed(cfg, card, model.eval(), s.minibatch, mode, Settings())
-    images = sum(p.iterations for p in sweeps) * s.minibatch
+    macs = {layer.name: layer.macs for layer in layers}
+    shares = [
+        sum(macs[n] for unit in job for n in unit.layers) / sum(macs.values()) for job in jobs
+    ]
+    images = sum(p.iterations * k for p, k in zip(sweeps, shares, strict=True)) * s.minibatch
     recorded *= 4 * (s.images + s.held_out)
     cache = min(recorded, cache_bytes(s, device))
     numbers = sum(p.numel() for net in (model, reference) for p in net.parameters())

@@ -37,7 +37,7 @@ from qexp.quant.convert import (
 from qexp.quant.fold import fold_bn_
 from qexp.quant.modules import QUANT_LAYERS
 from qexp.quant.plan import passes
-from qexp.quant.reconstruct import Data
+from qexp.quant.reconstruct import Data, learns
 from qexp.recipes import build, outcome, settings
 from qexp.recipes.absent import sizes
 from qexp.recipes.compilation import choose, compile_for, eager_afterwards
@@ -47,7 +47,7 @@ from qexp.recipes.picture import draw_operands
 from qexp.recipes.ptq_settings import Settings
 from qexp.recipes.signs import resumed_state, signs, warn_clipped
 from qexp.recipes.start import float_start
-from qexp.recipes.units import Work, summary, units_of
+from qexp.recipes.units import Work, parts_of, summary, units_of
 from qexp.recipes.watch import unlearned
 from qexp.runner import checkpoint
 from qexp.runner.answers import ANSWERS
@@ -121,12 +121,19 @@ def ptq(cfg: DictConfig, run: Run) -> dict[str, Any]:
             f"'{name}' of the inputs' quantizers stays as calibrated: recipe.lr has no rate for "
             f"it. Add +recipe.lr.{name}=0.001 to learn it."
         )
+    units = units_of(method, reference, network) if sweeps else []
+    for sweep in sweeps:
+        if not any(learns(model, unit, sweep) for unit in parts_of(units, sweep)):
+            run.warn(
+                f"nothing is learned in the pass '{sweep.name}': no unit has any of "
+                f"{', '.join(sorted(sweep.learned))}"
+            )
     if sweeps:
         # Units change, so only kernels are worth compiling.
         mode = choose(cfg.compile, network.layers, 3 * s.iterations * s.minibatch, device)
         compile_for("kernels" if mode == "model" else mode, model, [], 0, device, run)
     if sweeps and not over:
-        work = Work(cfg, s, method, reference, data, sweeps, units_of(method, reference, network))
+        work = Work(cfg, s, method, reference, data, sweeps, units)
         for row in work.rows(run, network, len(done)):
             done.append(row)
             save()

@@ -167,10 +167,10 @@ class Work:
             job = self.sweeps[sweep], parts[sweep], k
             row = self._one(network.model, *job, number, store, clock)
             clock.end(learned=bool(row))
-            yield row
-            if row:
+            if row:  # before whoever asks saves it: a kill between may tell it twice, never not
                 place = f"{sum(learning[: number + 1]):02d}/{sum(learning)}"
                 _report(run, row, number, place, clock.left())
+            yield row
         if len(self.sweeps) == 1 and not self.method.quantized_inputs:
             self._calibrate_inputs(network.model)
 
@@ -209,7 +209,7 @@ class Work:
             self.s,
             store,
             later=[name for u in units[k + 1 :] for name in u.layers],
-            seed=1_000_003 * self.cfg.seed + 2 * number,
+            seed=(1_000_003 * self.cfg.seed + 2 * number) % 2**63,
             batch_size=self.s.batch_size,
             tick=tick,
         )

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from dataclasses import fields
 
 from hydra.utils import get_object
 from omegaconf import DictConfig
 
-from qexp.quant.plan import Schedule, passes
+from qexp.quant.plan import Method, Schedule, passes
 from qexp.recipes.build import is_float, is_untrained, make_method, needs_data, trains
 from qexp.recipes.settings import Distill, Settings
 from qexp.runner.distributed import world
+
+# What a method that learns nothing may say of learning: quantizer=nearest's words for none.
+NOTHING_LEARNED = Method(
+    granularity="none", quantized_inputs=False, steps="fixed", borders="fixed", drop=0.0, mix=0.0
+)
+CORRECTION = ("bias_correction", "correction_inputs")  # what it may do all the same
 
 
 def unused(cfg: DictConfig) -> Iterator[str]:
@@ -40,27 +47,45 @@ def unused(cfg: DictConfig) -> Iterator[str]:
     if cfg.get("sync_bn") and world().size == 1:
         yield "sync_bn is not used: there is one process"
     if not trains(recipe):
-        method = make_method(cfg)
-        if method.step_inputs != "prefix" and len(passes(method, Schedule())) < 2:
-            yield "quantizer.reconstruct.step_inputs is not used: there is no second pass"
-        if method.granularity != "none" and method.drop > 0 and not method.quantized_inputs:
-            yield (
-                "quantizer.reconstruct.drop is not used: "
-                "quantizer.reconstruct.quantized_inputs is false"
-            )
-        if method.biases != "joint" and method.bias_lr == 0:
-            yield "quantizer.reconstruct.biases is not used: quantizer.reconstruct.bias_lr is 0"
-        if method.network and not any(p.name == "network" for p in passes(method, Schedule())):
-            yield "quantizer.reconstruct.network is not used: there is nothing to learn there"
-        if method.correction_inputs != "quantized" and not method.bias_correction:
-            yield (
-                "quantizer.reconstruct.correction_inputs is not used: "
-                "quantizer.reconstruct.bias_correction is false"
-            )
+        yield from _reconstruction(make_method(cfg))
     elif cfg.quantizer.get("reconstruct"):
         yield f"quantizer.reconstruct is not used: recipe {recipe.name} trains"
     if cfg.get("saved", "all") != "all" and not trains(recipe):
         yield f"saved={cfg.saved} is not used: recipe {recipe.name} keeps nothing for a backward"
+
+
+def _reconstruction(method: Method) -> Iterator[str]:
+    """Of post-training quantization: what no pass of the method reads."""
+    if method.granularity == "none":
+        idle = [f.name for f in fields(method) if f.name not in ("granularity", *CORRECTION)]
+        idle = [name for name in idle if getattr(method, name) != getattr(NOTHING_LEARNED, name)]
+        if idle:
+            yield (
+                f"quantizer.reconstruct.{', '.join(idle)}: not used, as "
+                "quantizer.reconstruct.granularity is none"
+            )
+    else:
+        yield from _passes(method)
+    if method.correction_inputs != "quantized" and not method.bias_correction:
+        yield (
+            "quantizer.reconstruct.correction_inputs is not used: "
+            "quantizer.reconstruct.bias_correction is false"
+        )
+
+
+def _passes(method: Method) -> Iterator[str]:
+    """Of a reconstruction."""
+    names = {p.name for p in passes(method, Schedule())}
+    if method.step_inputs != "prefix" and "steps" not in names:
+        yield "quantizer.reconstruct.step_inputs is not used: there is no second pass"
+    if method.drop > 0 and not method.quantized_inputs:
+        yield (
+            "quantizer.reconstruct.drop is not used: quantizer.reconstruct.quantized_inputs is false"
+        )
+    if method.biases != "joint" and method.bias_lr == 0:
+        yield "quantizer.reconstruct.biases is not used: quantizer.reconstruct.bias_lr is 0"
+    if method.network and "network" not in names:
+        yield "quantizer.reconstruct.network is not used: there is nothing to learn there"
 
 
 def _mixed_precision(policy: DictConfig) -> Iterator[str]:

@@ -84,11 +84,15 @@ def check_finite(model: nn.Module, losses: Tensor, epoch: int, saved: int = 0) -
 
 
 def unlearned(model: nn.Module, method: Method, rates: Mapping[str, float]) -> list[str]:
-    """Parameters of activation quantizers that a reconstruction of steps and borders leaves out."""
-    if method.granularity == "none" or (method.steps, method.borders) == ("fixed", "fixed"):
+    """What activation quantizers have that a reconstruction of borders leaves out, for want of a rate.
+
+    By name, of `adapter.0.weight`: `adapter`.
+    """
+    if method.granularity == "none" or method.borders == "fixed":
         return []
     inputs = [layer.act_quantizer for layer in quant_layers(model).values()]
-    return sorted({name for q in inputs for name, _ in q.named_parameters()} - set(rates))
+    names = {path.partition(".")[0] for q in inputs for path, _ in q.named_parameters()}
+    return sorted(names - set(rates))
 
 
 def health(model: nn.Module) -> dict[str, dict[str, int]]:

@@ -154,7 +154,7 @@ def own_random_numbers(seed: int, step: int) -> None:
     Called where a run begins, resumes or saves, so that it goes on alike after each checkpoint.
     """
     if not _world.leads:
-        torch.manual_seed((seed * _world.size + _world.rank) * 1_000_003 + step)
+        torch.manual_seed(((seed * _world.size + _world.rank) * 1_000_003 + step) % 2**63)
 
 
 @torch.no_grad()
