@@ -141,9 +141,10 @@ def _resume_run(folder: Path, overrides: Sequence[str]) -> int:
         last = folder / CHECKPOINT
         if f"'{last}'" not in str(error):
             raise
+        kept = " best.pt has the best epoch's network." if (folder / "best.pt").is_file() else ""
         raise CheckpointError(
-            f"resume: {last} is truncated or damaged ({last.stat().st_size} bytes). Delete it and "
-            f"the run starts over: rm {shlex.quote(str(last))}; qexp resume "
+            f"resume: {last} is truncated or damaged ({last.stat().st_size} bytes).{kept} Delete "
+            f"it and the run starts over: rm {shlex.quote(str(last))}; qexp resume "
             f"{shlex.quote(str(folder))}"
         ) from error
 

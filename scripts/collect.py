@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     refused = 0
     for run in (run for runs in found.values() for run in runs):
-        state = read_status(run).get("state")
+        state = read_run(run).state  # failed, too, where the result is damaged
         if state != "done" and not given.unfinished:
             print(f"left out, {state}: {run}", file=sys.stderr)
         elif why := untraceable(run):

@@ -67,7 +67,8 @@ def read(root: Path) -> tuple[dict[str, float], list[Dot]]:
     """`({table: top-1 of the float start}, points)` of methods without options, and of `NAMED`."""
     floats, dots = {}, []
     for name in SHOWN:
-        (table,) = make_tables(read_runs([root / "results" / name]), [])
+        tables = make_tables(read_runs([root / "results" / name]), [])
+        table = max(tables, key=lambda t: len(t.rows))  # others are of another protocol
         rows = [
             r
             for r in table.rows

@@ -10,7 +10,14 @@ import pytest
 from compose import stopped_in_epoch, tiny
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from qexp.recipes.baseline import AUTO, find, fingerprint, float_config, interrupted
+from qexp.recipes.baseline import (
+    AUTO,
+    find,
+    fingerprint,
+    float_config,
+    interrupted,
+    trained_checkpoint,
+)
 from qexp.recipes.qat import qat
 from qexp.runner.run import open_run
 
@@ -65,6 +72,24 @@ def test_a_baseline_is_told_by_what_it_computes_not_by_where_and_how_fast(tmp_pa
     assert {of(word) for word in same} == {of()}
     others = ("max_steps=3", "float.epochs=3", "dataset.classes=5", "model.width=0.5")
     assert len({of(), *map(of, others)}) == 5
+
+
+def test_a_quick_look_starts_from_a_whole_network_where_there_is_one(tmp_path: Path) -> None:
+    whole, quick = tiny(tmp_path), tiny(tmp_path, "max_steps=3")
+    place = Path(whole.out) / f"{whole.dataset.name}-{whole.model.name}" / "fp32"
+    assert trained_checkpoint(quick) is None
+    cut = float_run(place / "cut", float_config(quick))
+    assert trained_checkpoint(quick) == str(cut / "last.pt")
+    assert trained_checkpoint(whole) is None
+    trained = float_run(place / "whole", float_config(whole))
+    assert trained_checkpoint(quick) == trained_checkpoint(whole) == str(trained / "last.pt")
+
+
+def test_a_baseline_that_max_steps_ends_early_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tiny(tmp_path, "max_steps=1"))
+    assert "warning: max_steps=1 ends the float baseline early too" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("state", ["dead", "interrupted", "failed", "running", "done"])

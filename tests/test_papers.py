@@ -186,6 +186,8 @@ def test_the_figure_is_drawn_anew_where_a_number_moved(tmp_path: Path) -> None:
     assert (moved.top1, moved.std, moved.n) == (round(result["top1"] + 0.1, 2), None, 1)
     assert set(floats.values()) == {91.73}
     assert len({(d.table, d.method, d.bits) for d in dots}) == len(dots)
+    path.write_text(json.dumps(result | {"protocol_hash": "00000000"}))  # one of another protocol
+    assert len(script.read(tmp_path)[1]) == len(dots) - 1
 
 
 def test_links_lead_from_the_folder_of_the_page(project: Path) -> None:
@@ -290,6 +292,18 @@ def test_a_run_is_collected_once_finished_or_not(tmp_path: Path) -> None:
     assert sorted(path.name for path in table.iterdir()) == names
     (tmp_path / "outputs/lsq-w4a4/1/env.json").write_text('{"dirty": true}')
     assert collect.main(words) == 1  # a failed run of code that no commit holds is refused too
+
+
+def test_a_run_whose_result_is_damaged_is_not_collected(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "outputs/lsq-w4a4/0"
+    run.mkdir(parents=True)
+    (run / "status.json").write_text('{"state": "done"}')
+    (run / "result.json").write_text('{"top1": 90.0, "se')
+    _script("collect").main([str(tmp_path / "results/demo"), str(tmp_path / "outputs")])
+    assert f"left out, failed: {run}" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
 
 
 def test_what_is_not_collected_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

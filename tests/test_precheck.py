@@ -68,6 +68,8 @@ REFUSED = {
     "bitwidth=sensitivity bits=8 bitwidth.images=8": (
         f"{POLICY}sensitivity: budget=8 bits a weight is above the largest of candidates [2, 3, 4]"
     ),
+    "dataset.classes=1": "config: dataset=synthetic has images of one class: every answer would",
+    "quantizer=lsq bits=1": "config: quantizer=lsq: 1 bit has the levels -step and 0 for signed",
     "quantizer=adq bits=1": "config: quantizer=adq: a codebook with zero needs at least 2 bits",
     "bitwidth=pattern bitwidth.patterns=[{match:3,weight:2}]": f"{POLICY}pattern: '3' matches no",
     # the quantizer

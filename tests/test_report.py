@@ -22,6 +22,7 @@ from qexp.errors import ConfigError, RunError
 from qexp.report.command import EXAMPLES, main
 from qexp.report.runs import flatten, read_runs
 from qexp.report.shipped import shipped
+from qexp.report.tables import make_tables
 from qexp.report.variants import name_variants
 
 PROTOCOL = {
@@ -359,8 +360,10 @@ def test_an_option_that_a_run_lacks_is_named_by_its_default_or_not_at_all() -> N
 
 
 def test_a_mix_of_parts_and_its_config_in_one_word_are_one_row(tmp_path, capsys) -> None:
-    make_run(tmp_path, "pair", method="lsq+asq", quantizer={"name": "asq", "weight": {"init": 1}})
-    make_run(tmp_path, "word", method="lsq+asq", quantizer={"weight": {"init": 1}}, seed=1)
+    make_run(
+        tmp_path, "pair", method="lsq+asq", quantizer={"name": "asq", "weight": {"init": "mse"}}
+    )
+    make_run(tmp_path, "word", method="lsq+asq", quantizer={"weight": {"init": "mse"}}, seed=1)
     assert [(row["method"], row["n"]) for row in rows(capsys, tmp_path)] == [("lsq+asq", "2")]
 
 
@@ -388,6 +391,56 @@ def test_a_name_alone_is_the_config_that_is_shipped_under_it(tmp_path, capsys) -
     options = [f"[{both}]", f"[{tau[0]}, {both}]", f"[{tau[1]}, {after}]", f"[{tau[2]}]"]
     names = {f"aquant {text}" for text in options}  # without options there is none
     assert {row["method"] for row in rows(capsys, tmp_path)} == names
+
+
+def test_an_option_that_is_not_shipped_is_named_in_a_row_alone_too(tmp_path, capsys) -> None:
+    lsq, none = ({"_target_": f"qexp.quant.lsq.{c}"} for c in ("LSQ", "Other"))
+    make_run(tmp_path, "a", quantizer={"weight": lsq | {"init": "lsq"}})
+    make_run(tmp_path, "b", bits=2, quantizer={"weight": none | {"init": "own"}})
+    names = {row["bits"]: row["method"] for row in rows(capsys, tmp_path)}
+    assert names == {
+        "W4A4": "lsq [quantizer.weight.init=lsq]",  # shipped with mse
+        "W2A2": "lsq [quantizer.weight=Other]",  # whose options the shipped class says nothing of
+    }
+
+
+def test_a_float_start_stands_with_the_runs_that_started_from_it(tmp_path, capsys) -> None:
+    scratch = {**PROTOCOL, "epochs": 200, "from_scratch": True, "float_sha256": None}
+    for name, sha256, quantized in (("a", "f00", 1), ("b", "f01", 3)):
+        made = make_run(
+            tmp_path,
+            f"{name}/start",
+            method="fp32",
+            bits=32,
+            protocol=scratch,
+            top1=90.0 + quantized,
+        )
+        result = json.loads((made / "result.json").read_text())
+        result["protocol_hash"] = f"start {name}"
+        if name == "a":
+            (made / "checkpoints.json").write_text(json.dumps({"last.pt": sha256}))
+        else:
+            result["weights_sha256"] = sha256
+        (made / "result.json").write_text(json.dumps(result))
+        for seed in range(quantized):
+            own = {**PROTOCOL, "float_sha256": sha256}
+            make_run(tmp_path, f"{name}/{seed}", bits=2 + seed, protocol=own, protocol_hash=sha256)
+    tables = make_tables(read_runs([tmp_path]), [])
+    held = {
+        t.protocol_hash: [row.top1.mean for row in t.rows if row.first.is_float] for t in tables
+    }
+    assert held == {"f00": [91.0], "f01": [93.0]}
+    found = rows(capsys, tmp_path, "--group", "dataset,model")
+    flags = {row["top1_mean"]: row["flags"] for row in found if row["method"] == "fp32"}
+    assert flags["93.0"] == "float start, trained from scratch"
+    assert flags["91.0"].endswith("trained from scratch; these started from another network")
+
+
+def test_a_float_start_of_nobody_here_has_a_table_of_its_own(tmp_path) -> None:
+    scratch = {**PROTOCOL, "epochs": 200, "from_scratch": True, "float_sha256": None}
+    make_run(tmp_path, "a", method="fp32", bits=32, protocol=scratch, weights_sha256="f09")
+    make_run(tmp_path, "b")
+    assert [len(t.rows) for t in make_tables(read_runs([tmp_path]), [])] == [1, 1]
 
 
 def test_what_a_name_stands_for_is_what_hydra_composes() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,19 @@ def test_a_float_control_stands_beside_all_widths_and_a_start_beside_none(tmp_pa
     seeds(start, "lsq", LSQ)
     seeds(start, "fp32", (92.0,), bits=32, protocol={**PROTOCOL, "from_scratch": True})
     assert compare(table(start), "fp32") == []
+
+
+def test_a_run_without_protocol_or_config_is_no_base_and_in_no_comparison(tmp_path: Path) -> None:
+    seeds(tmp_path, "lsq", LSQ)
+    seeds(tmp_path, "asq", ASQ)
+    lost = make_run(tmp_path, "lost", quantizer={"weight": {"per_channel": True}}, seed=7)
+    (lost / "config.yaml").unlink()
+    unknown = make_run(tmp_path, "unknown", method="adq")
+    told = json.loads((unknown / "result.json").read_text())
+    (unknown / "result.json").write_text(json.dumps({**told, "protocol": {}, "protocol_hash": ""}))
+    made = compare(table(tmp_path, "dataset", "model"), "lsq")
+    assert [(c.row.name, c.base.counted[0].seed) for c in made if c.seeds] == [("asq", 0)]
+    assert "adq" not in {c.row.name for c in made}
 
 
 def test_differences_that_are_all_the_same_have_neither_interval_nor_p(tmp_path: Path) -> None:

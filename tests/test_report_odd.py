@@ -106,6 +106,8 @@ def test_runs_without_protocol_config_commit_or_seed_are_flagged_and_all_count(
         ({"protocol": "oops"}, "result.json holds no mapping under 'protocol'"),
         ({"health": [1]}, "result.json holds no mapping under 'health'"),
         ({"bits": {"weight_by_param": "two"}}, "result.json holds no number under 'bits.weight_"),
+        ({"top1": 10**400}, "result.json holds no finite top1"),
+        ({"top1": 1e308}, "result.json holds no top1 in percent"),
     ],
 )
 def test_a_field_of_another_kind_fails_one_run_and_not_the_report(
@@ -118,6 +120,31 @@ def test_a_field_of_another_kind_fails_one_run_and_not_the_report(
     (row,) = rows(capsys, tmp_path)
     assert row["n"] == "1"
     assert f"seed 1 failed: {line}" in row["flags"]
+
+
+def test_a_result_without_end_and_a_seed_that_is_none_fail_one_run(tmp_path, capsys) -> None:
+    make_run(tmp_path, "sound")
+    deep, odd = make_run(tmp_path, "deep", seed=1), make_run(tmp_path, "odd", seed=2)
+    (deep / "result.json").write_text("[" * 100_000)
+    told = json.loads((odd / "result.json").read_text())
+    (odd / "result.json").write_text(json.dumps({**told, "seed": [2]}))
+    with (deep / "metrics.jsonl").open("a") as file:
+        file.write("[1, 2]\n")
+    (row,) = rows(capsys, tmp_path)
+    assert row["n"] == "1"
+    assert "seed 1 failed: result.json holds no finite top1" in row["flags"]
+    assert "seed [2] failed: result.json holds no number under 'seed'" in row["flags"]
+    assert main([str(tmp_path), "--format", "html", "--out", str(tmp_path / "page.html")]) == 0
+
+
+def test_runs_without_a_protocol_are_one_row_only_if_their_configs_agree(tmp_path, capsys) -> None:
+    for seed, epochs in enumerate((10, 10, 3)):
+        folder = make_run(tmp_path, str(seed), seed=seed, protocol={"epochs": epochs})
+        told = json.loads((folder / "result.json").read_text())
+        (folder / "result.json").write_text(
+            json.dumps({**told, "protocol": None, "protocol_hash": None})
+        )
+    assert sorted(row["n"] for row in rows(capsys, tmp_path)) == ["1", "2"]
 
 
 def test_a_count_that_is_null_is_none(tmp_path, capsys) -> None:

@@ -313,10 +313,11 @@ def test_a_damaged_checkpoint_says_that_the_run_can_start_over(qexp: Qexp, tmp_p
     last.write_bytes(last.read_bytes()[:2000])
     said = qexp("resume", "run")
     assert said.err == (
-        "resume: run/last.pt is truncated or damaged (2000 bytes). Delete it and the run starts "
-        "over: rm run/last.pt; qexp resume run\n"
+        "resume: run/last.pt is truncated or damaged (2000 bytes). best.pt has the best epoch's "
+        "network. Delete it and the run starts over: rm run/last.pt; qexp resume run\n"
     )
     assert said.code == 1
+    assert "or take the best epoch's: run/best.pt" in qexp("eval", "run=run", "device=cpu").err
     torch.save({"conv1.weight": torch.zeros(1)}, last)
     said = qexp("resume", "run")
     foreign = "run/last.pt is no checkpoint of a run. Delete it and the run starts over."

@@ -297,7 +297,10 @@ def _named_dataset(data: Any, device: torch.device, root: str | None) -> Any:
         )
     for key in ("mean", "std"):
         if len(data[key]) != len(node.get(key) or ()):
-            raise CheckpointError(f"export: the file's {key} is not that of '{data['name']}'.")
+            raise CheckpointError(
+                f"export: the file's {key} is not that of '{data['name']}'. Give the run it was "
+                "trained in: run=FOLDER"
+            )
         node[key] = data[key]
     if "resize" in data and "resize" in node:
         node.resize = data["resize"]

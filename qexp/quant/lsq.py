@@ -35,7 +35,7 @@ LSQ+ adds a learned offset to activations that are not one-sided (Swish):
 Departs from the papers:
  1. scale is kept >= 1.2e-7 in the forward; its gradient passes the guard. The paper has none.
  2. `per_channel: true` (weights) is not in LSQ. It is the control that ASQ's own code uses.
- 3. At 1 bit signed, qmax = 0: g uses max(qmax, 1).
+ 3. Signed values of 1 bit are refused: Qn = -1 and Qp = 0 leave no positive level.
  4. The configs start from the squared error (above), except for the first and last layer's 8 bits.
     There the error's step is five times smaller than the paper's (by hand), inputs that outgrow
     it are clipped, and a clipped input moves the ceiling qmax * scale by qmax^1.5: at lr 0.05 the
@@ -107,6 +107,11 @@ class LSQ(Quantizer):
         init: Literal["lsq", "mse"] = "lsq",
     ) -> None:
         super().__init__(bits, signed=signed, shape=shape)
+        if signed and bits == 1:
+            raise ValueError(
+                "1 bit has the levels -step and 0 for signed values; at least 2 bits, or "
+                "quantizer/weight=dorefa, which has one of either sign"
+            )
         self.per_channel = per_channel
         self.count: Count = count
         self.init = init

@@ -3,7 +3,8 @@
 `model.checkpoint` is a path, a torchvision weights name, or `auto`. `auto` looks for a finished
 float run with the same data set, model and float recipe (`float.*`) and seed 0 under `out`, and
 trains one there if there is none; all methods and seeds of a comparison so share one start.
-Concurrent jobs wait for the one that trains. One of its own that was interrupted it goes on with,
+`max_steps` ends it early too, but a whole one that is there already is taken before. Concurrent
+jobs wait for the one that trains. One of its own that was interrupted it goes on with,
 as that run was begun; a run that somebody else began it leaves alone.
 """
 
@@ -115,7 +116,7 @@ def float_checkpoint(cfg: DictConfig, run: Run, contents: str | None = None) -> 
     folder = _folder(cfg)
     folder.mkdir(parents=True, exist_ok=True)
     with _lock(folder / f".{wanted}.lock"):
-        found = find(folder, wanted)
+        found = _whole_or_cut(sub, folder, contents)
         if found is not None:
             run.info(f"float baseline: {found}")
             return found / "last.pt"
@@ -123,6 +124,8 @@ def float_checkpoint(cfg: DictConfig, run: Run, contents: str | None = None) -> 
         if begun is None:
             known = f"{cfg.dataset.name}-{cfg.model.name}"
             run.info(f"float baseline: none yet for {known}, training it")
+            if cfg.max_steps is not None:
+                run.warn(f"max_steps={cfg.max_steps} ends the float baseline early too")
         else:
             run.info(f"float baseline: {begun} was interrupted, going on with it")
             sub = begun_config(begun, sub)
@@ -138,8 +141,16 @@ def trained_checkpoint(cfg: DictConfig, contents: str | None = None) -> str | No
     Args:
         contents: see `fingerprint`.
     """
-    run = find(_folder(cfg), fingerprint(float_config(cfg), contents))
+    run = _whole_or_cut(float_config(cfg), _folder(cfg), contents)
     return None if run is None else str(run / "last.pt")
+
+
+def _whole_or_cut(cfg: DictConfig, folder: Path, contents: str | None) -> Path | None:
+    """The float run of a config of one, rather one that `max_steps` did not end early."""
+    whole = OmegaConf.merge(cfg, {"max_steps": None})
+    assert isinstance(whole, DictConfig)
+    found = find(folder, fingerprint(whole, contents))
+    return found or (None if cfg.max_steps is None else find(folder, fingerprint(cfg, contents)))
 
 
 def _folder(cfg: DictConfig) -> Path:

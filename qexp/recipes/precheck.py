@@ -65,6 +65,11 @@ def precheck(cfg: DictConfig, data: Sizes | None = None) -> None:
     with torch.random.fork_rng(devices=[]):
         cpu = torch.device("cpu")
         sizes: Sizes = build.make_dataset(cfg, cpu) if data is None else data
+        if sizes.num_classes < 2:
+            raise ConfigError(
+                f"config: dataset={cfg.dataset.name} has images of one class: every answer would "
+                "be right. Give it a second one."
+            )
         model = build.make_model(cfg, sizes, cpu)
         try:
             with giving_logits(cfg, model, sizes.num_classes):

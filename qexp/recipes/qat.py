@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from qexp.errors import ConfigError, DataError, quoted
+from qexp.models.digest import weights_sha256
 from qexp.models.load import load_tensors_
 from qexp.models.opened import own_names
 from qexp.quant.convert import Bits, calibrate_, check_calibrated, quantizers, shared_weights
@@ -188,6 +189,8 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
         load_tensors_(model, average.state)
     fields = outcome.protocol(cfg, asdict(s), dataset, start.record(), run.segments)
     measured = outcome.measured(state, dataset, s.epochs)
+    if build.is_float(cfg):  # so that runs which start from it are known
+        measured["weights_sha256"] = weights_sha256(last)
     fp32_top1 = measured["top1"] if build.is_float(cfg) and s.from_scratch else start.top1
     if s.plots:
         picture.draw(run, cfg, model, state["before"], images[:OBSERVED_IMAGES], state["history"])

@@ -80,7 +80,8 @@ def _passes(method: Method) -> Iterator[str]:
         yield "quantizer.reconstruct.step_inputs is not used: there is no second pass"
     if method.drop > 0 and not method.quantized_inputs:
         yield (
-            "quantizer.reconstruct.drop is not used: quantizer.reconstruct.quantized_inputs is false"
+            "quantizer.reconstruct.drop is not used: "
+            "quantizer.reconstruct.quantized_inputs is false"
         )
     if method.biases != "joint" and method.bias_lr == 0:
         yield "quantizer.reconstruct.biases is not used: quantizer.reconstruct.bias_lr is 0"

@@ -84,9 +84,9 @@ def check_finite(model: nn.Module, losses: Tensor, epoch: int, saved: int = 0) -
 
 
 def unlearned(model: nn.Module, method: Method, rates: Mapping[str, float]) -> list[str]:
-    """What activation quantizers have that a reconstruction of borders leaves out, for want of a rate.
+    """What activation quantizers have that a reconstruction of borders has no rate for, by name.
 
-    By name, of `adapter.0.weight`: `adapter`.
+    Of `adapter.0.weight` the name is `adapter`.
     """
     if method.granularity == "none" or method.borders == "fixed":
         return []

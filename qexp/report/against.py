@@ -105,7 +105,10 @@ def compare(table: Table, name: str) -> list[Comparison]:
     """Every finished row of the table's protocol beside the row `name` at its bits."""
     fit = [row for row in table.rows if row.counted and row.protocol_hash not in table.others]
     fit = [row for row in fit if not is_start(row, table.protocol)]
-    bases = {_case(row): row for row in fit if row.name == name}
+    if table.protocol:  # of a run that recorded none nobody knows what it is comparable with
+        fit = [row for row in fit if row.compared()]
+    # Of rows of one name, as of a run whose config is lost, the one that is known is the base.
+    bases = {_case(row): row for row in sorted(fit, key=_known) if row.name == name}
     made = []
     for row in fit:
         base = bases.get(_case(row)) or bases.get((*_network(row), "float"))
@@ -114,6 +117,11 @@ def compare(table: Table, name: str) -> list[Comparison]:
     for bits in {c.row.bits for c in made}:
         _allow_for_all([c for c in made if c.row.bits == bits])
     return made
+
+
+def _known(row: Row) -> bool:
+    """Whether every run of a row has its config."""
+    return all(run.config for run in row.counted)
 
 
 def _network(row: Row) -> tuple[str, str]:

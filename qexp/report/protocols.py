@@ -61,7 +61,7 @@ def place(rows: Sequence[Row]) -> list[str]:
         quantized = [r for r in near if not r.first.is_float]
         if row.counted:
             fit = [r for r in quantized if not _differ(r, row)]
-            fit = fit or [r for r in quantized if is_start(row, r.first.protocol)]
+            fit = fit or _started_from(row, quantized)
         else:
             fit = [r for r in near if _same_recipe(r.first, row.first)]
         if fit:
@@ -71,10 +71,13 @@ def place(rows: Sequence[Row]) -> list[str]:
 
 
 def _own(row: Row) -> str:
-    if row.counted:
-        return row.protocol_hash
-    told = sorted(_recipe(row.first).items())
-    return f"unfinished {hashlib.sha256(json.dumps(told, default=str).encode()).hexdigest()}"
+    return row.protocol_hash if row.counted and row.protocol_hash else told_protocol(row.first)
+
+
+def told_protocol(run: RunRecord) -> str:
+    """Hash of what the config says of the protocol, for a run that has recorded none."""
+    told = sorted(_recipe(run).items())
+    return f"unrecorded {hashlib.sha256(json.dumps(told, default=str).encode()).hexdigest()}"
 
 
 def _network(row: Row) -> tuple[str, str]:
@@ -89,6 +92,20 @@ def is_start(row: Row, protocol: Mapping[str, Any]) -> bool:
     """Whether this is a float network the others may start from: its recipe differs by design."""
     own = row.first.is_float and row.first.protocol.get("from_scratch")
     return bool(own) and not protocol.get("from_scratch")
+
+
+def started(row: Row, protocol: Mapping[str, Any]) -> bool | None:
+    """Whether runs of a protocol started from one of this row's networks; None: nobody recorded."""
+    known = {sha256 for run in row.counted for sha256 in run.weights_sha256}
+    wanted = protocol.get("float_sha256")
+    return None if not known or wanted is None else wanted in known
+
+
+def _started_from(row: Row, quantized: Sequence[Row]) -> list[Row]:
+    """Those of `quantized` that may have started from the row; if it is known, those that did."""
+    may = [r for r in quantized if is_start(row, r.first.protocol)]
+    did = [r for r in may if started(row, r.first.protocol)]
+    return did or [r for r in may if started(row, r.first.protocol) is None]
 
 
 def _recipe(run: RunRecord) -> dict[str, Any]:

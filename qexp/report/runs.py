@@ -29,6 +29,7 @@ from qexp.runner.folder import (
     read_status,
 )
 
+CHECKPOINTS = "checkpoints.json"  # beside committed results: hashes of the weights
 LAYER_NUMBERS = ("w_bits", "a_bits", "size_bytes")
 MAPPINGS = ("protocol", "bits", "health")  # fields of result.json that are read into
 UNIFORM = (None, "float", "uniform", "progressive")  # policies that end at one width for all
@@ -147,6 +148,13 @@ class RunRecord:
         kept = {k: v for k, v in flatten(self.config) if not _is_place(k)}
         return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
 
+    @cached_property
+    def weights_sha256(self) -> list[str]:
+        """Of the network it left, as `float_sha256` of runs that start from it has it."""
+        kept = read_json(self.folder / CHECKPOINTS)
+        found = [self.result.get("weights_sha256"), kept.get("last.pt"), kept.get("best.pt")]
+        return [str(sha256) for sha256 in found if sha256]
+
     def layers(self) -> list[dict[str, str]]:
         """Rows of layers.csv without those that are damaged; none when it is not there."""
         path = self.folder / "layers.csv"
@@ -164,6 +172,8 @@ class RunRecord:
                 event = json.loads(line)
             except ValueError:
                 continue  # the line a killed run was writing
+            if not isinstance(event, dict):
+                continue
             if event.get("event") == "epoch" and isinstance(event.get("epoch"), int):
                 found[event["epoch"]] = event
         return [found[epoch] for epoch in sorted(found)]
@@ -212,8 +222,12 @@ def read_run(folder: Path) -> RunRecord:
 
 def _wrong(result: Mapping[str, Any]) -> str:
     """What keeps a result from being shown; empty for a sound one."""
-    if not _finite(result.get("top1")):
+    if not _finite(top1 := result.get("top1")):
         return "holds no finite top1"
+    if not 0 <= top1 <= 100:
+        return "holds no top1 in percent"
+    if not isinstance(result.get("seed"), (int, str, type(None))):
+        return "holds no number under 'seed'"
     for key in MAPPINGS:
         if not isinstance(result.get(key) or {}, Mapping):
             return f"holds no mapping under '{key}'"
@@ -224,8 +238,9 @@ def _wrong(result: Mapping[str, Any]) -> str:
 
 
 def _finite(value: Any) -> bool:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and math.isfinite(value)
+    if isinstance(value, int):  # one of more digits than a float has is none either
+        return not isinstance(value, bool) and abs(value) < 2**1000
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def _is_whole(row: Mapping[str | None, Any]) -> bool:

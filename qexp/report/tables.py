@@ -20,7 +20,7 @@ from typing import Any
 
 from qexp.report.flags import flag_
 from qexp.report.papers import Paper
-from qexp.report.protocols import is_start, label_, place, recipe_of
+from qexp.report.protocols import is_start, label_, place, recipe_of, started, told_protocol
 from qexp.report.rows import Row, Table
 from qexp.report.runs import RunRecord
 from qexp.report.shipped import shipped
@@ -77,7 +77,7 @@ def _key(run: RunRecord) -> tuple[Any, ...]:
     widths = () if not run.uniform else (run.width("weight"), run.width("act"))
     variant = tuple(sorted((k, str(v)) for k, v in run.variant.items()))
     names = (run.dataset, run.model, run.method, run.policy)
-    return (*names, *widths, variant, run.protocol_hash)
+    return (*names, *widths, variant, run.protocol_hash or told_protocol(run))
 
 
 def _row(runs: Sequence[RunRecord]) -> Row:
@@ -134,7 +134,9 @@ def _compare(table: Table) -> None:
     table.protocol = reference.compared()
     for row in known:
         if is_start(row, table.protocol):
-            row.flags.append("float start, trained from scratch")
+            did = started(row, table.protocol)
+            other = "" if did in (True, None) else "; these started from another network"
+            row.flags.append(f"float start, trained from scratch{other}")
             continue
         differing = differences(table.protocol, row.compared(), is_float=row.first.is_float)
         if differing:

@@ -60,20 +60,24 @@ def name_variants(
 ) -> list[str]:
     """For each variant the options in which it differs from the `shipped` config, `option=value`.
 
-    Where no variant is as shipped, it is named by what differs from most of the others, and where
-    no value is commonest, the class's default has no name. A part of another class
-    (`quantizer.weight=POST`) is named by it, and its further options are compared among parts of
-    that class alone. An option that a variant lacks, as code from before had it, is at its class's
-    default; where that is not known, lacking it is the usual and has no name.
+    An option that the shipped config does not know is named where it differs from most of the
+    others, and where no value is commonest, where it is not the class's default. A part of another
+    class than the shipped one (`quantizer.weight=POST`) is named by it, and its further options are
+    compared among parts of that class alone. An option that a variant lacks, as code from before
+    had it, is at its class's default; where that is not known, lacking it is the usual and has no
+    name.
     """
     shown: list[list[str]] = [[] for _ in variants]
     known = [i for i, variant in enumerate(variants) if variant]  # of a run without config, nothing
+    shipped = shipped or {}
     for key in dict.fromkeys(k for variant in variants for k in variant):
         part, _, option = key.rpartition(".")
         named_by_class = option == TARGET
         for alike in [known] if named_by_class else _by_class(variants, part, known):
             values = {i: str(variants[i].get(key, default_of(variants[i], key))) for i in alike}
-            usual = _usual([*values.values()], str((shipped or {}).get(key, ABSENT)))
+            ours = shipped.get(f"{part}.{TARGET}")
+            same = named_by_class or variants[alike[0]].get(f"{part}.{TARGET}", ours) == ours
+            usual = _usual([*values.values()], str(shipped.get(key, ABSENT)) if same else ABSENT)
             if usual is None:
                 usual = str(default_of(variants[alike[0]], key))
             for i, value in values.items():
@@ -95,7 +99,9 @@ def _by_class(
 
 def _usual(values: Sequence[str], shipped: str) -> str | None:
     """The value that has no name: none, else the shipped one, else the commonest."""
-    return next((v for v in (ABSENT, shipped) if v in values), commonest(values))
+    if ABSENT in values:
+        return ABSENT
+    return commonest(values) if shipped == ABSENT else shipped
 
 
 def commonest(values: Sequence[str]) -> str | None:

@@ -44,9 +44,11 @@ def load(path: Path, map_location: str | torch.device = "cpu") -> dict[str, Any]
         ) from error
     except Exception as error:  # each reader of torch.load raises its own kinds
         size = path.stat().st_size
+        best = path.with_name("best.pt")
+        other = f", or take the best epoch's: {best}" if path != best and best.is_file() else ""
         raise CheckpointError(
             f"checkpoint: '{path}' is truncated or not a checkpoint ({size} bytes). "
-            "Copy or download it again."
+            f"Copy or download it again{other}."
         ) from error
     if not isinstance(state, dict):
         raise CheckpointError(

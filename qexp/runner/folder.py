@@ -109,7 +109,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in `path`; empty when it is missing or unreadable."""
     try:
         value = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
