@@ -334,11 +334,12 @@ def test_the_gradient_of_the_means_is_the_same_in_either_memory_order(dtype: tor
         ({"dequantize": "none"}, "dequantize must be scaled or plain, got 'none'"),
         ({"reduction": 0}, "reduction must be at least 1, got 0"),
         ({"shape": ()}, "ASQ needs the shape"),
+        ({"bits": 1, "signed": True}, "ASQ needs at least 2 bits for signed inputs, got 1"),
     ],
 )
 def test_wrong_options_are_named(own: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ASQ(4, **{"shape": FIELD, **own})  # type: ignore[arg-type]
+        ASQ(**{"bits": 4, "shape": FIELD, **own})  # type: ignore[arg-type]
 
 
 def test_all_zero_sample_meets_the_smallest_factor_and_step() -> None:

@@ -179,6 +179,8 @@ class ASQ(Quantizer):
             raise ValueError(f"leak must be in [0, 1), got {leak!r}")
         if reduction < 1:
             raise ValueError(f"reduction must be at least 1, got {reduction!r}")
+        if signed and bits == 1:
+            raise ValueError("ASQ needs at least 2 bits for signed inputs, got 1")
         if not shape:
             raise ValueError("ASQ needs the shape [C, kh, kw] or [C] of the layer's input")
         self.factor: Factor = factor
