@@ -224,7 +224,7 @@ def _wrong(result: Mapping[str, Any]) -> str:
     """What keeps a result from being shown; empty for a sound one."""
     if not _finite(top1 := result.get("top1")):
         return "holds no finite top1"
-    if not 0 <= top1 <= 100:
+    if not 0 <= float(top1 or 0) <= 100:
         return "holds no top1 in percent"
     if not isinstance(result.get("seed"), (int, str, type(None))):
         return "holds no number under 'seed'"
