@@ -16,6 +16,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,17 +56,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     os.environ["HYDRA_FULL_ERROR"] = "1"
     os.environ["QEXP_COMMAND"] = shlex.join(["qexp", *arguments])
-    try:
-        code = _exit_code(arguments)
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError as error:  # `qexp ls | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _complain(describe(error)) if hasattr(error, "run_folder") else 0  # a run ended so
+    code = _exit_code(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:  # `qexp ls | head`: who reads has seen enough, the code stands
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return code
 
 
 def _exit_code(argv: list[str]) -> int:
-    """Run, and say what went wrong; a closed pipe passes through."""
+    """Run, and say what went wrong; a closed pipe is an error of a run alone."""
     try:
         return _dispatch(argv)
     except SystemExit as exit_:  # argparse, and Hydra's --help
@@ -73,8 +74,8 @@ def _exit_code(argv: list[str]) -> int:
     except KeyboardInterrupt as error:
         _complain(_how_to_continue(error))
         return 130
-    except BrokenPipeError:
-        raise
+    except BrokenPipeError as error:
+        return _complain(describe(error)) if hasattr(error, "run_folder") else 0
     except Exception as error:
         if os.environ.get("QEXP_TRACEBACK"):
             traceback.print_exc()
@@ -99,13 +100,15 @@ def _how_to_continue(error: KeyboardInterrupt) -> str:
     from qexp import sweep
 
     folder = getattr(error, "run_folder", None)
-    commands = sweep.to_continue() or ([f"qexp resume {quoted(folder)}"] if folder else [])
+    given = "".join(f" {quoted(o)}" for o in getattr(error, "overrides", ()))
+    commands = sweep.to_continue() or ([f"qexp resume {quoted(folder)}{given}"] if folder else [])
     return f"interrupted. Continue with: {'; '.join(commands)}" if commands else "interrupted."
 
 
 def _complain(text: str) -> int:
     red = sys.stderr.isatty() and "NO_COLOR" not in os.environ
-    sys.stderr.write(f"\033[31m{text}\033[0m\n" if red else f"{text}\n")
+    with suppress(BrokenPipeError):  # `2>&1 | tee log`, and Ctrl-C ended tee
+        sys.stderr.write(f"\033[31m{text}\033[0m\n" if red else f"{text}\n")
     return 1
 
 
@@ -118,13 +121,13 @@ def _dispatch(argv: list[str]) -> int:
         return 0
     if argv[0] in ("-sc", "--shell-completion", "--shell_completion"):
         return _completion(argv[1:])
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a `_target_` may be the user's, in the folder he works in
     if argv[0] in TOOLS:
         return _tool(argv[0])(argv[1:])
     if argv[1:2] in (["-h"], ["--help"]) and (names := _commands_below(argv[0])):
         print("\n".join(f"usage: qexp {name} [key=value ...]" for name in names))
         return 0
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # a `_target_` may be the user's, in the folder he works in
     name, rest = command_of(argv)
     return run_task(name, rest)
 

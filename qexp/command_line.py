@@ -22,8 +22,8 @@ class Line(NamedTuple):
     @property
     def is_dry(self) -> bool:
         """Whether it asks for a plan alone."""
-        pattern = r"\+*dry_run=(true|1|yes)"
-        return any(re.fullmatch(pattern, o, re.IGNORECASE) for o in self.overrides)
+        said = [o.partition("=")[2] for o in self.overrides if re.match(r"\+*dry_run=", o)]
+        return bool(said) and said[-1].lower() in ("true", "1", "yes")  # the last one counts
 
 
 def parse(argv: Sequence[str]) -> Line:

@@ -160,7 +160,7 @@ def run_job(task: Callable[[DictConfig], dict[str, Any]], cfg: DictConfig) -> fl
     try:
         line.update(task(cfg))
     except BaseException as error:
-        stopped = isinstance(error, KeyboardInterrupt)
+        stopped = isinstance(error, (KeyboardInterrupt, SystemExit))  # a launcher may exit so
         if os.environ.get("QEXP_TRACEBACK") and not stopped:
             traceback.print_exception(error)
         line.update(status="interrupted" if stopped else "failed", error=one_line(error))
@@ -182,9 +182,11 @@ def done(cfg: DictConfig) -> dict[str, Any] | None:
     if folder is None:
         return None
     result = read_json(folder / "result.json")
+    from qexp.recipes.same_images import replaced_images
     from qexp.recipes.start import replaced_file
 
-    if file := replaced_file(cfg, result.get("protocol") or {}):
+    protocol = result.get("protocol") or {}
+    if file := replaced_file(cfg, protocol) or replaced_images(cfg, protocol):
         print(f"not skipped: {file} has changed since {folder} was done", flush=True)
         return None
     print(f"skipped: {' '.join(task_overrides())} is done in {folder}", flush=True)
@@ -258,7 +260,8 @@ def summary() -> str:
     jobs = [job for job in jobs if job["status"] != "planned"]
     if not jobs:
         return ""
-    print(table(jobs))
+    with suppress(BrokenPipeError):  # `| head`: what failed is returned all the same
+        print(table(jobs), flush=True)
     names = zip(jobs, varying(jobs), strict=True)
     failed = [name for job, name in names if job["status"] == "failed"]
     if not failed:

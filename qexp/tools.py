@@ -174,11 +174,13 @@ def _resume_sweep(folder: Path, overrides: Sequence[str]) -> int:
             _resume_run(run, overrides)
         except KeyboardInterrupt as error:
             error.run_folder = folder  # type: ignore[attr-defined]  # read by cli.py
+            error.overrides = overrides  # type: ignore[attr-defined]  # runs not yet taken lack them
             raise
         except Exception as error:
             from qexp.cli import describe
 
-            print(describe(error), flush=True)
+            with suppress(BrokenPipeError):
+                print(describe(error), flush=True)
             failed.append(str(run))
     if failed:
         raise RunError(f"resume: {len(failed)} of {len(unfinished)} failed: {'; '.join(failed)}.")

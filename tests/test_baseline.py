@@ -101,6 +101,17 @@ def test_a_baseline_that_has_come_to_no_end_is_gone_on_with(tmp_path: Path, stat
     assert interrupted(tmp_path, wanted) == (mine if over else None)
 
 
+def test_a_baseline_that_was_gone_on_with_otherwise_is_left_alone(tmp_path: Path) -> None:
+    cfg, longer = float_config(tiny(tmp_path)), float_config(tiny(tmp_path, "float.epochs=9"))
+    wanted = fingerprint(cfg)
+    segment = {"from": {"recipe.epochs": 2}, "to": {"recipe.epochs": 9}}
+    float_run(tmp_path / f"{AUTO}{wanted}", longer, "interrupted")
+    float_run(tmp_path / f"{AUTO}{wanted}-2", cfg, "interrupted", segments=[segment])
+    assert interrupted(tmp_path, wanted) is None
+    mine = float_run(tmp_path / f"{AUTO}{wanted}-3", cfg, "interrupted")
+    assert interrupted(tmp_path, wanted) == mine
+
+
 def test_a_run_whose_config_is_damaged_is_passed_over(tmp_path: Path) -> None:
     cfg = float_config(tiny(tmp_path))
     wanted = fingerprint(cfg)

@@ -17,8 +17,10 @@ import standin
 import torch
 from compose import TINY, TINY_PTQ
 from conftest import Qexp
+from omegaconf import OmegaConf
 
 from qexp import __version__, sweep, tools
+from qexp.command_line import parse
 from qexp.config import configs_dir
 from qexp.runner.folder import find_runs, owner, read_json, read_status
 
@@ -291,7 +293,8 @@ def test_ctrl_c_in_a_resumed_sweep_says_how_to_go_on_with_all_of_it(tiny: Qexp, 
     (sweep,) = Path("outputs/sweeps").iterdir()
     said = qexp("resume", str(sweep), "recipe.then=interrupt")
     assert said.code == 130
-    assert said.err == f"interrupted. Continue with: qexp resume {sweep}\n"
+    again = f"qexp resume {sweep} recipe.then=interrupt"  # the runs not yet taken lack it
+    assert said.err == f"interrupted. Continue with: {again}\n"
 
 
 def test_options_may_stand_anywhere(tiny: Qexp) -> None:
@@ -571,6 +574,95 @@ def test_a_reader_that_reads_no_further_is_no_error(
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("words", ["train bits=foo", "ls nowhere"])
+def test_a_closed_pipe_does_not_change_what_a_command_came_to(words: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "qexp", *words.split()]
+    done = subprocess.run(command, stdout=writer, stderr=writer)  # `2>&1 | true`
+    os.close(writer)
+    assert done.returncode == 2
+
+
+def test_an_interruption_whose_line_nobody_reads_is_one(
+    qexp: Qexp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`2>&1 | tee log`: Ctrl-C ends tee too."""
+
+    def ends(argv: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    class Closed:
+        def write(self, text: str) -> None:
+            raise BrokenPipeError
+
+        def flush(self) -> None:
+            pass
+
+        def isatty(self) -> bool:
+            return False
+
+    monkeypatch.setattr(tools, "ls", ends)
+    monkeypatch.setattr(sys, "stderr", Closed())
+    assert qexp("ls").code == 130
+
+
+def test_a_sweep_whose_table_nobody_reads_names_its_failed_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [{"overrides": [f"seed={s}"], "status": "failed"} for s in (0, 1)]
+    (tmp_path / sweep.JOBS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(sweep, "_folder", tmp_path)
+
+    def closed(text: str, **more: Any) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", closed)
+    assert sweep.summary().startswith("sweep: 2 of 2 jobs failed: seed=0; seed=1.")
+
+
+def test_a_launcher_may_end_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As submitit does where a job is preempted: nobody may take it for done."""
+    monkeypatch.setattr(sweep, "_jobs", lambda: tmp_path / sweep.JOBS)
+    monkeypatch.setattr(sweep, "task_overrides", lambda: ["seed=0"])
+
+    def task(cfg: Any) -> dict[str, Any]:
+        raise SystemExit(-1)
+
+    with pytest.raises(SystemExit):
+        sweep.run_job(task, OmegaConf.create())
+    assert [job["status"] for job in sweep.read_jobs(tmp_path)] == ["interrupted"]
+
+
+def test_an_interrupted_resume_of_a_sweep_is_continued_with_its_words(
+    qexp: Qexp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "S" / "run").mkdir(parents=True)
+    job = {"overrides": ["seed=0"], "status": "interrupted", "folder": "S/run"}
+    (tmp_path / "S" / sweep.JOBS).write_text(json.dumps(job) + "\n")
+
+    def stop(folder: Path, overrides: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tools, "_resume_run", stop)
+    said = qexp("resume", "S", "recipe.epochs=40", "recipe.milestones=[0.1, 0.2]")
+    again = "qexp resume S recipe.epochs=40 'recipe.milestones=[0.1, 0.2]'"
+    assert (said.code, said.err) == (130, f"interrupted. Continue with: {again}\n")
+
+
+def test_a_resume_finds_what_lies_in_the_working_folder(
+    qexp: Qexp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(tmp_path))])
+    assert qexp("resume", "nowhere").code == 2
+    assert str(tmp_path) in sys.path
+
+
+def test_of_two_words_for_a_plan_the_last_counts() -> None:
+    assert parse(["-m", "dry_run=false", "dry_run=true"]).is_dry
+    assert not parse(["-m", "dry_run=true", "dry_run=false"]).is_dry
 
 
 def test_errors_are_red_on_a_terminal_that_has_colors(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
+from compose import tiny
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
@@ -16,6 +17,8 @@ from torchvision.transforms import v2
 
 from qexp.data.folder import Folder, ImageNet
 from qexp.errors import ConfigError, DataError
+from qexp.recipes import build
+from qexp.recipes.same_images import check_images, images_of, replaced_images
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -233,3 +236,38 @@ def test_training_cuts_as_large_a_part_as_told_and_mirrors_only_if_told(root: Pa
         crop, mirror, _ = folder(root, flip=flip, min_area=area)._random.transforms  # type: ignore[attr-defined]
         assert tuple(crop.scale) == (area, 1.0)
         assert mirror.p == 0.5 * flip
+
+
+PHOTOS = ("dataset=imagefolder", "dataset.crop=8", "dataset.resize=8", "dataset.workers=0")
+
+
+def test_a_done_run_of_other_images_is_not_done(tmp_path: Path) -> None:
+    write_folder(tmp_path / "photos", per_class=2)
+    words = (*PHOTOS, f"dataset.root={tmp_path / 'photos'}", "recipe.batch_size=2")
+    cfg = tiny(tmp_path, *words, base=())
+    told = {"contents": build.make_dataset(cfg, torch.device("cpu")).protocol()["contents"]}
+    assert replaced_images(cfg, told) == replaced_images(cfg, {}) == ""
+    next((tmp_path / "photos" / "val").glob("*/*")).unlink()
+    assert replaced_images(cfg, told) == "dataset=imagefolder"
+    cfg.dataset.root = str(tmp_path / "nowhere")
+    assert replaced_images(cfg, told) == ""
+
+
+def test_a_run_does_not_go_on_with_more_images_or_fewer(tmp_path: Path) -> None:
+    class Run:
+        said: ClassVar[list[str]] = []
+
+        def warn(self, text: str) -> None:
+            self.said.append(text)
+
+    root = write_folder(tmp_path / "photos", per_class=3)
+    begun = {"images": images_of(folder(root))}
+    check_images(folder(root), begun, Run())  # type: ignore[arg-type]
+    check_images(folder(root), {}, Run())  # type: ignore[arg-type]  # of an earlier version
+    assert Run.said == []
+    next((root / "val").glob("*/*")).unlink()
+    check_images(folder(root), begun, Run())  # type: ignore[arg-type]
+    assert "the images have changed since the run began" in Run.said[0]
+    next((root / "train").glob("*/*")).unlink()
+    with pytest.raises(ConfigError, match="there are 5 training images, the run began with 6"):
+        check_images(folder(root), begun, Run())  # type: ignore[arg-type]

@@ -426,7 +426,7 @@ def test_eval_of_what_is_no_run_or_of_a_damaged_one(qexp: Qexp, tmp_path: Path) 
     last.write_bytes(last.read_bytes()[:2000])
     said = qexp("eval", "run=outputs/run", *ALWAYS)
     assert said.code == 1
-    assert matches(said.err, "checkpoint: 'outputs/run/last.pt' is truncated *2000 bytes*again.")
+    assert matches(said.err, "checkpoint: 'outputs/run/last.pt' is truncated *2000 bytes*best.pt.")
     (tmp_path / "outputs" / "run" / "config.yaml").write_text("seed: 1")
     for command in ("eval", "export"):
         said = qexp(command, "run=outputs/run")

@@ -360,11 +360,11 @@ def test_code_0_is_zero_or_the_level_next_above_it(bits: int, levels: str) -> No
     )
 
 
-def test_normalised_weights_are_charged_for_mean_and_deviation_and_clip_at_three() -> None:
+def test_normalised_weights_are_charged_for_their_deviation_and_clip_at_three() -> None:
     q = APoT(4, shape=SHAPE, normalize=True, init="three_std")
     q.calibrate(weights())
     assert (q.scale == 3).all()
-    assert q.extra_bytes() == 4 * 6 + 2 * 4
+    assert q.extra_bytes() == 4 * 6 + 4
     assert APoT(4, shape=SHAPE).extra_bytes() == 4 * 6
 
 

@@ -16,7 +16,8 @@ Adapter (`factor: relu`, as released).  Means over space (tokens, windows) in fl
                                                           leaky by `leak`, 0 as released),
     Linear(C, 1), ReLU                                    below that,
     and beta_n >= 1e-8. The last weight starts from N(0, 0.01^2), its bias where beta = 1.
-    Others: `softplus` and `exp` (exp(clip(., -1, 1))) replace the last ReLU and cannot die;
+    Others replace the last ReLU: `softplus`, which has no zero, and `exp` (exp(clip(., -1, 1))),
+    which has none either but no gradient beyond the clip: it can stop there (`constant_factors`);
     `statistics`, no adapter: mean|x_n| over its running mean; `frozen`: beta = 1, which is LSQ.
 
 Gradients, e = dL/dx_hat, t = x_int - z inside [qmin, qmax], qmin below, qmax above.

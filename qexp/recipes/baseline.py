@@ -14,7 +14,7 @@ import fcntl
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +81,19 @@ def find(folder: Path, wanted: str) -> Path | None:
     return None
 
 
-def interrupted(folder: Path, wanted: str) -> Path | None:
-    """A float network that `auto` began under `folder` and that has not come to its end."""
+def interrupted(folder: Path, wanted: str, contents: str | None = None) -> Path | None:
+    """A float network that `auto` began under `folder` and that has not come to its end.
+
+    One that somebody went on with otherwise since is another network.
+    """
     for run in sorted(folder.glob(f"{AUTO}{wanted}*")):
-        ended = read_status(run).get("state") in ("dead", "interrupted", "failed")
-        if ended and (run / "last.pt").exists() and (run / "config.yaml").is_file():
-            return run
+        status = read_status(run)
+        ended = status.get("state") in ("dead", "interrupted", "failed")
+        if not ended or status.get("segments") or not (run / "last.pt").exists():
+            continue
+        with suppress(QexpError, ValueError, KeyError):  # a damaged config is nobody's
+            if fingerprint(run_config(run, "run"), contents) == wanted:
+                return run
     return None
 
 
@@ -120,7 +127,7 @@ def float_checkpoint(cfg: DictConfig, run: Run, contents: str | None = None) -> 
         if found is not None:
             run.info(f"float baseline: {found}")
             return found / "last.pt"
-        begun = interrupted(folder, wanted)
+        begun = interrupted(folder, wanted, contents)
         if begun is None:
             known = f"{cfg.dataset.name}-{cfg.model.name}"
             run.info(f"float baseline: none yet for {known}, training it")
