@@ -302,7 +302,7 @@ def _decoded(blob: bytes) -> Packed:
         raise FormatError("it has no qexp-packed header")
     header = parse(text)
     # Files of before are signed without names.
-    if metadata.get("sha256") not in [_digest(text, s, blob) for s in (_named(entries), "")]:
+    if not any(metadata.get("sha256") == _digest(text, s, blob) for s in (_named(entries), "")):
         raise FormatError("its bytes are not those that were written (sha256)")
     for name, value in tensors.items():
         shortened = value.dtype == torch.float16 and name.endswith(f".a.{inputs.ADAPTER}")

@@ -45,7 +45,7 @@ from qexp.recipes.evaluate import evaluate, save_answers
 from qexp.recipes.observe import OBSERVED_IMAGES
 from qexp.recipes.picture import draw_operands
 from qexp.recipes.ptq_settings import Settings
-from qexp.recipes.same_images import check_images, images_of
+from qexp.recipes.same_images import check_images
 from qexp.recipes.signs import resumed_state, signs, warn_clipped
 from qexp.recipes.start import float_start
 from qexp.recipes.units import Work, parts_of, summary, units_of
@@ -73,7 +73,7 @@ def ptq(cfg: DictConfig, run: Run) -> dict[str, Any]:
 
     # The start: data, a float network, its batch norms folded.
     dataset = build.make_dataset(cfg, device)
-    check_images(dataset, saved or {}, run)
+    seen = check_images(dataset, saved or {}, run)
     begun = None if saved is None else saved["start"]
     start = float_start(cfg, settings.Settings(), dataset, run, device, None, begun=begun)
     model = start.model.eval()
@@ -108,7 +108,7 @@ def ptq(cfg: DictConfig, run: Run) -> dict[str, Any]:
             "bits": {k: list(v) for k, v in network.bits.items()},
             "signed": signs(network.layers),
             "sizes": sizes(dataset),
-            "images": images_of(dataset),
+            "images": seen,
             "sensitivity": network.sensitivity,
             "folded": True,
             "kinds": {n: q.kind for n, q in quantizers(model).items()},

@@ -49,7 +49,7 @@ from qexp.recipes.optimize import (
     restore_,
     set_lr,
 )
-from qexp.recipes.same_images import check_images, images_of
+from qexp.recipes.same_images import check_images
 from qexp.recipes.settings import Settings
 from qexp.recipes.signs import resumed_state, signs, warn_clipped
 from qexp.recipes.start import FloatStart, float_start
@@ -74,7 +74,7 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
 
     # The start: data, a float network and its top-1.
     dataset = build.make_dataset(cfg, device)
-    check_images(dataset, saved or {}, run)
+    seen = check_images(dataset, saved or {}, run)
     steps = s.epochs * dataset.steps_per_epoch
     steps = steps if cfg.max_steps is None else min(steps, cfg.max_steps)
     if run.changed and saved is not None and saved["epoch"] * dataset.steps_per_epoch >= steps:
@@ -141,7 +141,7 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
             "bits": {k: list(v) for k, v in network.bits.items()},
             "signed": signs(network.layers),
             "sizes": sizes(dataset),
-            "images": images_of(dataset),
+            "images": seen,
             "sensitivity": network.sensitivity,
             "start": start.record(),
             "folded": start.folded,

@@ -21,21 +21,25 @@ def images_of(dataset: Any) -> dict[str, Any]:
     return {"train": dataset.train_size, "contents": dataset.protocol().get("contents")}
 
 
-def check_images(dataset: Any, state: Mapping[str, Any], run: Run) -> None:
+def check_images(dataset: Any, state: Mapping[str, Any], run: Run) -> dict[str, Any]:
     """Refuse to go on with other training images; warn where others have changed.
+
+    Returns:
+        `images_of` the data set, which the next checkpoints keep.
 
     Raises:
         ConfigError: more of them, or fewer: the epochs' order would be another one.
     """
     begun, now = state.get("images"), images_of(dataset)
     if begun is None or begun == now:  # None: of an earlier version
-        return
+        return now
     if begun["train"] != now["train"]:
         raise ConfigError(
             f"resume: there are {now['train']} training images, the run began with "
             f"{begun['train']}. Put them back, or start a new run."
         )
     run.warn("the images have changed since the run began: its result is of those of now")
+    return now
 
 
 def replaced_images(cfg: DictConfig, protocol: Mapping[str, Any]) -> str:

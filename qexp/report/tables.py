@@ -134,8 +134,8 @@ def _compare(table: Table) -> None:
     table.protocol = reference.compared()
     for row in known:
         if is_start(row, table.protocol):
-            did = started(row, table.protocol)
-            other = "" if did in (True, None) else "; these started from another network"
+            known_not = started(row, table.protocol) is False
+            other = "; these started from another network" if known_not else ""
             row.flags.append(f"float start, trained from scratch{other}")
             continue
         differing = differences(table.protocol, row.compared(), is_float=row.first.is_float)
