@@ -278,6 +278,16 @@ def test_closed_form_is_the_best_slope_for_a_known_product() -> None:
 
 
 @pytest.mark.parametrize("fusion", ["window", "residual"])
+def test_borders_are_float32_under_autocast(fusion: Any) -> None:
+    q = made(3, fusion=fusion)
+    x = columns(n=200)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, codes = q(x), q.codes(x)
+    assert torch.equal(y, q(x))
+    assert torch.equal(codes, q.codes(x))
+
+
+@pytest.mark.parametrize("fusion", ["window", "residual"])
 def test_borders_that_see_each_other_start_as_those_that_do_not(fusion: str) -> None:
     torch.manual_seed(0)
     w = torch.randn(8, 4, 3, 3)

@@ -334,7 +334,7 @@ def test_the_gradient_of_the_means_is_the_same_in_either_memory_order(dtype: tor
         ({"dequantize": "none"}, "dequantize must be scaled or plain, got 'none'"),
         ({"reduction": 0}, "reduction must be at least 1, got 0"),
         ({"shape": ()}, "ASQ needs the shape"),
-        ({"bits": 1, "signed": True}, "ASQ needs at least 2 bits for signed inputs, got 1"),
+        ({"bits": 1, "signed": True}, "ASQ needs at least 2 bits for signed values, got 1"),
     ],
 )
 def test_wrong_options_are_named(own: dict[str, object], message: str) -> None:

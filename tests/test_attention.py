@@ -34,7 +34,9 @@ from qexp.quant.asq import ASQ
 from qexp.quant.blocks import find_units, unfit
 from qexp.quant.convert import Bits, calibrate_, quantize_
 from qexp.quant.fold import trace_graph
-from qexp.quant.lsq import LSQ
+from qexp.quant.lsq import LSQ, LSQPlus
+from qexp.quant.n2uq import N2UQ
+from qexp.quant.quantizer import Quantizer
 from qexp.quant.trace import trace
 from qexp.recipes.build import load_run
 from qexp.runner import checkpoint
@@ -391,6 +393,23 @@ def test_a_factor_a_sample_wants_the_samples_first(tokens: int) -> None:
         quantize_(copy.deepcopy(model), layers, bits, LSQ, partial(ASQ, factor="frozen"))
         with pytest.raises(ConfigError, match=r"'encoder.linear1' .* the model with batch_first"):
             quantize_(model, layers, bits, LSQ, ASQ)
+
+
+@pytest.mark.parametrize("act", [LSQ, LSQPlus, N2UQ])
+def test_a_step_learns_alike_wherever_the_samples_stand(act: type[Quantizer]) -> None:
+    grads, shape, x = [], (1, 5, 6), torch.randn(6, 1, 5, 6)
+    for batch_first in (True, False):
+        torch.manual_seed(0)
+        model = TokensFirst(batch_first).eval()
+        open_attention_(model, shape)
+        layers = trace(model, shape)
+        bits = {layer.name: Bits(4, 4) for layer in layers}
+        quantize_(model, layers, bits, LSQ, partial(act, count="sample"))
+        calibrate_(model, x)
+        model(x).square().sum().backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if "act_quantizer" in n})
+    assert any("linear1" in name for name in grads[0])
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-6)
 
 
 def test_weights_of_a_vit_are_all_in_layers_but_its_positions() -> None:

@@ -239,6 +239,10 @@ def test_learned_levels_that_cross_are_still_a_sorted_grid() -> None:
         q.codebook[0, [4, 5]] = q.codebook[0, [5, 4]]
         assert (q.levels().diff() > 0).all()
         assert torch.equal(q.decode(q.codes(w)), q(w))
+        assert not q.health()["clamped_levels"]
+        q.codebook[0, 4] = -0.1  # a positive level beyond zero: held there, and told
+        assert q.levels()[0, 4] == 0
+        assert q.health()["clamped_levels"] == 1
 
 
 @pytest.mark.parametrize("sign", [1, -1, 0])

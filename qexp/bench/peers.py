@@ -61,7 +61,7 @@ class Peer(Quantizer):
         self.calibrated.fill_(True)
 
     def forward(self, x: Tensor) -> Tensor:
-        g = grad_scale(x, 1, self.qmax, "tensor" if self.weight else "sample")
+        g = grad_scale(x, 1, self.qmax, "tensor" if self.weight else "sample", self.samples_axis)
         return self.fake_quantize(x, self.scale, self.qmin, self.qmax, g)
 
 

@@ -56,8 +56,9 @@ def step_of(q: Any) -> Tensor:
         return q.grid()[1]
     if isinstance(q, APoTActivation):  # 1 is the largest level
         return q.scale.clamp_min(MIN_SCALE) / q.whole()[-1]
-    scale = q.alpha / q.qmax if isinstance(q, PACT) else q.scale
-    return scale.clamp_min(MIN_SCALE)
+    if isinstance(q, PACT):
+        return q.step()
+    return q.scale.clamp_min(MIN_SCALE)
 
 
 def check_known(quantizer: Quantizer, name: str) -> None:

@@ -89,7 +89,7 @@ def _lsq(graph: Graph, q: Any, x: str) -> str:
 
 
 def _pact(graph: Graph, q: Any, x: str) -> str:
-    return _uniform(graph, q, x, q._scale())
+    return _uniform(graph, q, x, q.step())
 
 
 def _lsqplus(graph: Graph, q: Any, x: str) -> str:

@@ -280,11 +280,12 @@ def _float_bytes(tensors: Iterable[Tensor], counted: set[int]) -> int:
 
 def _state_bytes(model: nn.Module) -> int:
     """Bytes of the state without quantizers, of a float 4 at least, shared tensors once."""
-    owned = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, Quantizer))
+    found = [m for m in model.modules() if isinstance(m, Quantizer)]
+    owned = {id(t) for q in found for t in q.state_dict(keep_vars=True).values()}
     tensors = {
         id(t): t
         for name, t in model.state_dict(keep_vars=True).items()
-        if not name.startswith(owned) and not name.endswith("num_batches_tracked")
+        if id(t) not in owned and not name.endswith("num_batches_tracked")
     }
     return sum(
         t.numel() * max(FLOAT_BYTES if t.is_floating_point() else 1, t.element_size())

@@ -46,7 +46,7 @@ from torch import Tensor, nn
 
 from qexp.quant.functional import MIN_SCALE
 from qexp.quant.nearest import Estimator, check_estimator, estimate_grid
-from qexp.quant.quantizer import Quantizer
+from qexp.quant.quantizer import Quantizer, refuse_one_signed_bit
 
 ZETA, GAMMA = 1.1, -0.1  # the stretch of the sigmoid (section 4)
 DECIDED = 0.01  # a weight counts as decided when h is this close to 0 or 1
@@ -120,6 +120,7 @@ class AdaRound(Quantizer):
         percent: float = 99.9,
     ) -> None:
         super().__init__(bits, signed=signed, shape=shape)
+        refuse_one_signed_bit(f"symmetric {type(self).__name__}", bits, signed and symmetric)
         check_estimator(p, percent)
         self.per_channel = per_channel
         self.symmetric = symmetric

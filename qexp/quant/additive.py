@@ -27,7 +27,6 @@ Departs from the authors' code:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -38,7 +37,7 @@ from qexp.quant import grids
 from qexp.quant.calibrate import MAX_SAMPLES, sample
 from qexp.quant.fixed_grid import FixedGrid
 from qexp.quant.functional import MIN_SCALE
-from qexp.quant.lsq import Count
+from qexp.quant.lsq import Count, features
 from qexp.quant.project import mse_clip, project
 
 APOT_ALPHA = 8.0
@@ -106,5 +105,8 @@ class APoTActivation(FixedGrid):
         return (self.grid / unit).round()
 
     def forward(self, x: Tensor) -> Tensor:
-        features = max(math.prod(x.shape[1:]) if self.count == "sample" else x.numel(), 1)
-        return project(x, self.scale, self.grid, 1.0 if self.count is None else features**-0.5)
+        g = 1.0
+        if self.count is not None:
+            n = features(x, self.samples_axis) if self.count == "sample" else x.numel()
+            g = max(n, 1) ** -0.5
+        return project(x, self.scale, self.grid, g)

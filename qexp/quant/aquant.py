@@ -82,7 +82,7 @@ from qexp.quant.drop import Drop, last_byte, random_bytes
 from qexp.quant.functional import MIN_SCALE, as_rows, from_rows
 from qexp.quant.nearest import Estimator, activation_sample, check_estimator, estimate_grid
 from qexp.quant.quantizer import Quantizer
-from qexp.quant.window_border import window_border
+from qexp.quant.window_border import mixed, window_border
 
 DEGREE = {"constant": 0, "linear": 1, "quadratic": 2}
 GRID = 64  # points of [0, 1) per code at which a border is looked at for health and plots
@@ -212,11 +212,9 @@ class AQuant(Quantizer):
             v = row[:, None] + t * v
         if self.fusion != "none":
             v = v.expand_as(u)
-            rows = u.shape[1] // self.window
-            by_window = (u.shape[0], rows, self.window, u.shape[2])  # [A, C, window, M]
             feature = v if self.fusion == "window" else (u - (u + 0.5).floor()).detach()
-            mixed = torch.matmul(self.mixing, feature.reshape(by_window)).reshape(u.shape)
-            v = mixed if self.fusion == "window" else v + mixed
+            product = mixed(self.mixing, feature)
+            v = product if self.fusion == "window" else v + product
         return border_of(v, self.rule.sigmoid)
 
     @property

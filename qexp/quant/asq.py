@@ -79,7 +79,7 @@ from qexp.quant.functional import (
     scale_grad,
 )
 from qexp.quant.lsq import Count, grad_scale, lsq_scale
-from qexp.quant.quantizer import Quantizer
+from qexp.quant.quantizer import Quantizer, refuse_one_signed_bit
 
 MIN_FACTOR = 1e-8  # the released clamp: a dead sample's factor
 MOMENTUM = 0.1  # of the running mean|x| of `factor: statistics`, as batch norm's
@@ -180,8 +180,7 @@ class ASQ(Quantizer):
             raise ValueError(f"leak must be in [0, 1), got {leak!r}")
         if reduction < 1:
             raise ValueError(f"reduction must be at least 1, got {reduction!r}")
-        if signed and bits == 1:
-            raise ValueError("ASQ needs at least 2 bits for signed inputs, got 1")
+        refuse_one_signed_bit("ASQ", bits, signed)
         if not shape:
             raise ValueError("ASQ needs the shape [C, kh, kw] or [C] of the layer's input")
         self.factor: Factor = factor
@@ -301,6 +300,12 @@ class ASQ(Quantizer):
 
     def extra_bytes(self) -> int:
         return super().extra_bytes() + (4 if self.factor == "statistics" else 0)  # mean_abs
+
+    @property
+    def kind(self) -> str:
+        # What the adapter and the step mean depends on these, their shapes do not.
+        factor = "" if self.factor == "relu" else f" factor={self.factor}"
+        return super().kind + factor + ("" if self.dequantize == "scaled" else " dequantize=plain")
 
     def health(self) -> dict[str, Tensor]:
         return {

@@ -284,10 +284,14 @@ class Codebook(Quantizer):
         return f"{super().extra_repr()}, levels={self.level_set}"
 
     def health(self) -> dict[str, Tensor]:
-        """Levels without a member at the last forward in training, zero left out."""
-        at = self.zero_at
+        """Levels without a member at the last forward in training, zero left out; and learned ones
+        that crossed zero and are held there, where no gradient reaches them."""
+        at, book = self.zero_at, self.codebook.detach()
         idle = torch.cat([self.idle[:, :at], self.idle[:, at + 1 :]], 1)
-        return {"dead_levels": (idle > 0).sum()}
+        found = {"dead_levels": (idle > 0).sum()}
+        if self.adaptation == "gradient":
+            found["clamped_levels"] = (book[:, :at] > 0).sum() + (book[:, at + 1 :] < 0).sum()
+        return found
 
 
 def _facing_half(halves: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:

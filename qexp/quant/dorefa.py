@@ -68,7 +68,7 @@ from qexp.quant.functional import (
     quantize,
     sum_to,
 )
-from qexp.quant.quantizer import Quantizer
+from qexp.quant.quantizer import Quantizer, refuse_one_signed_bit
 
 PACT_ALPHA = 6.0  # MQBench's statement of the paper's initial clip
 DOREFA_CLIP = 1.0
@@ -145,10 +145,9 @@ class DoReFaWeight(Quantizer):
 
 def _clip_range(bits: int, signed: bool, name: str) -> tuple[int, int]:
     """Codes of a clip to [0, alpha], or to [-alpha, alpha] for signed inputs."""
+    refuse_one_signed_bit(name, bits, signed)
     if not signed:
         return 0, 2**bits - 1
-    if bits == 1:
-        raise ValueError(f"{name} needs at least 2 bits for signed inputs, got 1")
     return -(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1
 
 
@@ -275,20 +274,21 @@ class PACT(Quantizer):
             self.alpha.fill_(PACT_ALPHA)
         self.calibrated.fill_(True)
 
-    def _scale(self) -> Tensor:
+    def step(self) -> Tensor:
+        """The step of the clip's levels, []."""
         return _pact_step(self.alpha.detach(), self.qmax)
 
     def forward(self, x: Tensor) -> Tensor:
         return _PACT.apply(x, self.alpha, self.qmin, self.qmax)  # type: ignore[return-value]
 
     def codes(self, x: Tensor) -> Tensor:
-        return quantize(x, self._scale(), self.qmin, self.qmax)
+        return quantize(x, self.step(), self.qmin, self.qmax)
 
     def decode(self, codes: Tensor, context: Tensor | None = None) -> Tensor:
-        return dequantize(codes, self._scale())
+        return dequantize(codes, self.step())
 
     def levels(self) -> Tensor:
-        return (torch.arange(self.qmin, self.qmax + 1, device=self.alpha.device) * self._scale())[
+        return (torch.arange(self.qmin, self.qmax + 1, device=self.alpha.device) * self.step())[
             None
         ]
 

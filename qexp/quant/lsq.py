@@ -69,15 +69,20 @@ from qexp.quant.functional import (
     quantize,
     sum_to,
 )
-from qexp.quant.quantizer import Quantizer
+from qexp.quant.quantizer import Quantizer, refuse_one_signed_bit
 
 Count = Literal["tensor", "sample"]
 
 
-def grad_scale(x: Tensor, rows: int, qmax: int, count: Count) -> float:
+def grad_scale(x: Tensor, rows: int, qmax: int, count: Count, samples_axis: int = 0) -> float:
     """g = 1 / sqrt(N * qmax) (LSQ section 2.2), N = elements a row, or a sample of it."""
-    n = math.prod(x.shape[1:]) if count == "sample" else x.numel() // rows
+    n = features(x, samples_axis) if count == "sample" else x.numel() // rows
     return 1.0 / math.sqrt(max(n, 1) * max(qmax, 1))  # no elements: any g
+
+
+def features(x: Tensor, samples_axis: int = 0) -> int:
+    """Elements of a sample."""
+    return math.prod(x.shape[:samples_axis]) * math.prod(x.shape[samples_axis + 1 :])
 
 
 def lsq_scale(x: Tensor, qmax: int, per_row: bool) -> Tensor:
@@ -107,11 +112,7 @@ class LSQ(Quantizer):
         init: Literal["lsq", "mse"] = "lsq",
     ) -> None:
         super().__init__(bits, signed=signed, shape=shape)
-        if signed and bits == 1:
-            raise ValueError(
-                "1 bit has the levels -step and 0 for signed values; at least 2 bits, or "
-                "quantizer/weight=dorefa, which has one of either sign"
-            )
+        refuse_one_signed_bit("LSQ", bits, signed)
         self.per_channel = per_channel
         self.count: Count = count
         self.init = init
@@ -130,7 +131,7 @@ class LSQ(Quantizer):
         self.calibrated.fill_(True)
 
     def forward(self, x: Tensor) -> Tensor:
-        g = grad_scale(x, self.scale.numel(), self.qmax, self.count)
+        g = grad_scale(x, self.scale.numel(), self.qmax, self.count, self.samples_axis)
         return fake_quantize(x, self.scale, self.qmin, self.qmax, g)  # eq. 1-3
 
     def codes(self, x: Tensor) -> Tensor:
@@ -226,7 +227,7 @@ class LSQPlus(Quantizer):
         self.calibrated.fill_(True)
 
     def forward(self, x: Tensor) -> Tensor:
-        g = grad_scale(x, 1, self.qmax, self.count)
+        g = grad_scale(x, 1, self.qmax, self.count, self.samples_axis)
         given = (self.scale, self.offset, self.qmin, self.qmax, g)
         return _OffsetQuantize.apply(x, *given)  # type: ignore[return-value]
 

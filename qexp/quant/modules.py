@@ -35,11 +35,11 @@ class QuantizedOperands:
     weight: Tensor
     weight_quantizer: Quantizer
     act_quantizer: Quantizer
-    weight_enabled = True
-    act_enabled = True
+    weight_enabled: bool = True
+    act_enabled: bool = True
     w_hat: Tensor | None = None  # the quantized weight, while `frozen_weights` holds it
     shared: Tensor | None = None  # what `shared_weights` lends to `w_hat`
-    input_again = False  # backward quantizes the input again, instead of keeping it (`lean`)
+    input_again: bool = False  # backward quantizes the input again, instead of keeping it (`lean`)
 
     @classmethod
     def from_float(

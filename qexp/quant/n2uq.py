@@ -70,7 +70,7 @@ from qexp.quant.calibrate import mse_scale
 from qexp.quant.functional import MIN_SCALE, as_rows, from_rows, midpoints, scale_grad
 from qexp.quant.gste import gste
 from qexp.quant.lsq import Count, grad_scale
-from qexp.quant.quantizer import Quantizer
+from qexp.quant.quantizer import Quantizer, refuse_one_signed_bit
 
 MIN_SEGMENT = 1e-3  # the paper's lower bound of a_i
 MAX_BITS = 10  # beyond, the uniform start has shorter segments
@@ -104,6 +104,7 @@ class N2UQ(Quantizer):
         lr_scale: float = 1.0,
     ) -> None:
         super().__init__(bits, signed=signed, shape=shape)
+        refuse_one_signed_bit("N2UQ", bits, signed)
         self.train_with(lr_scale)
         if bits > MAX_BITS:
             raise ValueError(
@@ -148,7 +149,9 @@ class N2UQ(Quantizer):
         return borders, self.delta * _at_least(beta2, MIN_SCALE)
 
     def forward(self, x: Tensor) -> Tensor:
-        g = 1.0 if self.count is None else grad_scale(x, 1, self.segments, self.count)
+        g = 1.0
+        if self.count is not None:
+            g = grad_scale(x, 1, self.segments, self.count, self.samples_axis)
         borders, step = self.grid(g)
         return gste(x, borders, step, self.qmin)
 

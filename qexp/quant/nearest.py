@@ -54,7 +54,7 @@ from qexp.quant.functional import (
     operands,
     sum_to,
 )
-from qexp.quant.quantizer import Quantizer
+from qexp.quant.quantizer import Quantizer, refuse_one_signed_bit
 
 WIDTHS = 80  # candidate ranges, from 1/80 of the data's to all of it
 ZEROS = 2  # zero points tried on either side of the natural one
@@ -241,6 +241,7 @@ class Nearest(Quantizer):
         percent: float = 99.9,
     ) -> None:
         super().__init__(bits, signed=signed, shape=shape)
+        refuse_one_signed_bit(f"symmetric {type(self).__name__}", bits, signed and symmetric)
         check_estimator(p, percent)
         self.per_channel = per_channel
         self.symmetric = symmetric

@@ -32,6 +32,19 @@ from torch import Tensor, nn
 from qexp.quant.functional import integer_range
 
 
+def refuse_one_signed_bit(name: str, bits: int, signed: bool) -> None:
+    """Refuse a grid of two's complement at 1 bit: its levels are -step and 0.
+
+    Raises:
+        ValueError: so.
+    """
+    if signed and bits == 1:
+        raise ValueError(
+            f"{name} needs at least 2 bits for signed values, got 1: its levels would be -step and "
+            "0 (quantizer/weight=dorefa has one of either sign)"
+        )
+
+
 class Quantizer(nn.Module):
     """Base of all quantizers: the contract, no numerics.
 
@@ -52,6 +65,9 @@ class Quantizer(nn.Module):
 
     # Whether an input is quantized by what it is itself: its first axis must be the samples.
     by_sample = False
+
+    # The axis of an input that counts the samples: 1 where tokens come before the batch.
+    samples_axis = 0
 
     # Whether forward in eval mode repeats, bit for bit, the last forward in training: backward may
     # then quantize an input again instead of keeping the result.

@@ -95,10 +95,11 @@ def _polynomial_backward(
     return grad_x, -(through * u).sum(2), *coefficient_sums(down, t)
 
 
-def _times(mixing: Tensor, rows: Tensor) -> Tensor:
+def mixed(mixing: Tensor, rows: Tensor) -> Tensor:
     """M p. Shape: mixing [C, window, window], rows [A, C * window, M]; result as rows."""
     windows = rows.reshape(rows.shape[0], *mixing.shape[:2], rows.shape[2])
-    return torch.matmul(mixing, windows).reshape(rows.shape)
+    with torch.autocast(rows.device.type, enabled=False):  # borders are float32, as u is
+        return torch.matmul(mixing, windows).reshape(rows.shape)
 
 
 class _WindowBorder(torch.autograd.Function):
@@ -116,7 +117,7 @@ class _WindowBorder(torch.autograd.Function):
         last: int,
     ) -> Tensor:
         step, offset, full = broadcast(scale, zero, a)
-        product = _times(mixing, _features(x, step, full, rule.qmax - rule.qmin, window))
+        product = mixed(mixing, _features(x, step, full, rule.qmax - rule.qmin, window))
         ctx.save_for_backward(x, scale, a, mixing, zero, product, dice)
         ctx.numbers = (rule, last, window)
         return _forward(x, product, dice, step, offset, full, *ctx.numbers)
@@ -134,7 +135,7 @@ class _WindowBorder(torch.autograd.Function):
         grad_mixing = torch.matmul(
             down.reshape(by_window), features.reshape(by_window).transpose(2, 3)
         ).sum(0)
-        of_v = _times(mixing.transpose(1, 2), down) if window else down
+        of_v = mixed(mixing.transpose(1, 2), down) if window else down
         grad_x, of_borders, *sums = _polynomial_backward(
             of_v, x, straight, step, full, rule.qmax - rule.qmin
         )
