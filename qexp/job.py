@@ -93,7 +93,7 @@ def _run(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
         )
     # Now, while nothing is begun: interrupted in the midst of it, no `finally` that needs it works.
     importlib.import_module("torch._dynamo")
-    precheck(cfg)
+    precheck(cfg, resume=resume)
     began = time.perf_counter()
     with distributed.together(cfg.device) as world:
         resume = resume or (world.leads and _take_up(cfg))

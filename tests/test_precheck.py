@@ -24,6 +24,7 @@ from qexp.recipes.precheck import precheck
 from qexp.recipes.unused import unused
 
 POLICY = "config: bitwidth="
+ONE_BIT = "config: quantizer=lsq: LSQ needs at least 2 bits for signed values"
 REFUSED = {
     # the network
     "model.width=0": "config: model.width=0.0 is not positive.",
@@ -69,7 +70,15 @@ REFUSED = {
         f"{POLICY}sensitivity: budget=8 bits a weight is above the largest of candidates [2, 3, 4]"
     ),
     "dataset.classes=1": "config: dataset=synthetic has images of one class: every answer would",
-    "quantizer=lsq bits=1": "config: quantizer=lsq: 1 bit has the levels -step and 0 for signed",
+    "quantizer=lsq bits=1": f"{ONE_BIT}, got 1: its",
+    # widths of later stages, and of candidates
+    "quantizer=lsq bitwidth=progressive bitwidth.stages=[{until:1,bits:4},{bits:1}]": ONE_BIT,
+    "quantizer=lsq bitwidth=sensitivity bits=3 bitwidth.candidates=[1,2,3]": (
+        f"{POLICY}sensitivity: LSQ needs at least 2 bits for signed values"
+    ),
+    "quantizer=n2uq bitwidth=sensitivity bits=3 bitwidth.act=12": (
+        "config: quantizer=n2uq: thresholds closer than 0.001 are not learned: at most 10 bits"
+    ),
     "quantizer=adq bits=1": "config: quantizer=adq: a codebook with zero needs at least 2 bits",
     "bitwidth=pattern bitwidth.patterns=[{match:3,weight:2}]": f"{POLICY}pattern: '3' matches no",
     # the quantizer
@@ -207,6 +216,29 @@ def test_what_has_no_effect_is_said(tmp_path: Path, words: str, line: str) -> No
 
 
 @pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("quantizer=qdrop recipe.step_lr=0.1", "recipe.step_lr=0.1 is not used: there is one pass"),
+        ("quantizer=brecq recipe.step_lr=0.1", ""),
+        ("quantizer=qdrop +recipe.lr.bias=0.1", ""),
+        ("quantizer=nearest recipe.warmup=0.1", "recipe.warmup=0.1 is not used: nothing is recon"),
+        (
+            "quantizer=qdrop quantizer/outer=adaround bitwidth.first_last=same",
+            "quantizer/outer=adaround is not used: bitwidth.first_last is same",
+        ),
+        ("quantizer=qdrop quantizer/outer=adaround", ""),
+    ],
+)
+def test_what_is_typed_without_effect_is_said(qexp: Qexp, words: str, line: str) -> None:
+    own = [w for w in TINY_PTQ if not w.startswith("recipe.step")]
+    said = qexp("train", *own, "recipe=ptq", *words.split(), "model.checkpoint=none", "folder=run")
+    typed = [w.lstrip("+") for w in words.split() if "lr" in w or "warmup" in w or "outer" in w]
+    idle = [text for text in said.err.splitlines() if any(f"{w} is not" in text for w in typed)]
+    assert len(idle) == bool(line), said.err
+    assert all(text.startswith(f"warning: {line}") for text in idle)
+
+
+@pytest.mark.parametrize(
     ("words", "said"),
     [
         (
@@ -287,6 +319,29 @@ def test_a_post_training_run_is_a_start_of_training_and_of_nothing_else(
         assert [p.name for p in tmp_path.iterdir()] == ["ptq"]
     said = qexp(*training, "recipe.epochs=1", "folder=trained")
     assert said.code == 0, said.err
+
+
+def test_a_folder_that_is_used_hides_no_file_that_cannot_be_loaded(
+    qexp: Qexp, tmp_path: Path
+) -> None:
+    assert qexp("train", *TINY, "quantizer=fp32", "recipe.epochs=1", "folder=used").code == 0
+    (tmp_path / "bad.pt").write_text("no weights")
+    said = qexp("train", *TINY, "folder=used", "model.checkpoint=bad.pt")
+    assert said.code == 2
+    assert "bad.pt" in said.err
+    assert not (tmp_path / "used-2").exists()
+
+
+def test_a_plan_by_sensitivity_has_the_inputs_widths(tmp_path: Path) -> None:
+    words = ("quantizer=lsq", "bitwidth=sensitivity", "bits=3", "bitwidth.act=8")
+    rows = [line.split() for line in plan(tiny(tmp_path, *words)).splitlines()]
+    assert {tuple(row[3:5]) for row in rows if row and row[0].startswith("layer")} == {("3", "8")}
+
+
+def test_a_policy_is_one_of_ours(qexp: Qexp) -> None:
+    said = qexp("train", *TINY, "bitwidth._target_=types.SimpleNamespace")
+    assert said.code == 2
+    assert "types.SimpleNamespace is no subclass of qexp.quant.bitwidth.Policy" in said.err
 
 
 def test_the_check_draws_no_random_number_and_writes_no_bits(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ in all policies, so that a comparison cannot hide an advantage there:
     first_last: fp32   both operands in float
     first_last: same   no exception: as the policy says
 
-Here are `Uniform`, `Pattern` and `Progressive`; `mixed_precision.py` has `Sensitivity`.
+Here are `Policy`, what all of them answer, `Uniform`, `Pattern` and `Progressive`;
+`mixed_precision.py` has `Sensitivity`.
 
 A table of bits is written as plain YAML, one line a layer, which `Pattern(file=...)` reads:
 
@@ -28,9 +29,12 @@ import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
-from qexp.quant.convert import Bits
+from torch import Tensor, nn
+
+from qexp.quant.convert import Bits, QuantizerFactory
 from qexp.quant.trace import Layer
 
 FirstLast = Literal[8, "8", "fp32", "same"]
@@ -94,7 +98,50 @@ def layer_bits(layer: Layer, own: Bits, rule: FirstLast) -> Bits:
     return Bits(8 if own.weight < 32 else 32, 8 if own.act < 32 else 32)
 
 
-class Uniform:
+class Policy:
+    """What a policy answers. One of one's own has `assign`, and of the rest what differs.
+
+    Attributes:
+        name: of the policy, in results.
+        sensitivity_by_layer: Omega of each layer, for layers.csv; empty where nothing is measured.
+    """
+
+    name = "policy"
+    sensitivity_by_layer: Mapping[str, float] = MappingProxyType({})
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether `assign` must be given the float model, images and labels."""
+        return False
+
+    def assign(self, layers: Sequence[Layer], **context: Any) -> dict[str, Bits]:
+        """Bits by layer name."""
+        raise NotImplementedError
+
+    def nominal(self, layers: Sequence[Layer], bits: int) -> dict[str, Bits]:
+        """Bits to plan with where `assign` needs data; `bits` is the config's."""
+        return Uniform(bits, bits).assign(layers)
+
+    def possible(self, layers: Sequence[Layer], epochs: int) -> list[dict[str, Bits]]:
+        """Tables that together have every width a layer may get in `epochs`; asked without data."""
+        return [] if self.needs_data else [self.assign(layers, epoch=0, epochs=epochs)]
+
+    def check(self, layers: Sequence[Layer], weight_factory: QuantizerFactory) -> None:
+        """Find what is wrong without data; writes nothing.
+
+        Raises:
+            ValueError: something is.
+        """
+
+    def check_metric(self, layers: Sequence[Layer], model: nn.Module, images: Tensor) -> None:
+        """Find, on any images [N, C, H, W], what cannot be measured of `model`.
+
+        Raises:
+            ValueError: something cannot.
+        """
+
+
+class Uniform(Policy):
     """The same bits everywhere.
 
     Args:
@@ -102,8 +149,6 @@ class Uniform:
         first_last: rule of the first and last layer (module docstring).
         name: of the policy, in results.
     """
-
-    needs_data = False
 
     def __init__(
         self, weight: int, act: int, first_last: FirstLast = 8, name: str = "uniform"
@@ -117,7 +162,7 @@ class Uniform:
         return {layer.name: layer_bits(layer, self.own, self.first_last) for layer in layers}
 
 
-class Pattern:
+class Pattern(Policy):
     """Bits by globs on layer names: the first that matches wins, else the default.
 
     Args:
@@ -133,8 +178,6 @@ class Pattern:
             one that asks only the first or last layer for what the first_last rule denies it; on
             one of `patterns` whose layers all match earlier ones.
     """
-
-    needs_data = False
 
     def __init__(
         self,
@@ -194,7 +237,7 @@ class Pattern:
         return next(matches, self.default)
 
 
-class Progressive:
+class Progressive(Policy):
     """Bits that change while training, 8 -> 4 -> 2; the quantizers' carried states stay.
 
     Args:
@@ -205,8 +248,6 @@ class Progressive:
         first_last: rule of the first and last layer.
         name: of the policy, in results.
     """
-
-    needs_data = False
 
     def __init__(
         self,
@@ -249,6 +290,11 @@ class Progressive:
         bits = self.bits_at(epoch, epochs)
         own = Bits(bits, bits if self.act is None else self.act)
         return {layer.name: layer_bits(layer, own, self.first_last) for layer in layers}
+
+    def possible(self, layers: Sequence[Layer], epochs: int) -> list[dict[str, Bits]]:
+        """The tables of all stages."""
+        begin = {self.bits_at(epoch, epochs): epoch for epoch in reversed(range(epochs))}
+        return [self.assign(layers, epoch=epoch, epochs=epochs) for epoch in begin.values()]
 
 
 def _closest(start: str, names: Sequence[str], n: int = 3) -> list[str]:

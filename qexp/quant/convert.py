@@ -19,6 +19,7 @@ from qexp.quant.check import check_layers, check_padding, check_samples_first
 from qexp.quant.modules import (
     QUANT_LAYERS,
     QuantConv2d,
+    QuantizedOperands,
     QuantLayer,
     QuantLinear,
     leave_fast_path_,
@@ -121,6 +122,7 @@ def make_quantizers(
         else Identity(signed=layer.signed, shape=layer.field)
     )
     check_samples_first(layer, aq)
+    aq.samples_axis = int(layer.tokens_first)
     return wq, aq
 
 
@@ -137,9 +139,7 @@ def unquantize_(model: nn.Module) -> nn.Module:
     return model
 
 
-_OWN = {
-    "weight_quantizer", "act_quantizer", "weight_enabled", "act_enabled", "w_hat", "input_again",
-}  # fmt: skip
+_OWN = set(QuantizedOperands.__annotations__) - {"weight"}
 
 
 def replace_(model: nn.Module, name: str, module: nn.Module) -> None:

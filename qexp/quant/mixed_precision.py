@@ -20,7 +20,14 @@ from torch import Tensor, nn
 
 from qexp.errors import RunError
 from qexp.quant.allocate import BudgetKind, Method, allocate, operand_cost, tied
-from qexp.quant.bitwidth import FirstLast, check_bits, check_first_last, format_bits, layer_bits
+from qexp.quant.bitwidth import (
+    FirstLast,
+    Policy,
+    check_bits,
+    check_first_last,
+    format_bits,
+    layer_bits,
+)
 from qexp.quant.convert import Bits, QuantizerFactory
 from qexp.quant.sensitivity import (
     Omega,
@@ -39,7 +46,7 @@ UNITS = {
 }
 
 
-class Sensitivity:
+class Sensitivity(Policy):
     """Bits by sensitivity, under a budget (`sensitivity.py` and `allocate.py` have the equations).
 
     Args:
@@ -110,7 +117,7 @@ class Sensitivity:
         return self.metric != "size" and self.allocation in ("ilp", "greedy")
 
     @property
-    def sensitivity_by_layer(self) -> dict[str, float]:
+    def sensitivity_by_layer(self) -> dict[str, float]:  # type: ignore[override]
         """Omega at the fewest bits, for layers.csv."""
         return {name: row[self.candidates[0]] for name, row in self.omega.items()}
 
@@ -140,6 +147,14 @@ class Sensitivity:
         if self.save:
             Path(self.save).write_text(format_bits(bits))
         return bits
+
+    def nominal(self, layers: Sequence[Layer], bits: int) -> dict[str, Bits]:
+        """`bits` for the weights, and what the inputs get beside them."""
+        return {x.name: layer_bits(x, self._pair(bits), self.first_last) for x in layers}
+
+    def possible(self, layers: Sequence[Layer], epochs: int) -> list[dict[str, Bits]]:
+        """A table for each candidate."""
+        return [self.nominal(layers, bits) for bits in self.candidates]
 
     def check(self, layers: Sequence[Layer], weight_factory: QuantizerFactory) -> None:
         """What can be found wrong without data; writes nothing.

@@ -23,6 +23,7 @@ from qexp.models.build import build_model
 from qexp.models.digest import averaged
 from qexp.models.load import load_tensors_
 from qexp.models.opened import open_attention_
+from qexp.quant.bitwidth import Policy, Progressive
 from qexp.quant.convert import Bits, Swap, quantize_
 from qexp.quant.plan import Method
 from qexp.quant.trace import Layer, trace
@@ -39,7 +40,7 @@ class Network:
 
     model: nn.Module
     layers: list[Layer]
-    policy: Any  # the bit-width policy, None for a float run
+    policy: Policy | None  # None for a float run
     bits: dict[str, Bits]
     swaps: list[Swap]
     sensitivity: dict[str, float] = field(default_factory=dict)  # by layer, if the policy has it
@@ -102,18 +103,24 @@ def is_untrained(cfg: DictConfig) -> bool:
     return bool(cfg.recipe.get("from_scratch")) or given in (None, "none")
 
 
-def make_policy(cfg: DictConfig) -> Any:
+def make_policy(cfg: DictConfig) -> Policy:
     """The bit-width policy.
 
     Raises:
-        ConfigError: a value that it refuses, or a file that is not there.
+        ConfigError: a value that it refuses, a file that is not there, or a class that is none.
     """
     try:
-        return instantiate(cfg.bitwidth, _convert_="all")
+        policy = instantiate(cfg.bitwidth, _convert_="all")
     except InstantiationException as error:
         cause = error.__cause__ or error
         detail = f"{cause.strerror}: {cause.filename}" if isinstance(cause, OSError) else cause
         raise ConfigError(f"config: bitwidth={cfg.bitwidth.get('name')}: {detail}.") from error
+    if not isinstance(policy, Policy):
+        raise ConfigError(
+            f"config: bitwidth={cfg.bitwidth.get('name')}: {cfg.bitwidth._target_} is no subclass "
+            "of qexp.quant.bitwidth.Policy. Make it one."
+        )
+    return policy
 
 
 def make_method(cfg: DictConfig) -> Method:
@@ -166,7 +173,7 @@ def make_network(
             f"bitwidth.first_last={rule} holds. Set bitwidth.first_last=same."
         )
     policy = make_policy(cfg)
-    staged = hasattr(policy, "bits_at")
+    staged = isinstance(policy, Progressive)
     if staged and not trains(cfg.recipe):
         raise ConfigError(
             f"config: bitwidth={cfg.bitwidth.get('name')} changes widths while training, which "
@@ -180,8 +187,7 @@ def make_network(
     with policy_errors(cfg):
         chosen = dict(policy.assign(layers, **(context or {})) if bits is None else bits)
     swaps = quantize_(model, layers, chosen, **factories(cfg))
-    omega = dict(getattr(policy, "sensitivity_by_layer", {}))
-    return Network(model, layers, policy, chosen, swaps, omega)
+    return Network(model, layers, policy, chosen, swaps, dict(policy.sensitivity_by_layer))
 
 
 def trains(recipe: Mapping[Any, Any]) -> bool:
@@ -191,7 +197,7 @@ def trains(recipe: Mapping[Any, Any]) -> bool:
 
 def needs_data(cfg: DictConfig) -> bool:
     """Whether the bit-width policy looks at training images."""
-    return bool(make_policy(cfg).needs_data)
+    return make_policy(cfg).needs_data
 
 
 def policy_context(cfg: DictConfig, model: nn.Module, dataset: Any, epochs: int) -> dict[str, Any]:
@@ -250,7 +256,11 @@ def load_run(
     moved_to(root, cfg.dataset)
     target = pick_device(device)
     if not (path := folder / name).is_file():
-        raise ConfigError(f"{area}: no file '{path}'. Give checkpoint=last.pt or best.pt.")
+        here = [n for n in ("last.pt", "best.pt") if (folder / n).is_file()]
+        advice = "It is no run's, or a collected result, which keeps no checkpoint."
+        if here:
+            advice = f"Give checkpoint={' or '.join(here)}."
+        raise ConfigError(f"{area}: no file '{path}'. {advice}")
     state = load_run_state(path)
     dataset: Any
     try:

@@ -15,12 +15,12 @@ from torch import nn
 
 from qexp import plot
 from qexp.quant.accounting import account, other_weights
+from qexp.quant.bitwidth import Progressive
 from qexp.quant.convert import quant_layers, quantizers
 from qexp.quant.quantizer import Identity
 from qexp.recipes import picture
 from qexp.recipes.build import Network, is_float
 from qexp.recipes.evaluate import Score
-from qexp.recipes.stages import staged
 from qexp.recipes.watch import health
 from qexp.report.runs import UNIFORM
 from qexp.runner.atomic import write_bytes
@@ -79,7 +79,7 @@ def log_epoch(
 
     Returns whether it is the best epoch so far: on the validation split, else on test.
     """
-    epoch = state["epoch"]
+    epoch, policy = state["epoch"], network.policy
     row = {
         "epoch": epoch,
         "loss": state["losses"][: state["step"]].mean().item(),
@@ -89,7 +89,7 @@ def log_epoch(
         "val_top1": val.top1 if val else None,
         "lr": optimizer.param_groups[0]["lr"],
         "images_per_s": state["trained"] / max(state["train_s"], 1e-9),
-        "bits": network.policy.bits_at(epoch - 1, epochs) if staged(network) else None,
+        "bits": policy.bits_at(epoch - 1, epochs) if isinstance(policy, Progressive) else None,
         "codebooks": picture.codebooks(network.model),
     }
     state["history"].append(row)
@@ -166,6 +166,8 @@ def protocol(
         known["act_sample"] = "random"
     if start.get("folded"):  # from a float network there is no word, as there never was
         known["start"] = "post-training run"
+    if start.get("val_seen"):  # the float start, perhaps
+        known["val_seen"] = True
     if segments:
         known["segments"] = [dict(segment) for segment in segments]
     return {
@@ -257,7 +259,7 @@ def _nominal(cfg: DictConfig, operand: str, network: Network) -> int | None:
     inner = [layers[x.name] for x in network.layers if x.position == "inner" and x.name in layers]
     if inner and all(isinstance(getattr(x, f"{operand}_quantizer"), Identity) for x in inner):
         return 32
-    if staged(network):  # the stage that was reached
+    if isinstance(network.policy, Progressive):  # the stage that was reached
         names = [x.name for x in network.layers if x.position == "inner"] or list(network.bits)
         found = Counter(getattr(network.bits[name], operand) for name in names)
         return found.most_common(1)[0][0]

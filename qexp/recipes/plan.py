@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from qexp.data.card import Card
 from qexp.errors import DataError
 from qexp.quant.accounting import Account, account
+from qexp.quant.bitwidth import Progressive
 from qexp.quant.fold import fold_bn_
 from qexp.recipes import build
 from qexp.recipes.absent import published
@@ -51,7 +52,7 @@ def plan(cfg: DictConfig) -> str:
             f"bits:     nominal; the {cfg.bitwidth.name} policy decides with "
             f"{cfg.bitwidth.images} training images"
         )
-    if hasattr(network.policy, "bits_at"):
+    if isinstance(network.policy, Progressive):
         lines.append(
             f"stages:   {_stages([network.policy.bits_at(e, epochs) for e in range(epochs)])}"
         )

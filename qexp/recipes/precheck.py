@@ -20,8 +20,7 @@ from torch import nn
 from qexp.data.sampling import steps_in_epoch
 from qexp.errors import CheckpointError, ConfigError, QexpError, one_line
 from qexp.models.load import check_weights
-from qexp.quant.bitwidth import Uniform
-from qexp.quant.convert import Bits, float_operands, quant_layers
+from qexp.quant.convert import Bits, float_operands, make_quantizers, quant_layers
 from qexp.quant.plan import Schedule
 from qexp.quant.trace import Layer, trace
 from qexp.recipes import build
@@ -32,6 +31,8 @@ from qexp.recipes.units import check_units
 from qexp.runner.distributed import launched
 from qexp.runner.resuming import CHECKPOINT
 from qexp.signature import unknown_key
+
+FLOAT = Bits(32, 32)
 
 
 class Sizes(Protocol):
@@ -45,11 +46,13 @@ class Sizes(Protocol):
     def train_size(self) -> int: ...
 
 
-def precheck(cfg: DictConfig, data: Sizes | None = None) -> None:
+def precheck(cfg: DictConfig, data: Sizes | None = None, *, resume: bool = False) -> None:
     """Build what the run would build, and throw it away.
 
     Args:
         data: sizes to go by where the data itself is absent (`dry_run`).
+        resume: the run in `cfg.folder` goes on: what one that has begun started from is not looked
+            at, its file may be gone.
 
     Raises:
         ConfigError: a value, a policy, a network or a file that cannot be had.
@@ -86,21 +89,22 @@ def precheck(cfg: DictConfig, data: Sizes | None = None) -> None:
                 f"config: model={cfg.model.get('name', cfg.model._target_)} cannot take images of "
                 f"{shape}: {reason}. {_other_size(cfg, sizes.input_shape)}"
             ) from error
-        check_files(cfg, model)
+        begun = resume and (Path(cfg.folder) / CHECKPOINT).is_file()
+        check_files(cfg, model, begun)
         if not build.trains(cfg.recipe):
             check_units(cfg, model, layers, sizes.input_shape)
         bits = None if build.is_float(cfg) else nominal_bits(cfg, layers)
         check_metric(cfg, model, layers, sizes.input_shape)
         context = {"epoch": 0, "epochs": cfg.recipe.get("epochs", 1)}
-        try:
+        with _width_errors(cfg):
             build.make_network(unsaved(cfg), model, sizes.input_shape, context=context, bits=bits)
-        except ValueError as error:  # a quantizer that has no such width
-            raise ConfigError(f"config: quantizer={cfg.quantizer.name}: {error}.") from error
+        if not build.is_float(cfg):
+            check_widths(cfg, layers)
         _rates(cfg, model)
         _check_quantized_layers_run(model, sizes.input_shape)
     if build.trains(cfg.recipe):
         steps_in_epoch(sizes.train_size, cfg.recipe.batch_size, launched().size)
-    _enough_images(cfg, sizes.train_size)
+    _enough_images(cfg, sizes.train_size, begun)
 
 
 def _other_size(cfg: DictConfig, input_shape: Sequence[int]) -> str:
@@ -129,27 +133,21 @@ def _check_quantized_layers_run(model: nn.Module, input_shape: Sequence[int]) ->
         )
 
 
-def check_files(cfg: DictConfig, model: nn.Module) -> None:
-    """Refuse a checkpoint or a teacher whose weights `model`, of this config, cannot take.
-
-    What a run that has begun started from is not looked at: its file may be gone.
+def check_files(cfg: DictConfig, model: nn.Module, begun: bool) -> None:
+    """Refuse a checkpoint, unless a run has begun, or a teacher that `model` cannot take.
 
     Raises:
         ConfigError: so.
     """
     recipe, spec = cfg.recipe, cfg.model.get("checkpoint")
     distill = recipe.get("distill") or {}
-    if not (_begun(cfg) or recipe.get("from_scratch") or spec in (None, "none", "auto")):
+    if not (begun or recipe.get("from_scratch") or spec in (None, "none", "auto")):
         with _said_as_config():
             _check_start(cfg, model, checkpoint_file(spec))
     teacher = distill.get("teacher", "float")
     if distill.get("weight", 0) > 0 and teacher != "float":
         with _said_as_config("config: recipe.distill.teacher: "):
             check_weights(model, cfg.model._target_, teacher)
-
-
-def _begun(cfg: DictConfig) -> bool:
-    return (Path(cfg.folder) / CHECKPOINT).is_file()
 
 
 def _check_start(cfg: DictConfig, model: nn.Module, source: str) -> None:
@@ -177,12 +175,35 @@ def nominal_bits(cfg: DictConfig, layers: Sequence[Layer]) -> dict[str, Bits] | 
         ConfigError: what the policy can refuse without data.
     """
     policy = build.make_policy(cfg)
-    if hasattr(policy, "check"):
-        with build.policy_errors(cfg):
-            policy.check(layers, build.factories(cfg)["weight"])
-    if not policy.needs_data:
-        return None
-    return Uniform(cfg.bits, cfg.bits, cfg.bitwidth.first_last).assign(layers)
+    with build.policy_errors(cfg):
+        policy.check(layers, build.factories(cfg)["weight"])
+        return policy.nominal(layers, cfg.bits) if policy.needs_data else None
+
+
+def check_widths(cfg: DictConfig, layers: Sequence[Layer]) -> None:
+    """Refuse widths that a layer may come to, in a later stage or as a candidate, and that its
+    quantizers do not have.
+
+    Raises:
+        ConfigError: the first of them.
+    """
+    policy, factories = build.make_policy(cfg), build.factories(cfg)
+    with build.policy_errors(cfg):
+        tables = policy.possible(layers, cfg.recipe.get("epochs", 1))
+    for table in tables:
+        for layer in layers:
+            if table.get(layer.name, FLOAT) != FLOAT:
+                with _width_errors(cfg):
+                    make_quantizers(layer, table[layer.name], **factories)
+
+
+@contextmanager
+def _width_errors(cfg: DictConfig) -> Iterator[None]:
+    """Turn what a quantizer says of a width into one line."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"config: quantizer={cfg.quantizer.name}: {error}.") from error
 
 
 def check_metric(
@@ -196,9 +217,8 @@ def check_metric(
     if build.is_float(cfg):
         return
     policy = build.make_policy(cfg)
-    if hasattr(policy, "check_metric"):
-        with build.policy_errors(cfg):
-            policy.check_metric(layers, model, torch.randn(1, *input_shape))
+    with build.policy_errors(cfg):
+        policy.check_metric(layers, model, torch.randn(1, *input_shape))
 
 
 def unsaved(cfg: DictConfig) -> DictConfig:
@@ -223,7 +243,7 @@ def _rates(cfg: DictConfig, model: nn.Module) -> None:
         )
 
 
-def _enough_images(cfg: DictConfig, size: int) -> None:
+def _enough_images(cfg: DictConfig, size: int, begun: bool) -> None:
     """Refuse to look at more training images than there are."""
     recipe, quantized = cfg.recipe, not build.is_float(cfg)
     asked = {}
@@ -237,7 +257,7 @@ def _enough_images(cfg: DictConfig, size: int) -> None:
         asked["recipe.batch_size"] = recipe.batch_size
         asked["recipe.bn_reestimate"] = recipe.get("bn_reestimate", 0)
     auto = cfg.model.get("checkpoint") == "auto" and not recipe.get("from_scratch")
-    if auto and not _begun(cfg):
+    if auto and not begun:
         asked["float.batch_size"] = cfg.float.batch_size
         asked["float.bn_reestimate"] = cfg.float.get("bn_reestimate", 0)
     for key, count in asked.items():

@@ -9,15 +9,11 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from qexp.errors import ConfigError
+from qexp.quant.bitwidth import Progressive
 from qexp.quant.rebits import rebits_
 from qexp.recipes import build
 from qexp.recipes.saving import quantize_inputs_again_
 from qexp.runner.run import Run
-
-
-def staged(network: build.Network) -> bool:
-    """Whether the policy of `network` gives widths by epoch."""
-    return network.policy is not None and hasattr(network.policy, "bits_at")
 
 
 def no_best() -> dict[str, Any]:
@@ -35,7 +31,7 @@ def refuse_wider(network: build.Network, epoch: int, epochs: int) -> None:
     Raises:
         ConfigError: a layer would have more bits than it has.
     """
-    if not staged(network):
+    if not isinstance(network.policy, Progressive):
         return
     then = network.policy.assign(network.layers, epoch=epoch, epochs=epochs)
     for name, now in network.bits.items():
@@ -63,7 +59,7 @@ def change_bits_(
         images: that new quantizers are calibrated on.
     """
     policy = network.policy
-    if policy is None or not staged(network):
+    if not isinstance(policy, Progressive):
         return False
     bits = dict(policy.assign(network.layers, epoch=epoch, epochs=epochs))
     if bits == network.bits:
@@ -72,5 +68,5 @@ def change_bits_(
     if forward is network.model:
         quantize_inputs_again_(network.model, cfg.get("saved", "all"))
     network.bits = bits
-    run.info(f"epoch {epoch}: bits are now {policy.bits_at(epoch, epochs)}")
+    run.info(f"epoch {epoch + 1:03d}: bits are now {policy.bits_at(epoch, epochs)}")
     return True

@@ -41,14 +41,15 @@ def _learned(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 def first_non_finite(model: nn.Module) -> str:
     """`, layer 'x' first`: the first layer, in module order, with a non-finite value; or nothing.
 
-    One host sync when all is well.
+    Of a value outside all layers it is `, parameter 'x' first`. One host sync when all is well.
     """
     state = [(n, t) for n, t in model.state_dict().items() if t.is_floating_point()]
     free = _may_be_infinite(model)
     flags = [(~t.isnan() if n in free else t.isfinite()).all() for n, t in state]
     for (name, _), fine in zip(state, torch.stack(flags).tolist(), strict=True):
         if not fine:
-            return f", layer '{name.rpartition('.')[0]}' first"
+            layer, _, own = name.rpartition(".")
+            return f", layer '{layer}' first" if layer else f", parameter '{own}' first"
     return ""
 
 
@@ -73,12 +74,15 @@ def check_finite(model: nn.Module, losses: Tensor, epoch: int, saved: int = 0) -
     where = first_non_finite(model)
     if not bool(bad.any()) and not where:
         return
-    step = int(bad.nonzero()[0]) if bool(bad.any()) else len(losses) - 1
-    kind = "infinite" if bool(losses[step].isinf()) else "NaN"
+    if bool(bad.any()):
+        step = int(bad.nonzero()[0])
+        what = f"loss is {'infinite' if bool(losses[step].isinf()) else 'NaN'} at"
+    else:
+        step, what = len(losses) - 1, "weights are not finite after"
     place = f"epoch {epoch + 1}, step {saved}" if saved else f"epoch {epoch}"
     kept = f"last good checkpoint is last.pt ({place})" if epoch or saved else "no checkpoint yet"
     raise RunError(
-        f"run: loss is {kind} at epoch {epoch + 1}, step {step + 1}{where}; {kept}. "
+        f"run: {what} epoch {epoch + 1}, step {step + 1}{where}; {kept}. "
         "Lower recipe.lr or set recipe.grad_clip."
     )
 
