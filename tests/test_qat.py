@@ -591,6 +591,16 @@ def test_every_option_trains_to_a_finite_result(
     assert 0 <= result["top1"] <= 100
     if "dataset.val_fraction=0.25" in extra:
         assert result["best_selected_on"] == "val"
+        assert result["protocol"]["val_seen"] is True  # `float_run` held nothing out
+        assert "it may have been trained on those that" in (folder / "train.log").read_text()
+
+
+def test_a_float_network_of_the_same_split_has_not_seen_the_held_out_images(tmp_path: Path) -> None:
+    options = ["model.checkpoint=auto", "dataset.val_fraction=0.25", "recipe.epochs=1"]
+    result, folder = train(tiny(tmp_path, *options, "float.epochs=1"))
+    assert result["best_selected_on"] == "val"
+    assert "val_seen" not in result["protocol"]
+    assert "may have been trained on" not in (folder / "train.log").read_text()
 
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch(
@@ -854,8 +864,13 @@ def test_a_weight_that_overflows_at_the_last_step_stops_the_run() -> None:
     with torch.no_grad():
         model[1].bias[0] = float("inf")
     with pytest.raises(
-        RunError, match=r"epoch 2, step 3, layer '1' first; last good .* \(epoch 1\)"
+        RunError,
+        match=r"weights are not finite after epoch 2, step 3, layer '1' first; last .* \(epoch 1\)",
     ):
+        qat_module.check_finite(model, torch.ones(3), epoch=1)
+    model = torch.nn.Linear(2, 2)
+    torch.nn.init.constant_(model.bias, float("inf"))
+    with pytest.raises(RunError, match="parameter 'bias' first"):
         qat_module.check_finite(model, torch.ones(3), epoch=1)
 
 

@@ -512,6 +512,25 @@ def test_a_grid_with_too_many_levels_and_uncommitted_code_are_flagged(tmp_path, 
     assert "dead levels: 2" in row["flags"]
 
 
+def test_a_quantizer_that_stopped_learning_is_flagged(tmp_path, capsys) -> None:
+    names = ["a.act_quantizer.adapter.0.weight", "a.act_quantizer.adapter.0.bias"]
+    for method, epochs in (("asq", (2, 4, 5)), ("lsq", (4, 5)), ("pact", (2, 3, 4)), ("apot", ())):
+        folder = make_run(tmp_path, method, method=method)
+        lines = [{"event": "epoch", "epoch": e + 1, "top1": 90.0} for e in range(5)]
+        lines += [{"event": "stuck", "epoch": e, "parameters": names} for e in epochs]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    flags = {row["method"]: row["flags"] for row in rows(capsys, tmp_path)}
+    assert "quantizers at rest: 1" in flags["asq"]
+    assert not any("at rest" in flags[other] for other in ("lsq", "pact", "apot"))
+    folder = tmp_path / "asq"
+    told = {"constant_factors": {"a.act_quantizer": 1}}  # said by its own name, once
+    result = json.loads((folder / "result.json").read_text()) | {"health": told}
+    (folder / "result.json").write_text(json.dumps(result))
+    flags = {row["method"]: row["flags"] for row in rows(capsys, tmp_path)}
+    assert "constant factors: 1" in flags["asq"]
+    assert "at rest" not in flags["asq"]
+
+
 def test_a_committed_result_needs_neither_status_nor_config(tmp_path, capsys) -> None:
     folder = make_run(tmp_path, "a")
     for name in ("status.json", "config.yaml", "metrics.jsonl", "layers.csv"):

@@ -24,6 +24,7 @@ from qexp.recipes.handover import checkpoint_file, load_folded, read_ptq
 from qexp.recipes.settings import Settings
 from qexp.runner.checkpoint import rng_state, set_rng_state
 from qexp.runner.distributed import led
+from qexp.runner.folder import run_config
 from qexp.runner.run import Run
 
 _SCORED: dict[str, float] = {}  # top-1 by file, network, data and device
@@ -46,6 +47,7 @@ class FloatStart:
         file_sha256: of the bytes of `source`, or None.
         ptq: the checkpoint of the post-training run that it comes from, or None.
         folded: its batch norms are folded.
+        val_seen: it may have been trained on the images that are held out here.
     """
 
     model: nn.Module
@@ -57,10 +59,11 @@ class FloatStart:
     folded: bool = False
     teacher_sha256: str | None = None
     file_sha256: str | None = None
+    val_seen: bool = False
 
     def record(self) -> dict[str, Any]:
         """What the checkpoint keeps."""
-        keys = ("top1", "sha256", "source", "teacher_sha256", "file_sha256", "folded")
+        keys = ("top1", "sha256", "source", "teacher_sha256", "file_sha256", "folded", "val_seen")
         return {key: getattr(self, key) for key in keys}
 
 
@@ -142,6 +145,7 @@ def float_start(
         start.sha256, start.file_sha256 = begun["sha256"], begun.get("file_sha256")
     if saved is not None:
         start.top1, start.folded = saved["start"]["top1"], bool(saved.get("folded"))
+        start.val_seen = saved["start"].get("val_seen", False)
         if start.folded:
             fold_bn_(model)
     if start.folded:
@@ -234,6 +238,12 @@ def _load(cfg: DictConfig, start: FloatStart, dataset: Any, run: Run) -> None:
     if (path := Path(start.source)).is_file():
         start.source, start.file_sha256 = str(path.absolute()), file_sha256(path)
     start.ptq = read_ptq(start.source)
+    if dataset.has_val and not _held_out_alike(cfg, Path(start.source).parent):
+        start.val_seen = True
+        run.warn(
+            f"{start.source} is of no run that held the same images out: it may have been trained "
+            "on those that dataset.val_fraction keeps for validation"
+        )
     if start.ptq is None:
         start.sha256 = load_weights(start.model, cfg.model._target_, start.source)
         start.top1 = _top1(cfg, start.model, start.sha256, dataset)
@@ -252,6 +262,16 @@ def _load(cfg: DictConfig, start: FloatStart, dataset: Any, run: Run) -> None:
             "fall to chance. Use recipe=qat_after_ptq, with an experiment (whose rate it leaves) "
             "recipe.lr=0.003 recipe.grad_clip=1.0"
         )
+
+
+def _held_out_alike(cfg: DictConfig, folder: Path) -> bool:
+    """Whether the run in `folder` trained on the images that this one trains on."""
+    try:
+        own = run_config(folder, "run").dataset
+    except ConfigError:
+        return False
+    keys = ("name", "val_fraction", "subset")
+    return all(own.get(key) == cfg.dataset.get(key) for key in keys)
 
 
 def _top1(cfg: DictConfig, model: nn.Module, sha256: str | None, dataset: Any) -> float:

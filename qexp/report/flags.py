@@ -63,6 +63,8 @@ def _cut(protocol: Mapping[str, Any]) -> list[str]:
         flags.append(f"stopped after {protocol['max_steps']} steps")
     if protocol.get("subset") is not None:
         flags.append(f"trained on {protocol['subset']} images")
+    if protocol.get("val_seen"):
+        flags.append("its float start may have seen the validation images")
     if protocol.get("segments"):
         flags.append("resumed with other settings")
     return flags
@@ -128,11 +130,14 @@ def _elsewhere(row: Row, shown: Paper, others: Sequence[Paper]) -> list[str]:
 
 
 def _health(row: Row) -> Counter[str]:
-    """Sum over seeds and layers of what `result.health` counted."""
+    """Sum over seeds and layers of what `result.health` counted, and of what stopped learning."""
     total: Counter[str] = Counter()
     for run in row.counted:
         fused = at(run.config, "quantizer", "act", "fusion") not in (None, "none")
-        for kind, found in (run.result.get("health") or {}).items():
+        health = run.result.get("health") or {}
+        told = {name for found in health.values() if isinstance(found, Mapping) for name in found}
+        total["quantizers_at_rest"] += len(set(run.at_rest) - told)
+        for kind, found in health.items():
             if kind == "borders_at_bound" and fused:
                 continue  # older runs counted borders before they are mixed, which rounds nothing
             counts = found.values() if isinstance(found, Mapping) else [found]

@@ -1,4 +1,4 @@
-"""Run folders and papers' numbers, read from the disk for `qexp report`. Imports no torch.
+"""Run folders, read from the disk for `qexp report`. Imports no torch.
 
 A run folder holds `result.json` or `status.json`. Folders written today hold both, beside
 config.yaml, metrics.jsonl and layers.csv; committed results may hold result.json and config.yaml
@@ -12,6 +12,8 @@ import hashlib
 import json
 import math
 import os
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,11 +32,13 @@ from qexp.runner.folder import (
 )
 
 CHECKPOINTS = "checkpoints.json"  # beside committed results: hashes of the weights
+AT_REST = 3  # epochs, the last among them, in which a parameter did not move
+SCALES_OUTPUT = ".output_scale"  # N2UQ's, of no effect before a batch norm: older runs told of it
 LAYER_NUMBERS = ("w_bits", "a_bits", "size_bytes")
 MAPPINGS = ("protocol", "bits", "health")  # fields of result.json that are read into
 UNIFORM = (None, "float", "uniform", "progressive")  # policies that end at one width for all
 # Two runs that differ in these keys only are the same experiment with another seed or place.
-NOT_EXPERIMENT = (*NOT_IDENTITY, "seed", "root", "download", "plots", "save_every", "save")
+NOT_EXPERIMENT = (*(key.rpartition(".")[2] for key in NOT_IDENTITY), "seed", "root", "save")
 # Of a config, what tells rows of one protocol apart; and what of it is named elsewhere.
 VARIANT = ("quantizer", "bitwidth", "model", "dataset")
 NAMED = ("quantizer.name", "model.name", "model.checkpoint", "dataset.name", "dataset.workers")
@@ -165,6 +169,26 @@ class RunRecord:
 
     def epochs(self) -> list[dict[str, Any]]:
         """The epochs of metrics.jsonl, each once (a resumed run repeats none), in order."""
+        found = self._events("epoch")
+        return [found[epoch] for epoch in sorted(found)]
+
+    @cached_property
+    def at_rest(self) -> list[str]:
+        """Quantizers with a parameter that the last epoch did not move, nor two others.
+
+        Near the end of a schedule a step may round to nothing: one epoch or two tell little.
+        """
+        found, last = self._events("stuck"), max(self._events("epoch"), default=None)
+        told = [event.get("parameters") for event in found.values()]
+        listed = [names for names in told if isinstance(names, list)]
+        times = Counter(str(name) for names in listed for name in names)
+        now = (found.get(last) or {}).get("parameters") if last is not None else None
+        held = [str(name) for name in now or () if times[str(name)] >= AT_REST]
+        held = [name for name in held if not name.endswith(SCALES_OUTPUT)]
+        return sorted({re.sub(r"(_quantizer)\..*", r"\1", name) for name in held})
+
+    def _events(self, kind: str) -> dict[int, dict[str, Any]]:
+        """The last of a kind that metrics.jsonl has of each epoch."""
         found: dict[int, dict[str, Any]] = {}
         path = self.folder / "metrics.jsonl"
         for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
@@ -174,9 +198,9 @@ class RunRecord:
                 continue  # the line a killed run was writing
             if not isinstance(event, dict):
                 continue
-            if event.get("event") == "epoch" and isinstance(event.get("epoch"), int):
+            if event.get("event") == kind and isinstance(event.get("epoch"), int):
                 found[event["epoch"]] = event
-        return [found[epoch] for epoch in sorted(found)]
+        return found
 
 
 def read_runs(roots: Sequence[Path]) -> list[RunRecord]:
