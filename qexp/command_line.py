@@ -12,6 +12,13 @@ from typing import Any, NamedTuple
 from qexp.errors import ConfigError
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse with our one-line errors."""
+
+    def error(self, message: str) -> Any:
+        raise ConfigError(f"qexp: {message}. Try: {self.prog} --help")
+
+
 class Line(NamedTuple):
     """A command line behind the command's name."""
 

@@ -247,5 +247,10 @@ def _unresolvable(cfg: DictConfig) -> Iterator[str]:
     try:
         OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or "?"
+        key, cause = getattr(error, "full_key", None) or "?", error.__context__
+        while cause is not None and not isinstance(cause, ConfigError):  # of a resolver of ours
+            cause = cause.__cause__ or cause.__context__
+        if cause is not None:
+            yield str(cause)
+            return
         yield f"config: {key}: {str(error).splitlines()[0]}. Set {key}=..."

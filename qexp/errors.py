@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import shlex
 from collections.abc import Iterable
+from itertools import takewhile
 
 
 class QexpError(Exception):
@@ -36,9 +37,16 @@ class RunError(QexpError):
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:
-    """` Did you mean 'x'?` for the closest option, else an empty string."""
-    close = difflib.get_close_matches(word, list(options), n=1, cutoff=0.6)
-    return f" Did you mean '{close[0]}'?" if close else ""
+    """` Did you mean 'x'?` for the closest option, else an empty string; capitals count little."""
+    word, known = word.lower(), {option.lower(): option for option in options}
+
+    def likeness(option: str) -> tuple[float, int]:
+        ratio = difflib.SequenceMatcher(None, word, option).ratio()
+        same = (a == b for a, b in zip(word, option, strict=False))
+        return ratio, sum(takewhile(bool, same))  # of two as like, the same beginning
+
+    best = max(difflib.get_close_matches(word, known), key=likeness, default=None)
+    return f" Did you mean '{known[best]}'?" if best else ""
 
 
 def origin(error: BaseException) -> BaseException:

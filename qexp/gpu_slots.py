@@ -13,6 +13,8 @@ from typing import IO
 
 from omegaconf import OmegaConf
 
+from qexp.errors import ConfigError
+
 _held: dict[Path, tuple[int, IO[str]]] = {}
 
 
@@ -43,12 +45,17 @@ def gpu_of_job(gpus: int | None, per_gpu: int = 1) -> str:
     """`cuda:N` for a process of a sweep: the resolver `${gpu_of_job:4,2}`; null: all GPUs.
 
     Outside a sweep, as when its run is resumed alone, `auto`.
+
+    Raises:
+        ConfigError: all GPUs were asked for, and there is none.
     """
     from hydra.core.hydra_config import HydraConfig
 
     hydra = HydraConfig.get() if HydraConfig.initialized() else None
     if hydra is None or OmegaConf.is_missing(hydra.job, "num"):
         return "auto"
+    if gpus is None and _gpus() == 0:
+        raise ConfigError("config: launch=gpus: torch sees no GPU here. Use launch=parallel.")
     count = jobs_at_once(gpus, 1)
     slot = take_slot(Path(hydra.sweep.dir), count * per_gpu)
     return f"cuda:{(hydra.job.num if slot is None else slot) % count}"
@@ -56,8 +63,10 @@ def gpu_of_job(gpus: int | None, per_gpu: int = 1) -> str:
 
 def jobs_at_once(gpus: int | None, per_gpu: int) -> int:
     """Jobs of a sweep that run side by side: the resolver `${jobs_at_once:4,2}`."""
-    if gpus is None:
-        import torch
+    return (max(1, _gpus()) if gpus is None else gpus) * per_gpu
 
-        gpus = max(1, torch.cuda.device_count())
-    return gpus * per_gpu
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()

@@ -19,6 +19,7 @@ from qexp.errors import ConfigError, did_you_mean
 from qexp.signature import unknown_key
 
 COMPOSITION = (HydraException, OmegaConfBaseException)
+FOREIGN = ("hydra.", "float.")  # sections that a misplaced key was hardly meant for
 RUN_GIVEN = ("eval", "export")  # configs of commands that take a run's folder as run=FOLDER
 
 
@@ -111,7 +112,21 @@ def _key(cfg: DictConfig, key: str, config_name: str) -> str:
     while depth < len(path) - 1 and isinstance(node.get(path[depth]), DictConfig):
         node, depth = node[path[depth]], depth + 1
     known = [str(k) for k in node if not str(k).startswith("_") and k != "hydra"]
-    return unknown_key(".".join(path[: depth + 1]), known, _owner(cfg, path[:depth], config_name))
+    line = unknown_key(".".join(path[: depth + 1]), known, _owner(cfg, path[:depth], config_name))
+    place = None if did_you_mean(path[depth], known) else _elsewhere(cfg, path[-1])
+    return f"{line} Did you mean '{place}'?" if place else line
+
+
+def _elsewhere(cfg: DictConfig, key: str) -> str | None:
+    """The place of a key of that name in the config: the one of fewest steps down."""
+    level: list[tuple[str, DictConfig]] = [("", cfg)]
+    while level:
+        for path, node in level:
+            if key in node:
+                return f"{path}{key}"
+        below = ((f"{path}{k}.", node._get_node(k)) for path, node in level for k in node)
+        level = [(p, n) for p, n in below if isinstance(n, DictConfig) and p not in FOREIGN]
+    return None
 
 
 def _owner(cfg: DictConfig, path: Sequence[str], config_name: str) -> str:

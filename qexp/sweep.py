@@ -43,6 +43,7 @@ JOBS = "jobs.jsonl"
 
 _folder: Path | None = None  # of the sweep that this process launches
 _earlier = 0  # bytes that its jobs.jsonl had before: of another sweep in the same folder
+_needs_slurm = False  # whether its jobs go to SLURM
 _new = False  # whether this sweep makes that folder
 
 
@@ -51,11 +52,12 @@ class Launched(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra once, before the first job."""
-        global _folder, _earlier, _new
+        global _folder, _earlier, _new, _needs_slurm
         _folder = Path(config.hydra.sweep.dir)
         _new = not _folder.exists()
         with suppress(OSError):
             _earlier = (_folder / JOBS).stat().st_size
+        _needs_slurm = config.hydra.launcher._target_.endswith("submitit_launcher.SlurmLauncher")
         if config.hydra.launcher._target_.endswith("submitit_launcher.LocalLauncher"):
             _send_controllers_to(_folder / "controllers.log")
 
@@ -133,6 +135,11 @@ def place_errors() -> Iterator[None]:
     except Exception as error:
         if _folder is None:
             raise
+        if _needs_slurm and shutil.which("sbatch") is None:
+            raise ConfigError(
+                "sweep: launch=slurm needs SLURM's commands, which are not on this machine's PATH. "
+                "Use launch=local or launch=parallel."
+            ) from error
         raise RunError(
             f"sweep: {one_line(error).rstrip('.')}. Continue with: {'; '.join(to_continue())}"
         ) from error
@@ -234,8 +241,8 @@ def began(folder: Path) -> None:
 
 def forget() -> None:
     """Start anew: the next summary is of the next sweep."""
-    global _folder, _earlier, _new
-    _folder, _earlier, _new = None, 0, False
+    global _folder, _earlier, _new, _needs_slurm
+    _folder, _earlier, _new, _needs_slurm = None, 0, False, False
 
 
 def to_continue() -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shlex
@@ -10,19 +9,21 @@ from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 from omegaconf import OmegaConf
 
+from qexp.command_line import Parser
 from qexp.errors import CheckpointError, ConfigError, RunError
 from qexp.job import Job
 from qexp.runner.folder import (
+    RESULT,
     RESUMED,
     STATUS,
     find_runs,
     give_up,
     is_done,
     read_config,
+    read_json,
     read_status,
     refuse_running,
 )
@@ -39,13 +40,6 @@ QUIET = (
 )
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse with our one-line errors."""
-
-    def error(self, message: str) -> Any:
-        raise ConfigError(f"qexp: {message}. Try: {self.prog} --help")
-
-
 # ---------------------------------------------------------------------------------------------
 # resume
 
@@ -55,9 +49,7 @@ def resume(argv: Sequence[str]) -> int:
 
     The config is composed from RUN/.hydra, so later edits of `configs/` do not reach it.
     """
-    parser = _Parser(
-        "qexp resume", description="Continue a run, or the unfinished ones of a sweep."
-    )
+    parser = Parser("qexp resume", description="Continue a run, or the unfinished ones of a sweep.")
     parser.add_argument("run", help="a run's folder, the end of its path, or a sweep's folder")
     parser.add_argument(
         "overrides", nargs="*", default=[], help="changes, for instance recipe.epochs=40"
@@ -120,13 +112,9 @@ def _resume_run(folder: Path, overrides: Sequence[str]) -> int:
     if os.environ.get("RANK", "0") != "0":  # torchrun's process 0 decides and has the folder
         status = {}
     if is_done(folder) and status and not overrides:
-        top1 = status.get("top1")
+        top1 = {**read_json(folder / RESULT), **status}.get("top1")
         score = f" (top-1 {top1:.2f})" if isinstance(top1, float) else ""
-        path, longer = folder / "config.yaml", " Add recipe.epochs=... to train longer."
-        with suppress(ConfigError):
-            if path.is_file() and not OmegaConf.select(read_config(path, ""), "recipe.epochs"):
-                longer = ""  # post-training
-        raise ConfigError(f"resume: {folder} is already done{score}.{longer}")
+        raise ConfigError(f"resume: {folder} is already done{score}.{_to_go_on(folder)}")
     refuse_running(folder, status)
     if not (folder / ".hydra" / "config.yaml").is_file():
         raise ConfigError(f"resume: {folder} has no .hydra/config.yaml. Start a new run.")
@@ -147,6 +135,23 @@ def _resume_run(folder: Path, overrides: Sequence[str]) -> int:
             f"it and the run starts over: rm {shlex.quote(str(last))}; qexp resume "
             f"{shlex.quote(str(folder))}"
         ) from error
+
+
+def _to_go_on(folder: Path) -> str:
+    """What a done run can be trained on with; empty where it cannot."""
+    path = folder / "config.yaml"
+    if not (folder / CHECKPOINT).is_file():
+        return f" It has no {CHECKPOINT}: collected results keep none."
+    cfg = None
+    with suppress(ConfigError):
+        cfg = read_config(path, "") if path.is_file() else None
+    if cfg is None:
+        return " Add recipe.epochs=... to train longer."
+    if not OmegaConf.select(cfg, "recipe.epochs"):
+        return ""  # post-training
+    if (steps := cfg.get("max_steps")) is not None:
+        return f" It was cut by max_steps={steps}, which cannot change: start a new run."
+    return " Add recipe.epochs=... to train longer."
 
 
 def _earlier(path: Path) -> list[str]:
@@ -193,7 +198,7 @@ def _resume_sweep(folder: Path, overrides: Sequence[str]) -> int:
 
 def ls(argv: Sequence[str]) -> int:
     """`qexp ls [FOLDER ...]`: a table of the runs below these folders."""
-    parser = _Parser("qexp ls", description="Table of runs, oldest first.")
+    parser = Parser("qexp ls", description="Table of runs, oldest first.")
     parser.add_argument("folder", nargs="*", default=["outputs"], help="where to look (outputs)")
     args = parser.parse_args(list(argv))
     runs: dict[Path, None] = {}
@@ -205,14 +210,15 @@ def ls(argv: Sequence[str]) -> int:
     rows = [("name", "status", "top-1", "epoch", "age", "folder")]
     for run in runs:
         status = read_status(run)
-        top1 = status.get("top1")
+        told = {**read_json(run / RESULT), **status}  # a collected run's status is short
+        top1 = told.get("top1")
         rows.append(
             (
                 f"{run.parent.parent.name}/{run.parent.name}",
                 str(status.get("state", "?")),
                 f"{top1:.2f}" if isinstance(top1, (int, float)) else "-",
                 last_epoch(run),
-                age(status.get("started")),
+                age(told.get("started", told.get("finished"))),
                 str(run),
             )
         )
@@ -258,7 +264,7 @@ def env(argv: Sequence[str]) -> int:
     """`qexp env`: what a bug report needs."""
     from qexp.config import configs_dir
 
-    _Parser("qexp env", description="Versions, devices, and where things are.").parse_args(
+    Parser("qexp env", description="Versions, devices, and where things are.").parse_args(
         list(argv)
     )
     from qexp.runner.device import compiler_available

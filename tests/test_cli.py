@@ -695,6 +695,8 @@ def test_ls_takes_several_folders_and_lists_a_run_once(tiny: Qexp, qexp: Qexp) -
     tiny("folder=a/x/1"), tiny("folder=b/x/2")
     rows = qexp("ls", "a", "b", "b/x").out.splitlines()[1:]
     assert [row.split()[-1] for row in rows] == ["a/x/1", "b/x/2"]
+    Path("a/x/1/status.json").write_text('{"state": "done"}')  # as collected results
+    assert qexp("ls", "a").out.splitlines()[1].split()[2] == rows[0].split()[2] != "-"
     assert qexp("ls", "a", "nix").err == "ls: no runs under 'nix'. Start one with: qexp train\n"
 
 

@@ -511,6 +511,13 @@ def test_identity_tells_what_is_computed_not_where(cfg: DictConfig) -> None:
     assert identity(cfg) == identity(same)  # type: ignore[arg-type]
     other = OmegaConf.merge(cfg, {"bits": 3})
     assert identity(cfg) != identity(other)  # type: ignore[arg-type]
+    cfg = OmegaConf.merge(cfg, {"recipe": {"plots": True}, "dataset": {"workers": 8}})  # type: ignore[assignment]
+    for group, key, value in (
+        ("recipe", "plots", False), ("recipe", "save_every", 5), ("recipe", "cache_gb", 1.0),
+        ("dataset", "workers", 0), ("dataset", "download", True),
+    ):  # fmt: skip
+        assert identity(cfg) == identity(OmegaConf.merge(cfg, {group: {key: value}}))  # type: ignore[arg-type]
+    assert identity(cfg) != identity(OmegaConf.merge(cfg, {"recipe": {"epochs": 9}}))  # type: ignore[arg-type]
 
 
 def test_what_is_the_same_run_however_it_is_written(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 
 from hydra.utils import get_object
@@ -13,11 +13,16 @@ from qexp.quant.plan import Method, Schedule, passes
 from qexp.recipes.build import is_float, is_untrained, make_method, needs_data, trains
 from qexp.recipes.settings import Distill, Settings
 from qexp.runner.distributed import world
+from qexp.runner.overrides import task_overrides
 
 # What a method that learns nothing may say of learning: quantizer=nearest's words for none.
 NOTHING_LEARNED = Method(
     granularity="none", quantized_inputs=False, steps="fixed", borders="fixed", drop=0.0, mix=0.0
 )
+# Of the recipe, what the passes of a reconstruction read.
+FIRST_PASS = ("recipe.iterations", "recipe.minibatch", "recipe.penalty", "recipe.beta",
+              "recipe.warmup", "recipe.lr")  # fmt: skip
+FURTHER_PASSES = ("recipe.step_iterations", "recipe.step_lr", "recipe.step_p")
 CORRECTION = ("bias_correction", "correction_inputs")  # what it may do all the same
 
 
@@ -40,12 +45,16 @@ def unused(cfg: DictConfig) -> Iterator[str]:
     if recipe.get("from_scratch") and not is_float(cfg) and given not in (None, "auto", "none"):
         yield f"model.checkpoint={given} is not used: recipe.from_scratch is true"
     yield from _mixed_precision(cfg.bitwidth)
+    if "patterns" in cfg.bitwidth and not (cfg.bitwidth.patterns or cfg.bitwidth.get("file")):
+        yield "bitwidth.patterns is empty: every layer has the same widths"
     if is_untrained(cfg) and not is_float(cfg) and needs_data(cfg):
         yield "bitwidth.metric looks at random weights; it is defined around a trained network"
     if cfg.quantizer.get("weight"):
         yield from _codebook(cfg.quantizer.weight)
     if cfg.get("sync_bn") and world().size == 1:
         yield "sync_bn is not used: there is one process"
+    if (rule := str(cfg.bitwidth.get("first_last"))) in ("same", "fp32"):
+        yield from _typed(("quantizer/outer",), f"bitwidth.first_last is {rule}")
     if not trains(recipe):
         yield from _reconstruction(make_method(cfg))
     elif cfg.quantizer.get("reconstruct"):
@@ -64,6 +73,7 @@ def _reconstruction(method: Method) -> Iterator[str]:
                 f"quantizer.reconstruct.{', '.join(idle)}: not used, as "
                 "quantizer.reconstruct.granularity is none"
             )
+        yield from _typed((*FIRST_PASS, *FURTHER_PASSES), "nothing is reconstructed")
     else:
         yield from _passes(method)
     if method.correction_inputs != "quantized" and not method.bias_correction:
@@ -76,6 +86,8 @@ def _reconstruction(method: Method) -> Iterator[str]:
 def _passes(method: Method) -> Iterator[str]:
     """Of a reconstruction."""
     names = {p.name for p in passes(method, Schedule())}
+    if names == {"rounding"}:
+        yield from _typed(FURTHER_PASSES, "there is one pass")
     if method.step_inputs != "prefix" and "steps" not in names:
         yield "quantizer.reconstruct.step_inputs is not used: there is no second pass"
     if method.drop > 0 and not method.quantized_inputs:
@@ -109,6 +121,14 @@ def _codebook(weight: DictConfig) -> Iterator[str]:
     if weight.get("adaptation", "ema") != "ema":
         idle = ("form", "gamma", "adapt_until", "dead_after")
         yield from _idle(weight, "quantizer.weight", idle, f"adaptation is {weight.adaptation}")
+
+
+def _typed(keys: Sequence[str], because: str) -> Iterator[str]:
+    """A line for each of `keys` on the command line; a preset may set what a method has not."""
+    for override in task_overrides():
+        key, _, value = override.lstrip("+").partition("=")
+        if any(key == own or key.startswith(f"{own}.") for own in keys):
+            yield f"{key}={value} is not used: {because}"
 
 
 def _idle(section: DictConfig, name: str, keys: tuple[str, ...], because: str) -> Iterator[str]:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qexp.command_line import Parser
 from qexp.errors import ConfigError, RunError, did_you_mean
 from qexp.report import against
 from qexp.report.cells import selected_on
@@ -65,8 +66,8 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="qexp report",
         description="Tables of runs, one a protocol: mean and deviation over seeds, beside papers.",
         epilog=EXAMPLES,

@@ -35,7 +35,8 @@ RESUMED = (
 # which `threads` and `device` change: training may carry that far.
 NOT_IDENTITY = (
     "out", "folder", "dry_run", "force", "device", "compile", "threads", "saved", "sync_bn",
-    "sweep",
+    "sweep", "recipe.plots", "recipe.save_every", "recipe.cache_gb", "dataset.download",
+    "dataset.workers",
 )  # fmt: skip
 
 
@@ -46,6 +47,11 @@ def identity(cfg: DictConfig, segments: Sequence[Any] = ()) -> str:
         segments: changes on the way (`resuming.py`), which make it another run.
     """
     what = {key: _plain(cfg, key) for key in cfg if key not in NOT_IDENTITY}
+    for key in NOT_IDENTITY:
+        group, _, option = key.rpartition(".")
+        node = what.get(group) if group else what
+        if isinstance(node, dict):
+            node.pop(option, None)
     quantizer, policy = what.get("quantizer"), what.get("bitwidth")
     if isinstance(quantizer, dict) and is_float_quantizer(quantizer):
         what.pop("bits", None)

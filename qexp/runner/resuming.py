@@ -36,8 +36,7 @@ from qexp.runner.overrides import folder_override, task_overrides, typed, withou
 CHECKPOINT = "last.pt"
 RESUME = "resume"  # hydra.job.name of a `qexp resume`
 # Where and how, not what; `float.*` is behind a run that has begun.
-FREE = (*NOT_IDENTITY, "float", "recipe.plots", "recipe.save_every", "recipe.cache_gb",
-        "dataset.root", "dataset.download", "dataset.workers")  # fmt: skip
+FREE = (*NOT_IDENTITY, "float", "dataset.root")
 TOLD = ("recipe.epochs", "recipe.lr", "recipe.quantizer_lr", "recipe.grad_clip")
 
 Segment = dict[str, Any]  # {"from": {key: value}, "to": {key: value}}
