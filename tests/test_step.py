@@ -98,7 +98,11 @@ def test_unquantized_it_is_the_float_network_again(tmp_path: Path) -> None:
     kinds = {name: type(module) for name, module in plain.named_modules()}
     names = list(quant_layers(model))
     parameters = {name: model.get_parameter(f"{name}.weight") for name in names}
+    with shared_weights(model):
+        model(x)
     assert unquantize_(model) is model
+    for name in names:
+        assert set(vars(model.get_submodule(name))) <= set(vars(plain.get_submodule(name)))
     assert not quant_layers(model)
     assert {name: type(module) for name, module in model.named_modules()} == kinds
     assert {name: model.get_parameter(f"{name}.weight") for name in names} == parameters
