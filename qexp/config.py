@@ -165,6 +165,9 @@ def _whole_floats_(cfg: DictConfig, plain: Any) -> None:
 
 def _check_node(path: str, node: Mapping[str, Any], cfg: DictConfig) -> list[str]:
     group = path.partition(".")[0]
+    whole = path == group
+    if path.endswith(".distill.model"):  # a section of its own, of a teacher
+        group, whole = "model", True
     try:
         target = _imported(str(node["_target_"]))
     except Exception as error:  # whatever importing the user's module raises
@@ -175,7 +178,7 @@ def _check_node(path: str, node: Mapping[str, Any], cfg: DictConfig) -> list[str
         settings = getattr(sys.modules.get(target.__module__), "Settings", None)
         return _check_settings(settings, node, keys, path) if settings else []
     signature = Signature.of_callable(target).without(GIVEN.get(group, set()))
-    if path == group:  # the group's own node: `name` is for folders and tables
+    if whole:  # the group's own node: `name` is for folders and tables
         ours = RESERVED.get(group, set()) | {"name"}
         keys = {k: v for k, v in keys.items() if k not in ours or k in signature.hints}
     if node.get("_partial_"):

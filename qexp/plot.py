@@ -208,7 +208,7 @@ def codebook_trajectories(items: Sequence[TrajectoryPlot], path: Path, title: st
 
 
 def sensitivity(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "") -> None:
-    """Sensitivity (log scale) above, bits below, one column a layer.
+    """Sensitivity (log scale) above, where it was measured, bits below, one column a layer.
 
     Args:
         rows: in execution order, as in layers.csv: `name`, `w_bits`, `a_bits`, `sensitivity`
@@ -217,19 +217,12 @@ def sensitivity(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "") 
         title: above the figure.
     """
     width = max(5.5, 0.42 * len(rows) + 1.8)
-    figure, (top, foot) = panels(2, columns=1, width=width, height=2.3)
-    place = np.arange(len(rows))
     measured = [number(row.get("sensitivity")) for row in rows]
-    # Marks, not bars: on a log axis the length of a bar says nothing.
-    shown = [m if m and 0 < m < np.inf else np.nan for m in measured]
-    top.plot(place, shown, "o", color=BLUE, ms=5)
-    if np.isfinite(shown).any():
-        top.set_yscale("log")
-    none = [i for i, m in enumerate(measured) if m is not None and m <= 0]
-    top.plot(none, [0.04] * len(none), "v", color=RED, ms=5, transform=top.get_xaxis_transform())
-    top.grid(alpha=0.25)
-    top.set(ylabel="sensitivity (loss)" + (", red: 0" if none else ""))
-    top.set_xticks(place, [""] * len(rows))
+    known = any(m is not None for m in measured)
+    figure, axes = panels(1 + known, columns=1, width=width, height=2.3)
+    foot, place = axes[-1], np.arange(len(rows))
+    if known:
+        _draw_sensitivity(axes[0], measured)
     for key, color, shift, side in (("w_bits", ORANGE, -0.2, "W"), ("a_bits", GREEN, 0.2, "A")):
         bits = [number(row.get(key)) or 0.0 for row in rows]
         bars = foot.bar(place + shift, np.minimum(bits, 8), width=0.4, color=color, label=side)
@@ -237,9 +230,22 @@ def sensitivity(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "") 
     foot.set_xticks(place, [str(row["name"]) for row in rows], rotation=90)
     foot.set(ylabel="bits", ylim=(0, 9.5))
     foot.legend(frameon=False, fontsize=SMALL, ncols=2, loc="lower right", bbox_to_anchor=(1, 0.95))
-    top.set_xlim(foot.get_xlim())
+    axes[0].set_xlim(foot.get_xlim())
     wide = any((number(row.get(k)) or 0) > 8 for row in rows for k in ("w_bits", "a_bits"))
     save(figure, path, title or "Sensitivity and bits", "bars end at 8 bit" if wide else "")
+
+
+def _draw_sensitivity(axis: Axes, measured: Sequence[float | None]) -> None:
+    # Marks, not bars: on a log axis the length of a bar says nothing.
+    shown = [m if m and 0 < m < np.inf else np.nan for m in measured]
+    axis.plot(np.arange(len(shown)), shown, "o", color=BLUE, ms=5)
+    if np.isfinite(shown).any():
+        axis.set_yscale("log")
+    none = [i for i, m in enumerate(measured) if m is not None and m <= 0]
+    axis.plot(none, [0.04] * len(none), "v", color=RED, ms=5, transform=axis.get_xaxis_transform())
+    axis.grid(alpha=0.25)
+    axis.set(ylabel="sensitivity (loss)" + (", red: 0" if none else ""))
+    axis.set_xticks(np.arange(len(shown)), [""] * len(shown))
 
 
 def _draw_levels(axis: Axes, levels: Any, color: str, style: str) -> None:

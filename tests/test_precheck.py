@@ -324,7 +324,7 @@ def test_a_post_training_run_is_a_start_of_training_and_of_nothing_else(
 def test_a_folder_that_is_used_hides_no_file_that_cannot_be_loaded(
     qexp: Qexp, tmp_path: Path
 ) -> None:
-    assert qexp("train", *TINY, "quantizer=fp32", "recipe.epochs=1", "folder=used").code == 0
+    assert qexp("train", *TINY, "recipe.epochs=1", "folder=used").code == 0
     (tmp_path / "bad.pt").write_text("no weights")
     said = qexp("train", *TINY, "folder=used", "model.checkpoint=bad.pt")
     assert said.code == 2
@@ -333,7 +333,13 @@ def test_a_folder_that_is_used_hides_no_file_that_cannot_be_loaded(
 
 
 def test_a_plan_by_sensitivity_has_the_inputs_widths(tmp_path: Path) -> None:
-    words = ("quantizer=lsq", "bitwidth=sensitivity", "bits=3", "bitwidth.act=8")
+    words = (
+        "quantizer=lsq",
+        "bitwidth=sensitivity",
+        "bits=3",
+        "bitwidth.act=8",
+        "bitwidth.images=16",
+    )
     rows = [line.split() for line in plan(tiny(tmp_path, *words)).splitlines()]
     assert {tuple(row[3:5]) for row in rows if row and row[0].startswith("layer")} == {("3", "8")}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import json
 import math
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from compose import stopped_in_epoch, tiny
+from compose import TINY, stopped_in_epoch, tiny
+from conftest import Qexp
 from omegaconf import DictConfig, OmegaConf
 from waiting import Watch
 
@@ -20,6 +22,7 @@ from qexp import plot
 from qexp.errors import CheckpointError, ConfigError, DataError, RunError
 from qexp.models.digest import weights_sha256
 from qexp.models.load import load_state
+from qexp.models.resnet import ResNet
 from qexp.quant.bitwidth import Progressive
 from qexp.quant.codebook import Codebook
 from qexp.quant.convert import quant_layers
@@ -483,6 +486,49 @@ def test_pictures_are_of_the_start_and_of_the_end_of_the_training(
     assert {len(item.factors) for item in drawn["factors"]} == {16}  # one a calibration image
 
 
+def test_a_teacher_may_be_another_network(qexp: Qexp, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    path = tmp_path / "wide.pt"
+    torch.save(ResNet(8, 4, width=0.5).state_dict(), path)
+    wide = ("+model@recipe.distill.model=resnet8", "recipe.distill.model.width=0.5")
+    own = (*TINY, "quantizer=lsq", "model.checkpoint=none", "recipe.epochs=1", "folder=run")
+    taught = (*own, "recipe.distill.weight=0.5", *wide)
+    said = qexp("train", *taught)
+    assert said.code == 2
+    assert "is another network than the one this run starts from" in said.err
+    said = qexp("train", *taught, f"recipe.distill.teacher={path}", "dataset.classes=5")
+    assert "does not fit the model: checkpoint has 4 classes, dataset has 5" in said.err
+    said = qexp("train", *taught, f"recipe.distill.teacher={path}", "recipe.distill.model.widht=1")
+    assert "no key 'recipe.distill.model.widht'" in said.err
+    assert not Path("run").exists()
+    said = qexp("train", *taught, f"recipe.distill.teacher={path}")
+    assert said.code == 0, said.err
+    known = json.loads(Path("run/result.json").read_text())["protocol"]["distill"]
+    assert known["model"]["width"] == 0.5
+    assert known["teacher"] == weights_sha256(path)
+    alone = qexp("train", *own[:-1], "folder=alone")
+    assert alone.code == 0, alone.err
+    result = json.loads(Path("alone/result.json").read_text())
+    assert set(result["protocol"]["distill"]) == {"weight", "temperature", "teacher"}  # as ever
+
+
+def test_widths_that_differ_are_left_as_a_table_that_another_run_reads(
+    qexp: Qexp, tmp_path: Path
+) -> None:
+    own = (*TINY, "quantizer=lsq", "model.checkpoint=none", "recipe.epochs=1", "recipe.plots=true")
+    random = ("bitwidth=sensitivity", "bitwidth.allocation=random", "bits=3")
+    assert qexp("train", *own, *random, "folder=a").code == 0
+    table = ("bitwidth=pattern", "bitwidth.file=a/bits.yaml")
+    assert qexp("train", *own, *table, "folder=b").code == 0
+    a, b = (csv.DictReader(Path(run, "layers.csv").read_text().splitlines()) for run in "ab")
+    assert [(r["name"], r["w_bits"], r["a_bits"]) for r in a] == [
+        (r["name"], r["w_bits"], r["a_bits"]) for r in b
+    ]
+    assert Path("a/bits.png").is_file()
+    assert qexp("train", *own, "bits=3", "folder=c").code == 0
+    assert not list(Path("c").glob("bits.*"))
+
+
 def test_several_processes_and_synced_norms_are_another_protocol(
     tmp_path: Path, float_run: Path
 ) -> None:
@@ -597,7 +643,7 @@ def test_every_option_trains_to_a_finite_result(
 
 def test_a_float_network_of_the_same_split_has_not_seen_the_held_out_images(tmp_path: Path) -> None:
     options = ["model.checkpoint=auto", "dataset.val_fraction=0.25", "recipe.epochs=1"]
-    result, folder = train(tiny(tmp_path, *options, "float.epochs=1"))
+    result, folder = train(tiny(tmp_path, *options))
     assert result["best_selected_on"] == "val"
     assert "val_seen" not in result["protocol"]
     assert "may have been trained on" not in (folder / "train.log").read_text()

@@ -44,9 +44,14 @@ def load_weights(model: nn.Module, target: str, checkpoint: str) -> str:
     Raises:
         CheckpointError: missing, unreadable, of another model, or not to be fetched.
     """
+    return load_state(model, weights_file(target, checkpoint))
+
+
+def weights_file(target: str, checkpoint: str) -> Path:
+    """`checkpoint`, or the file of the published weights of that name, downloaded if need be."""
     if WEIGHTS_NAME.fullmatch(str(checkpoint)) and not Path(checkpoint).exists():
-        return load_state(model, fetch_weights(target, str(checkpoint)))
-    return load_state(model, checkpoint)
+        return fetch_weights(target, str(checkpoint))
+    return Path(checkpoint)
 
 
 def load_state(model: nn.Module, path: str | Path) -> str:

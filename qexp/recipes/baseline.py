@@ -53,6 +53,9 @@ def fingerprint(cfg: DictConfig, contents: str | None = None) -> str:
     plain["dataset"].pop("workers", None)
     for idle in ("plots", "save_every", "calibration_images"):  # no effect on a float network
         plain["recipe"].pop(idle, None)
+    distill = plain["recipe"].get("distill") or {}
+    if not distill.get("model"):  # as in runs from before there was the option
+        distill.pop("model", None)
     key = {k: plain.get(k) for k in ("dataset", "model", "recipe", "seed", "max_steps")}
     if contents is not None:
         key["contents"] = contents

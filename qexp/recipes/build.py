@@ -71,9 +71,17 @@ def make_dataset(cfg: DictConfig, device: torch.device) -> Any:
         raise ConfigError(f"config: dataset={name} cannot be built: {why}.") from error
 
 
-def make_model(cfg: DictConfig, dataset: Any, device: torch.device) -> nn.Module:
-    """The float network of `cfg.model` with random weights, the projections of attention layers."""
-    node: Any = OmegaConf.to_container(cfg.model, resolve=True)
+def make_model(
+    cfg: DictConfig, dataset: Any, device: torch.device, section: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """The float network of `cfg.model` with random weights, the projections of attention layers.
+
+    Args:
+        section: the network to build instead, as a `model` section (a teacher's).
+    """
+    node: Any = cfg.model if section is None else section
+    if OmegaConf.is_config(node):
+        node = OmegaConf.to_container(node, resolve=True)
     model = build_model(node, dataset.num_classes, dataset.input_shape[0])
     open_attention_(model, dataset.input_shape)
     return model.to(device)

@@ -98,11 +98,13 @@ def training(cfg: DictConfig, card: Card, model: nn.Module, layers: Sequence[Lay
     steps = steps if cfg.max_steps is None else min(steps, cfg.max_steps)
     mode = choose(cfg.compile, layers, steps * s.batch_size, pick_device(cfg.device))
     cost = _timed(cfg, card, model.train(), s.batch_size // s.accumulate, mode, s)
-    # A teacher's forward pass is a third of a step too.
-    images = steps * s.batch_size * (4 / 3 if s.distill.weight > 0 else 1)
+    work, weights = _teacher(cfg, card, s, layers)
+    images = steps * s.batch_size * (1 + work / 3)  # its forward pass is a third of a step too
     images += steps / per_epoch * (card.test_size + card.val_size) / 3
     parameters = 4 * sum(p.numel() for p in model.parameters())
-    memory = _networks(s) * parameters + WORKING * cost.bytes(s.batch_size / s.accumulate)
+    memory = (_networks(s) + weights) * parameters + WORKING * cost.bytes(
+        s.batch_size / s.accumulate
+    )
     source = "from random weights" if s.from_scratch else cfg.model.checkpoint
     return [
         f"training: {s.epochs} epochs of {per_epoch} steps of {s.batch_size} images, {steps:,} "
@@ -116,10 +118,27 @@ def training(cfg: DictConfig, card: Card, model: nn.Module, layers: Sequence[Lay
 def _networks(s: Settings) -> int:
     """How many times a training holds as many numbers as there are weights.
 
-    Weights and gradients, the optimizer's moments, the average, a teacher.
+    Weights and gradients, the optimizer's moments, the average.
     """
     moments = 2 if s.optimizer == "adamw" else int(s.momentum > 0)
-    return 2 + moments + (s.ema > 0) + (s.distill.weight > 0)
+    return 2 + moments + (s.ema > 0)
+
+
+def _teacher(
+    cfg: DictConfig, card: Card, s: Settings, layers: Sequence[Layer]
+) -> tuple[float, float]:
+    """A teacher's operations and weights, as multiples of the trained network's."""
+    if s.distill.weight == 0:
+        return 0.0, 0.0
+    if s.distill.model is None:
+        return 1.0, 1.0
+    other = build.make_model(cfg, card, torch.device("cpu"), s.distill.model)
+    theirs = build.trace(other, card.input_shape)
+    work, weights = ([getattr(x, key) for x in layers] for key in ("macs", "weights"))
+    return (
+        sum(layer.macs for layer in theirs) / sum(work),
+        sum(layer.weights for layer in theirs) / sum(weights),
+    )
 
 
 def reconstruction(

@@ -15,7 +15,7 @@ from torch import nn
 
 from qexp import plot
 from qexp.quant.accounting import account, other_weights
-from qexp.quant.bitwidth import Progressive
+from qexp.quant.bitwidth import Progressive, format_bits
 from qexp.quant.convert import quant_layers, quantizers
 from qexp.quant.quantizer import Identity
 from qexp.recipes import picture
@@ -32,10 +32,19 @@ from qexp.runner.run import Run
 NOT_PROTOCOL = ("name", "plots", "save_every", "cache_gb")
 
 
+def _is_mixed(network: Network) -> bool:
+    """Whether the layers between first and last have different widths."""
+    inner = {network.bits.get(x.name) for x in network.layers if x.position == "inner"}
+    return len(inner) > 1
+
+
 def log_plan(run: Run, network: Network) -> None:
-    """Say what was swapped and what was left alone."""
+    """Say what was swapped and what was left alone; bits.yaml has inner widths that differ, as
+    `bitwidth=pattern bitwidth.file=` reads them."""
     if not network.swaps:
         return
+    if _is_mixed(network):
+        write_bytes(run.dir / "bits.yaml", format_bits(network.bits).encode())
     done = [swap for swap in network.swaps if swap.bits is not None]
     run.info(f"quantized {len(done)} of {len(network.swaps)} layers")
     for swap in network.swaps:
@@ -154,7 +163,13 @@ def protocol(
     known = {k: v for k, v in recipe.items() if k not in NOT_PROTOCOL}
     if not known.get("augment"):  # as in runs from before there was the option
         known.pop("augment", None)
-    teacher = (known.get("distill") or {}).get("teacher", "float")
+    distill = known.get("distill") or {}
+    if distill and not distill.get("model"):  # as in runs from before there was the option
+        known["distill"] = {k: v for k, v in distill.items() if k != "model"}
+    elif distill:  # the file that is loaded is `teacher`
+        section = {k: v for k, v in distill["model"].items() if k != "checkpoint"}
+        known["distill"] = {**distill, "model": section}
+    teacher = distill.get("teacher", "float")
     if teacher != "float" and start["teacher_sha256"]:  # what it is, not where it lies
         known["distill"] = {**known["distill"], "teacher": start["teacher_sha256"]}
     if (size := world().size) > 1:
@@ -200,10 +215,13 @@ def result(
     omega = network.sensitivity
     cost = account(network.model, network.layers, omega)
     write_bytes(run.dir / "layers.csv", ("\n".join(cost.csv_lines()) + "\n").encode())
-    if omega and cfg.recipe.get("plots", True):
+    if (omega or _is_mixed(network)) and cfg.recipe.get("plots", True):
         rows = [asdict(layer) for layer in cost.layers]
-        how = f"metric {cfg.bitwidth.metric}, {cfg.bitwidth.allocation}"
-        plot.sensitivity(rows, run.dir / "sensitivity.png", f"{picture.title(cfg)}: {how}")
+        how = " ".join(str(cfg.bitwidth.get(k)) for k in ("metric", "allocation") if omega)
+        named = "sensitivity.png" if omega else "bits.png"
+        plot.sensitivity(
+            rows, run.dir / named, picture.title(cfg) + (f": metric {how}" if how else "")
+        )
     return {
         "method": (None if is_float(cfg) else run.label) or cfg.get("method") or cfg.quantizer.name,
         "dataset": cfg.dataset.name,

@@ -131,6 +131,8 @@ def title(cfg: DictConfig) -> str:
 
 def _activation(name: str, quantizer: Quantizer, x: Tensor) -> plot.ActivationPlot:
     levels = quantizer.levels().cpu()
+    if (factor := quantizer.context(x)) is not None:  # its borders are those of a factor of 1
+        name, x = f"{name}, x / factor", x.float() / factor
     return plot.ActivationPlot(
         name, _sample(x), quantizer.thresholds().cpu(), levels.reshape(-1), quantizer.bits
     )

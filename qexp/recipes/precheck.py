@@ -19,14 +19,14 @@ from torch import nn
 
 from qexp.data.sampling import steps_in_epoch
 from qexp.errors import CheckpointError, ConfigError, QexpError, one_line
-from qexp.models.load import check_weights
+from qexp.models.load import WEIGHTS_NAME, check_weights
 from qexp.quant.convert import Bits, float_operands, make_quantizers, quant_layers
 from qexp.quant.plan import Schedule
 from qexp.quant.trace import Layer, trace
 from qexp.recipes import build
 from qexp.recipes.handover import checkpoint_file, load_folded, read_ptq
 from qexp.recipes.logits import giving_logits, run_in_training_mode, trained
-from qexp.recipes.start import check_from_ptq, check_teacher
+from qexp.recipes.start import check_from_ptq, check_teacher, teacher_target
 from qexp.recipes.units import check_units
 from qexp.runner.distributed import launched
 from qexp.runner.resuming import CHECKPOINT
@@ -62,8 +62,11 @@ def precheck(cfg: DictConfig, data: Sizes | None = None, *, resume: bool = False
         build.make_policy(cfg)
         build.make_method(cfg)
     teacher = (cfg.recipe.get("distill") or {}).get("teacher", "float")
-    if teacher != "float" and not Path(teacher).is_file():
-        raise ConfigError(f"config: recipe.distill.teacher={teacher} is no file, nor 'float'.")
+    if teacher != "float" and not (Path(teacher).is_file() or WEIGHTS_NAME.fullmatch(teacher)):
+        raise ConfigError(
+            f"config: recipe.distill.teacher={teacher} is no file, no name of published weights, "
+            "nor 'float'."
+        )
     check_teacher(cfg)
     with torch.random.fork_rng(devices=[]):
         cpu = torch.device("cpu")
@@ -90,7 +93,9 @@ def precheck(cfg: DictConfig, data: Sizes | None = None, *, resume: bool = False
                 f"{shape}: {reason}. {_other_size(cfg, sizes.input_shape)}"
             ) from error
         begun = resume and (Path(cfg.folder) / CHECKPOINT).is_file()
-        check_files(cfg, model, begun)
+        if not begun:
+            check_files(cfg, model)
+        check_teacher_weights(cfg, model, sizes)
         if not build.trains(cfg.recipe):
             check_units(cfg, model, layers, sizes.input_shape)
         bits = None if build.is_float(cfg) else nominal_bits(cfg, layers)
@@ -133,21 +138,45 @@ def _check_quantized_layers_run(model: nn.Module, input_shape: Sequence[int]) ->
         )
 
 
-def check_files(cfg: DictConfig, model: nn.Module, begun: bool) -> None:
-    """Refuse a checkpoint, unless a run has begun, or a teacher that `model` cannot take.
+def check_files(cfg: DictConfig, model: nn.Module) -> None:
+    """Refuse a checkpoint to start from that `model` cannot take.
 
     Raises:
         ConfigError: so.
     """
-    recipe, spec = cfg.recipe, cfg.model.get("checkpoint")
-    distill = recipe.get("distill") or {}
-    if not (begun or recipe.get("from_scratch") or spec in (None, "none", "auto")):
+    spec = cfg.model.get("checkpoint")
+    if not (cfg.recipe.get("from_scratch") or spec in (None, "none", "auto")):
         with _said_as_config():
             _check_start(cfg, model, checkpoint_file(spec))
-    teacher = distill.get("teacher", "float")
-    if distill.get("weight", 0) > 0 and teacher != "float":
-        with _said_as_config("config: recipe.distill.teacher: "):
-            check_weights(model, cfg.model._target_, teacher)
+
+
+def check_teacher_weights(cfg: DictConfig, model: nn.Module, sizes: Sizes) -> None:
+    """Refuse a teacher's file that its network cannot take: `model`, or one of its own.
+
+    Raises:
+        ConfigError: so, or that network cannot take the images.
+    """
+    distill = cfg.recipe.get("distill") or {}
+    if distill.get("weight", 0) == 0 or distill.get("teacher", "float") == "float":
+        return
+    if section := distill.get("model"):
+        model = build.make_model(cfg, sizes, torch.device("cpu"), section)
+        try:
+            with torch.no_grad():
+                given = tuple(model.eval()(torch.zeros(2, *sizes.input_shape)).shape)
+        except Exception as error:  # a network may be anyone's
+            raise ConfigError(
+                f"config: recipe.distill.model={section.get('name', section._target_)} cannot take "
+                f"images of {'x'.join(map(str, sizes.input_shape))}: {one_line(error)}. Give it "
+                "another network."
+            ) from error
+        if given != (2, sizes.num_classes):
+            raise ConfigError(
+                f"config: recipe.distill.model gives {list(given)} for 2 images, not "
+                f"[2, {sizes.num_classes}]. Give it a network that classifies."
+            )
+    with _said_as_config("config: recipe.distill.teacher: "):
+        check_weights(model, teacher_target(cfg), distill["teacher"])
 
 
 def _check_start(cfg: DictConfig, model: nn.Module, source: str) -> None:

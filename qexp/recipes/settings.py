@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from operator import attrgetter
 from typing import Any
@@ -16,11 +16,15 @@ from qexp.ranges import LARGEST
 
 @dataclass(frozen=True)
 class Distill:
-    """loss = (1 - weight) * cross-entropy + weight * T^2 * KL(teacher || student)."""
+    """loss = (1 - weight) * cross-entropy + weight * T^2 * KL(teacher || student).
+
+    `model` is the teacher's, as a `model` section of a config; None: the student's own.
+    """
 
     weight: float = 0.0
     temperature: float = 1.0
     teacher: str = "float"
+    model: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

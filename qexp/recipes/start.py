@@ -15,7 +15,7 @@ from torch import nn
 
 from qexp.errors import ConfigError
 from qexp.models.digest import file_sha256, weights_sha256
-from qexp.models.load import WEIGHTS_NAME, load_weights
+from qexp.models.load import WEIGHTS_NAME, load_weights, weights_file
 from qexp.quant.fold import fold_bn_
 from qexp.recipes.baseline import float_checkpoint, trained_checkpoint
 from qexp.recipes.build import is_float, is_untrained, make_model, trains
@@ -68,13 +68,18 @@ class FloatStart:
 
 
 def check_teacher(cfg: DictConfig) -> None:
-    """Refuse to learn from the float network where that has random weights.
+    """Refuse to learn from the float network where that has random weights, or is no such one.
 
     Raises:
         ConfigError: so.
     """
     distill = cfg.recipe.get("distill") or {}
     by_float = distill.get("weight", 0) > 0 and distill.get("teacher", "float") == "float"
+    if by_float and distill.get("model"):
+        raise ConfigError(
+            "config: recipe.distill.model is another network than the one this run starts from. "
+            "Set recipe.distill.teacher=FILE, its weights."
+        )
     if by_float and is_untrained(cfg):
         raise ConfigError(
             "config: recipe.distill.teacher=float is a network with random weights here. Set "
@@ -152,7 +157,7 @@ def float_start(
         check_from_ptq(cfg, start.source)
     elif saved is not None and taught and start.source is not None:
         load_weights(model, cfg.model._target_, start.source)
-    start.teacher_sha256 = _teacher_sha256(s, begun)
+    start.teacher_sha256 = _teacher_sha256(cfg, s, begun)
     if s.distill.weight > 0:
         start.teacher = _teacher(cfg, s, model, dataset, device)
     if is_float(cfg) and start.source is None:
@@ -215,13 +220,15 @@ def _check_unchanged(source: str, sha256: str) -> None:
         )
 
 
-def _teacher_sha256(s: Settings, begun: Mapping[str, Any] | None) -> str | None:
+def _teacher_sha256(cfg: DictConfig, s: Settings, begun: Mapping[str, Any] | None) -> str | None:
     """What identifies the teacher's weights where they are of a file.
 
     Raises:
         ConfigError: a resumed run had another teacher.
     """
     teacher = s.distill.teacher
+    if teacher != "float" and s.distill.weight > 0:
+        teacher = str(weights_file(teacher_target(cfg), teacher))
     if teacher == "float" or not Path(teacher).is_file():
         return None
     known = begun.get("teacher_sha256") if begun is not None else None
@@ -288,6 +295,12 @@ def _teacher(
 ) -> nn.Module:
     teacher = copy.deepcopy(model)
     if s.distill.teacher != "float":
-        teacher = make_model(cfg, dataset, device)
-        load_weights(teacher, cfg.model._target_, s.distill.teacher)
+        teacher = make_model(cfg, dataset, device, s.distill.model)
+        load_weights(teacher, teacher_target(cfg), s.distill.teacher)
     return teacher.eval().requires_grad_(False)
+
+
+def teacher_target(cfg: DictConfig) -> str:
+    """`_target_` of the teacher's network."""
+    own = (cfg.recipe.get("distill") or {}).get("model")
+    return str((own or cfg.model)._target_)

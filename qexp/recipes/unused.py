@@ -31,7 +31,7 @@ def unused(cfg: DictConfig) -> Iterator[str]:
     recipe, own = cfg.recipe, Settings()
     distill = recipe.get("distill") or {}
     if distill.get("weight", 0) == 0:
-        for key in ("teacher", "temperature"):
+        for key in ("teacher", "temperature", "model"):
             if distill.get(key, getattr(Distill, key)) != getattr(Distill, key):
                 yield f"recipe.distill.{key} is not used: recipe.distill.weight is 0"
     milestones = list(recipe.get("milestones", own.milestones))
