@@ -341,7 +341,7 @@ def test_a_plan_by_sensitivity_has_the_inputs_widths(tmp_path: Path) -> None:
         "bitwidth.images=16",
     )
     rows = [line.split() for line in plan(tiny(tmp_path, *words)).splitlines()]
-    assert {tuple(row[3:5]) for row in rows if row and row[0].startswith("layer")} == {("3", "8")}
+    assert {tuple(row[3:5]) for row in rows if row and row[0].startswith("layer1.")} == {("3", "8")}
 
 
 def test_a_policy_is_one_of_ours(qexp: Qexp) -> None:
