@@ -695,12 +695,17 @@ def test_what_a_post_training_method_cannot_take_apart_is_refused_in_one_line(
         assert not list(tmp_path.iterdir())
 
 
-def test_a_block_that_is_called_in_an_unusual_way_is_learned_by_layers(qexp: Qexp) -> None:
+@pytest.mark.parametrize("how", ["two", "keyword", "tuple"])
+def test_a_block_that_is_called_in_an_unusual_way_is_learned_by_layers(
+    qexp: Qexp, tmp_path: Path, how: str
+) -> None:
     own = ("model=custom", "model._target_=test_precheck.Calls", "+model.name=own")
     words = [w for w in TINY_PTQ if not w.startswith("model")]
-    by_layer = ("quantizer=qdrop", "quantizer.reconstruct.granularity=layer", "+model.how=two")
-    said = qexp("train", *words, *own, *by_layer, "model.checkpoint=none")
+    by_layer = ("quantizer=qdrop", "quantizer.reconstruct.granularity=layer", f"+model.how={how}")
+    said = qexp("train", *words, *own, *by_layer, "model.checkpoint=none", "folder=own")
     assert said.code == 0, said.err
+    result = json.loads((tmp_path / "own" / "result.json").read_text())
+    assert [u["unit"] for u in result["reconstruction"]["units"]] == ["stem", "block.conv", "fc"]
 
 
 @pytest.mark.parametrize("base", [TINY, TINY_PTQ], ids=["qat", "ptq"])

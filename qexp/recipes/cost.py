@@ -11,10 +11,10 @@ takes a minute to make). From it:
                      once in the float network and once in the quantized one, half of it deep on
                      average; two evaluations
 
-A forward pass is taken as a third of a step. The memory of a reconstruction is that of both
-networks, the images, what is recorded of the largest unit, and either one of its steps or a forward
-pass of many images. Loading, compilation, the search for first steps, and a float baseline that
-must be trained first are not in it; the line says so.
+A forward pass is taken as a third of a step. To the memory belong the images that live on the
+device. That of a reconstruction is of both networks, the images, what is recorded of the largest
+unit, and either one of its steps or a forward pass of many images. Loading, compilation, the search
+for first steps, and a float baseline that must be trained first are not in it; the line says so.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ from math import prod
 from typing import Any, NamedTuple
 
 import torch
+from hydra.utils import get_class
 from omegaconf import DictConfig
 from torch import nn
 
 from qexp.data.card import Card
+from qexp.data.memory import InMemory
 from qexp.quant.blocks import Unit, find_units
 from qexp.quant.convert import quantizers
 from qexp.quant.functional import compile_kernels
@@ -102,9 +104,8 @@ def training(cfg: DictConfig, card: Card, model: nn.Module, layers: Sequence[Lay
     images = steps * s.batch_size * (1 + work / 3)  # its forward pass is a third of a step too
     images += steps / per_epoch * (card.test_size + card.val_size) / 3
     parameters = 4 * sum(p.numel() for p in model.parameters())
-    memory = (_networks(s) + weights) * parameters + WORKING * cost.bytes(
-        s.batch_size / s.accumulate
-    )
+    memory = (_networks(s) + weights) * parameters + _data_bytes(cfg, card)
+    memory += WORKING * cost.bytes(s.batch_size / s.accumulate)
     source = "from random weights" if s.from_scratch else cfg.model.checkpoint
     return [
         f"training: {s.epochs} epochs of {per_epoch} steps of {s.batch_size} images, {steps:,} "
@@ -113,6 +114,17 @@ def training(cfg: DictConfig, card: Card, model: nn.Module, layers: Sequence[Lay
         f"idle process on {cost.how} ({1 / cost.seconds:.0f} img/s measured now on noise; with "
         f"evaluation, without {LEFT_OUT})",
     ]
+
+
+def _data_bytes(cfg: DictConfig, card: Card) -> int:
+    """Of a data set that lives on the device: images as bytes, those of training padded, labels."""
+    if not issubclass(get_class(cfg.dataset._target_), InMemory):
+        return 0
+    channels, height, width = card.input_shape
+    border, label = 2 * int(cfg.dataset.get("pad", 0)), 8
+    padded = channels * (height + border) * (width + border) + label
+    plain = channels * height * width + label
+    return card.train_size * padded + (card.test_size + card.val_size) * plain
 
 
 def _networks(s: Settings) -> int:
@@ -178,7 +190,7 @@ def reconstruction(
     numbers += (s.images + s.held_out) * prod(card.input_shape)
     forward = FORWARD * 4 * widest * max(s.batch_size, s.act_images)
     step = LEARNING * share * cost.bytes(s.minibatch)
-    memory = 4 * numbers + cache + max(forward, step)
+    memory = 4 * numbers + cache + max(forward, step) + _data_bytes(cfg, card)
     disk = f", {(recorded - cache) / 2**30:.2f} GB on disk" if recorded > cache else ""
     images += sum(learned) * (s.images + s.held_out) / 3 + 2 * card.test_size / 3
     work = [

@@ -57,6 +57,7 @@ from qexp.recipes.watch import Movement, check_finite
 from qexp.runner import checkpoint, distributed
 from qexp.runner.answers import ANSWERS
 from qexp.runner.device import pick_device, seed_everything
+from qexp.runner.memory import Peak
 from qexp.runner.run import Run
 
 CHECK_EVERY = 200  # steps between looks at the loss for NaN: one host sync each
@@ -69,7 +70,7 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
     s.check()
     device, leads = pick_device(cfg.device), distributed.world().leads
     seed_everything(cfg.seed)
-    last = run.dir / "last.pt"
+    last, peak = run.dir / "last.pt", Peak(device)
     saved = resumed_state(run)
 
     # The start: data, a float network and its top-1.
@@ -192,6 +193,7 @@ def qat(cfg: DictConfig, run: Run) -> dict[str, Any]:
         load_tensors_(model, average.state)
     fields = outcome.protocol(cfg, asdict(s), dataset, start.record(), run.segments)
     measured = outcome.measured(state, dataset, s.epochs)
+    measured["rise_bytes"] = peak.rise()  # of this process, above what it had when it began
     if build.is_float(cfg):  # so that runs which start from it are known
         measured["weights_sha256"] = weights_sha256(last)
     fp32_top1 = measured["top1"] if build.is_float(cfg) and s.from_scratch else start.top1
