@@ -30,6 +30,7 @@ from qexp.models.load import load_state, load_tensors_
 from qexp.models.opened import open_attention_
 from qexp.models.window_attention import WindowAttention
 from qexp.quant.accounting import account
+from qexp.quant.additive import APoTActivation
 from qexp.quant.asq import ASQ
 from qexp.quant.blocks import find_units, unfit
 from qexp.quant.convert import Bits, calibrate_, quantize_
@@ -395,7 +396,7 @@ def test_a_factor_a_sample_wants_the_samples_first(tokens: int) -> None:
             quantize_(model, layers, bits, LSQ, ASQ)
 
 
-@pytest.mark.parametrize("act", [LSQ, LSQPlus, N2UQ])
+@pytest.mark.parametrize("act", [LSQ, LSQPlus, N2UQ, APoTActivation])
 def test_a_step_learns_alike_wherever_the_samples_stand(act: type[Quantizer]) -> None:
     grads, shape, x = [], (1, 5, 6), torch.randn(6, 1, 5, 6)
     for batch_first in (True, False):

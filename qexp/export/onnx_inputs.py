@@ -58,7 +58,7 @@ def check_input(quantizer: Quantizer, name: str) -> None:
     """Refuse the inputs of layer `name` if they have no ONNX form.
 
     Raises:
-        ConfigError: so.
+        ConfigError: the quantizer has none.
     """
     if type(quantizer) not in INPUTS:
         raise ConfigError(

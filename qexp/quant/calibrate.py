@@ -1,8 +1,9 @@
 """Ranges from data: the step of least error.
 
-Each function reduces a tensor to the step(s) of a uniform grid, per tensor ([]) or per row
-([N, 1, ...]). `mse_scale` searches the clipping ratio on a grid, as BRECQ (80 steps) and QDrop
-(100) do; |error|^p with p = 2.4 there, p = 2 here by default. It needs no gradient.
+`mse_scale` and `mse_range` reduce a tensor to the step(s) of a uniform grid, per tensor ([]) or per
+row ([N, 1, ...]); `sample` draws what they look at. `mse_scale` searches the clipping ratio on a
+grid, as BRECQ (80 steps) and QDrop (100) do; |error|^p with p = 2.4 there, p = 2 here by default.
+It needs no gradient.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def check_samples_first(layer: Layer, quantizer: Quantizer) -> None:
     """Refuse a quantizer that looks at each sample where the samples are not the first axis.
 
     Raises:
-        ConfigError: so.
+        ConfigError: it looks at each sample, and tokens are the first axis.
     """
     if layer.tokens_first and quantizer.by_sample:
         raise ConfigError(

@@ -3,7 +3,7 @@
 Uniform grid:         x_int = clip(round(x / scale), qmin, qmax),   x_hat = x_int * scale
 Straight-through:     d round(v)/dv := 1, so the gradient passes where x is not clipped.
 Learned step (LSQ):   dx_hat/dscale = x_int - [not clipped] * x / scale   (Esser et al. 2020, eq. 3)
-Arbitrary grid:       x_hat = the nearest of at most 2**bits sorted levels, by `torch.bucketize`.
+Arbitrary grid:       `midpoints` of sorted levels are its borders (search: cells.py, project.py).
 
 Layout of a fused call. Every quantizer here shares one scale per *row*: one row for the whole
 tensor, one per output channel of a weight [C_out, ...], or one per sample of an activation

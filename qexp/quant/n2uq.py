@@ -131,9 +131,8 @@ class N2UQ(Quantizer):
         """Start as the uniform quantizer of least squared error. Shape: x [N, ...]."""
         self.start.fill_(self.qmin * self.delta)
         self.lengths.fill_(self.delta)
-        scale = mse_scale(x, self.qmin, self.qmax)
-        if self.init == "paper":
-            scale = torch.full_like(scale, self.delta)
+        paper = self.init == "paper"
+        scale = x.new_tensor(self.delta).float() if paper else mse_scale(x, self.qmin, self.qmax)
         self.input_scale.copy_(self.delta / scale)
         self.output_scale.copy_(scale / self.delta)
         self.calibrated.fill_(True)

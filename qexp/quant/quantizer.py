@@ -1,4 +1,4 @@
-"""The contract every quantizer keeps, and the two trivial ones.
+"""The contract every quantizer keeps, and `Identity`, which keeps a tensor in float.
 
 A quantizer maps a real tensor onto at most 2**bits levels. It is built from `bits` and its own
 keywords; the layer swap (`convert.py`) adds the two facts it cannot know:
@@ -36,7 +36,7 @@ def refuse_one_signed_bit(name: str, bits: int, signed: bool) -> None:
     """Refuse a grid of two's complement at 1 bit: its levels are -step and 0.
 
     Raises:
-        ValueError: so.
+        ValueError: `bits` is 1 and values are signed.
     """
     if signed and bits == 1:
         raise ValueError(

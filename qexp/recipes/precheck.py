@@ -142,7 +142,7 @@ def check_files(cfg: DictConfig, model: nn.Module) -> None:
     """Refuse a checkpoint to start from that `model` cannot take.
 
     Raises:
-        ConfigError: so.
+        ConfigError: the file is missing, damaged, or of another network.
     """
     spec = cfg.model.get("checkpoint")
     if not (cfg.recipe.get("from_scratch") or spec in (None, "none", "auto")):
@@ -154,7 +154,7 @@ def check_teacher_weights(cfg: DictConfig, model: nn.Module, sizes: Sizes) -> No
     """Refuse a teacher's file that its network cannot take: `model`, or one of its own.
 
     Raises:
-        ConfigError: so, or that network cannot take the images.
+        ConfigError: the file does not fit, or its network cannot take the images.
     """
     distill = cfg.recipe.get("distill") or {}
     if distill.get("weight", 0) == 0 or distill.get("teacher", "float") == "float":
@@ -241,7 +241,7 @@ def check_metric(
     """Refuse a policy whose metric cannot be had of `model`.
 
     Raises:
-        ConfigError: so.
+        ConfigError: second derivatives that the metric needs and torch does not have.
     """
     if build.is_float(cfg):
         return

@@ -32,8 +32,6 @@ from qexp.quant.convert import quant_layers
 from qexp.quant.fold import trace_graph
 from qexp.quant.modules import KEPT
 
-MODES = ("all", "inputs", "blocks")
-
 
 def save_less_(model: nn.Module, saved: str) -> None:
     """Let a quantized network's training steps keep what `saved` says, in place.

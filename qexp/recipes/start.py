@@ -71,7 +71,7 @@ def check_teacher(cfg: DictConfig) -> None:
     """Refuse to learn from the float network where that has random weights, or is no such one.
 
     Raises:
-        ConfigError: so.
+        ConfigError: the teacher is the float network, which is random or of another kind.
     """
     distill = cfg.recipe.get("distill") or {}
     by_float = distill.get("weight", 0) > 0 and distill.get("teacher", "float") == "float"
@@ -91,7 +91,7 @@ def check_from_ptq(cfg: DictConfig, source: str | None) -> None:
     """Refuse a post-training run as the start of a run that needs a float network.
 
     Raises:
-        ConfigError: so.
+        ConfigError: this run reconstructs, or learns from the float network that is not kept.
     """
     if not trains(cfg.recipe):
         raise ConfigError(

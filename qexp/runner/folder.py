@@ -170,7 +170,7 @@ def refuse_running(folder: Path, status: dict[str, Any]) -> None:
     """Refuse to go on with a run whose process may be at work; `status` is of `read_status`.
 
     Raises:
-        RunError: so.
+        RunError: its process is at work, or may be, on another machine.
     """
     if status.get("state") != "running":
         return
