@@ -140,8 +140,8 @@ def _resume_run(folder: Path, overrides: Sequence[str]) -> int:
 def _to_go_on(folder: Path) -> str:
     """What a done run can be trained on with; empty where it cannot."""
     path = folder / "config.yaml"
-    if not (folder / CHECKPOINT).is_file():
-        return f" It has no {CHECKPOINT}: collected results keep none."
+    if not ((folder / CHECKPOINT).is_file() or (folder / ".hydra").is_dir()):
+        return f" It is a collected result, without {CHECKPOINT}."
     cfg = None
     with suppress(ConfigError):
         cfg = read_config(path, "") if path.is_file() else None

@@ -442,6 +442,13 @@ def test_resume_refuses_what_is_done_or_still_running(tiny: Qexp, qexp: Qexp) ->
         "",
         f"resume: {run} is already done (top-1 90.40). Add recipe.epochs=... to train longer.\n",
     )
+    shutil.copytree(run, "kept", ignore=shutil.ignore_patterns(".hydra"))
+    Path("kept/status.json").write_text('{"state": "done"}')  # as collected results
+    said = qexp("resume", "kept")
+    assert "is already done (top-1 90.40). It is a collected result, without last.pt." in said.err
+    said = qexp("eval", "run=kept")
+    assert said.code == 2
+    assert "It is no run's, or a collected result, which keeps no checkpoint." in said.err
     (run / "status.json").write_text(json.dumps({"state": "running", **owner()}))
     said = qexp("resume", str(run))
     assert said.code == 1

@@ -67,6 +67,12 @@ COMMANDS = {
         "config: no key 'quantizer.weight.inti' (lsq has: count, init, per_channel). "
         "Did you mean 'init'?"
     ),
+    "train epochs=3": "config: no key 'epochs' (train has: *). Did you mean 'recipe.epochs'?",
+    "train quantizer.bits=4": "config: no key 'quantizer.bits' (*). Did you mean 'bits'?",
+    "train first_last=8": "config: no key 'first_last' (*). Did you mean 'bitwidth.first_last'?",
+    "train quantizer=LSQ": "config: quantizer 'LSQ' not found. Options: *. Did you mean 'lsq'?",
+    "train model=resnet2O": "config: model 'resnet2O' not found. *. Did you mean 'resnet20'?",
+    "report --format htm": "qexp: argument --format: invalid choice: 'htm' *report --help",
     "train recipe.epoch=3": "config: no key 'recipe.epoch' (qat has: *). Did you mean 'epochs'?",
     "train quantizer/wieght=lsq": "config: no key 'quantizer.wieght' (*). Did you mean 'weight'?",
     "train quantizer=assq": "config: quantizer 'assq' not found. Options: *. Did you mean 'asq'?",
