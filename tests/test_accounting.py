@@ -253,6 +253,14 @@ def test_state_is_counted_once_and_integers_at_their_own_size() -> None:
     assert got.size_bytes == got.fp32_bytes == 4 * (108 + 216 + 30 + 5) + BN_BYTES + 2 * 10
 
 
+def test_a_layer_of_two_names_is_stored_once() -> None:
+    model, layers = quantized(Bits(4, 4))
+    once = account(model, layers).size_bytes
+    model.add_module("alias", nn.Identity())
+    model.alias = model[3]  # with its quantizers
+    assert account(model, layers).size_bytes == once
+
+
 def test_looking_at_a_network_leaves_its_mode() -> None:
     model, layers = quantized(Bits(4, 4))
     for training in (True, False):

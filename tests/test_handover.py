@@ -14,12 +14,13 @@ from hydra.utils import get_method
 from omegaconf import DictConfig
 
 from qexp.errors import CheckpointError, ConfigError
+from qexp.quant.asq import ASQ
 from qexp.quant.convert import quant_layers
 from qexp.quant.nearest import Nearest
 from qexp.quant.power import APoT
 from qexp.recipes import build
 from qexp.recipes.evaluate import evaluate_run
-from qexp.recipes.handover import _copy
+from qexp.recipes.handover import _copy, _fits
 from qexp.recipes.start import _top1
 from qexp.runner import checkpoint
 from qexp.runner.run import open_run
@@ -227,6 +228,16 @@ def test_training_from_a_post_training_run_resumes_bit_for_bit(
     a, b = (checkpoint.load(run / "last.pt")["model"] for run in (whole, folder))
     assert a.keys() == b.keys()
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_an_adapter_is_not_taken_over_by_another_kind_of_factor() -> None:
+    def asq(**own: Any) -> ASQ:
+        return ASQ(4, signed=False, shape=(8, 3, 3), **own)
+
+    assert _fits(asq(), asq().kind)
+    for own in ({"factor": "softplus"}, {"factor": "exp"}, {"dequantize": "plain"}):
+        assert asq().state_dict().keys() == asq(**own).state_dict().keys()  # nothing else tells
+        assert not _fits(asq(**own), asq().kind)
 
 
 def test_what_cannot_be_a_start_is_refused(tmp_path: Path, ptq_runs: dict[str, Path]) -> None:
