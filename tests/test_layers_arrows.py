@@ -15,12 +15,25 @@ PACKAGE = Path(__file__).parent.parent / "qexp"
 # layer: what it may import from qexp, and of the packages outside the standard library
 ALLOWED = {
     "quant": ({"qexp.quant", "qexp.errors"}, {"torch", "numpy", "scipy", "typing_extensions"}),
-    "models": (
-        {"qexp.models", "qexp.errors", "qexp.runner.checkpoint"},
-        {"torch", "torchvision", "safetensors"},
-    ),
+    "models": ({"qexp.models", "qexp.errors"}, {"torch", "torchvision", "safetensors"}),
     "data": ({"qexp.data", "qexp.errors"}, {"torch", "torchvision", "numpy", "PIL"}),
     "runner": ({"qexp.runner", "qexp.errors"}, {"torch", "numpy", "omegaconf", "hydra", "tqdm"}),
+    "engine": (
+        {"qexp.engine", "qexp.export", "qexp.quant", "qexp.runner", "qexp.errors"},
+        {"torch", "triton"},
+    ),
+    # `qexp eval checkpoint=model.safetensors` scores a packed network in the engine.
+    "recipes": (
+        {f"qexp.{name}" for name in ("recipes", "quant", "models", "data", "runner", "errors")}
+        | {f"qexp.{name}" for name in ("config", "signature", "ranges", "plot", "plot_ptq")}
+        | {"qexp.engine", "qexp.export.command"},
+        {"torch", "omegaconf", "hydra", "tqdm"},
+    ),
+    "report": (
+        {f"qexp.{name}" for name in ("report", "runner", "errors")}
+        | {f"qexp.{name}" for name in ("figure", "command_line", "config")},
+        {"numpy", "scipy", "yaml", "matplotlib"},
+    ),
 }
 LIGHT = (
     "cli",

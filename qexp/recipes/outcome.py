@@ -15,14 +15,13 @@ from torch import nn
 
 from qexp import plot
 from qexp.quant.accounting import account, other_weights
-from qexp.quant.bitwidth import Progressive, format_bits
+from qexp.quant.bitwidth import Progressive, Uniform, format_bits
 from qexp.quant.convert import quant_layers, quantizers
 from qexp.quant.quantizer import Identity
 from qexp.recipes import picture
 from qexp.recipes.build import Network, is_float
 from qexp.recipes.evaluate import Score
 from qexp.recipes.watch import health
-from qexp.report.runs import UNIFORM
 from qexp.runner.atomic import write_bytes
 from qexp.runner.distributed import world
 from qexp.runner.folder import table_sha256
@@ -284,7 +283,7 @@ def _nominal(cfg: DictConfig, operand: str, network: Network) -> int | None:
     asked = cfg.bitwidth.get(operand)
     if isinstance(asked, int):
         return asked
-    return cfg.bits if cfg.bitwidth.get("name") in UNIFORM else None
+    return cfg.bits if isinstance(network.policy, Uniform) else None
 
 
 def granularity(model: nn.Module) -> dict[str, list[str]]:
