@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -108,9 +110,88 @@ def test_hard_rounding_passes_gradient_at_the_outermost_codes() -> None:
     torch.testing.assert_close(w.grad, e * inside)
 
 
+@pytest.mark.parametrize("beta", [2.0, 5.0, 20.0])
+def test_soft_rounding_and_penalty_pass_gradcheck(beta: float) -> None:
+    a = AdaRound(3, shape=(41,), per_channel=False).double()
+    v = torch.linspace(-3, 3, 41, dtype=torch.float64, requires_grad=True)  # beyond 2.4 decided
+    del a.rounding  # a parameter, for which no other tensor can stand
+
+    def penalty(v: Tensor) -> Tensor:
+        a.rounding = v  # type: ignore[assignment]
+        return a.penalty(beta)
+
+    h = rectified_sigmoid(v)
+    assert ((h == 0).any(), (h == 1).any()) == (True, True)
+    assert torch.autograd.gradcheck(rectified_sigmoid, (v,))
+    assert torch.autograd.gradcheck(penalty, (v,))
+
+
 def test_rectified_sigmoid_inverts() -> None:
     h = torch.linspace(0, 1, 101)
     torch.testing.assert_close(rectified_sigmoid(inverse_rectified_sigmoid(h)), h)
+
+
+@pytest.mark.parametrize("estimator", ["mse", "percentile", "absmax"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("cls", [Nearest, AdaRound])
+def test_per_channel_equals_a_loop_of_per_tensor(
+    cls: type[Nearest | AdaRound], symmetric: bool, estimator: Any
+) -> None:
+    w = weights() * torch.logspace(-2, 0, 6).view(-1, 1, 1, 1)
+    e = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    own = {"symmetric": symmetric, "estimator": estimator}
+    q = cls(3, shape=SHAPE, per_channel=True, **own)
+    loop = [cls(3, shape=(1, *SHAPE[1:]), per_channel=False, **own) for _ in range(6)]
+    q.calibrate(w)
+    w.requires_grad_()
+    (q(w) * e).sum().backward()
+    assert q.scale.unique().numel() == 6
+    for c, one in enumerate(loop):
+        v = w.detach()[c : c + 1].requires_grad_()
+        one.calibrate(v)
+        (one(v) * e[c]).sum().backward()
+        assert torch.equal(one.scale, q.scale[c].view(()))
+        assert torch.equal(one.zero, q.zero[c].view(()))
+        assert torch.equal(one(v)[0], q(w)[c])
+        assert torch.equal(one.codes(v)[0], q.codes(w)[c])
+        assert torch.equal(one.levels()[0], q.levels()[c])
+        assert torch.equal(v.grad[0], w.grad[c])  # type: ignore[index]
+        for name, parameter in one.named_parameters():
+            whole = q.get_parameter(name)
+            assert parameter.grad is not None
+            assert whole.grad is not None
+            torch.testing.assert_close(parameter.grad.flatten(), whole.grad[c].flatten())
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_nearest_equals_torchs_own_fake_quantize(
+    per_channel: bool, symmetric: bool, bits: int
+) -> None:
+    w = weights() * torch.logspace(-2, 0, 6).view(-1, 1, 1, 1)
+    q = Nearest(bits, shape=SHAPE, per_channel=per_channel, symmetric=symmetric)
+    q.calibrate(w)
+    w = 1.5 * w  # some of it clipped
+    u = w / q.scale.detach()
+    tie = (u - u.floor() - 0.5).abs() < 1e-3  # torch rounds those to even
+    w = torch.where(tie, 0.9 * w, w)
+    e = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    grid = (q.scale.detach().flatten(), q.zero.flatten().int())
+    found = []
+    for torchs in (True, False):
+        v = w.clone().requires_grad_()
+        if not torchs:
+            y = q(v)
+        elif per_channel:
+            y = torch.fake_quantize_per_channel_affine(v, *grid, 0, q.qmin, q.qmax)
+        else:
+            y = torch.fake_quantize_per_tensor_affine(v, *grid, q.qmin, q.qmax)
+        (y * e).sum().backward()
+        found.append((y.detach(), v.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    assert not torch.equal(found[0][1], e)
 
 
 @given(bits=st.integers(2, 16), seed=st.integers(0, 999))

@@ -17,12 +17,14 @@ from typing import Any
 
 import pytest
 import torch
+from compose import tiny
 from conftest import Qexp
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from hydra import compose, initialize_config_dir
+from test_methods import METHODS
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.testing import CompileCounter
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch._inductor.decomposition import select_decomp_table
 
 from qexp.config import configs_dir
@@ -42,7 +44,7 @@ from qexp.quant.functional import as_rows, compile_kernels, fake_quantize, kerne
 from qexp.quant.lsq import LSQ
 from qexp.quant.trace import Layer, trace
 from qexp.ranges import unusable
-from qexp.recipes import compilation
+from qexp.recipes import build, compilation
 from qexp.recipes.ptq import ptq
 from qexp.recipes.qat import qat
 from qexp.runner.device import keep_memory, tf32
@@ -166,6 +168,48 @@ def test_a_compiled_quantized_step_keeps_what_a_float_step_keeps() -> None:
     assert kept_bytes_compiled(quantized, x, compilation.AGAIN) < 1.15 * plain
     every = compilation.AGAIN | compilation.OPERANDS
     assert kept_bytes_compiled(quantized, x, every) < 0.7 * plain
+
+
+class Residual(nn.Module):
+    """The least network with inner layers: one before a batch norm, one before a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn1 = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv1, self.bn2 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.fc = nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn1(self.stem(x)).relu()
+        h = self.bn2(self.conv1(x)).relu()
+        return self.fc((x + self.conv2(h)).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_network_of_every_trained_method_is_one_graph_and_equals_eager(
+    tmp_path: Path, method: str
+) -> None:
+    cfg = tiny(tmp_path, f"quantizer={method}", "bits=3")
+    torch.manual_seed(0)
+    model, x = Residual(), torch.randn(4, 3, 6, 6)
+    build.make_network(cfg, model, (3, 6, 6))
+    calibrate_(model, x)
+    twin = copy.deepcopy(model)  # a training step moves buffers
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    graph = torch.compile(model, backend=counter, fullgraph=True)
+    found = []
+    for net, forward in ((model, graph), (twin, twin)):
+        y = forward(x)
+        (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+        found.append({"y": y.detach(), **{n: p.grad for n, p in net.named_parameters()}})
+    assert counter.frame_count == 1
+    for (name, a), b in zip(found[0].items(), found[1].values(), strict=True):
+        assert a is not None, name
+        assert b is not None, name
+        # Before a batch norm the gradient of an output scale (N2UQ) is what rounding leaves of 0.
+        assert (a - b).abs().max() <= 1e-4 * b.abs().max() + 1e-8, name
+    torch.testing.assert_close(model.state_dict(), twin.state_dict())
 
 
 @pytest.mark.slow

@@ -14,7 +14,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -25,17 +24,21 @@ from qexp.quant.additive import APoTActivation
 from qexp.quant.aquant import AQuant
 from qexp.quant.asq import ASQ
 from qexp.quant.codebook import Codebook
+from qexp.quant.columns import columns
 from qexp.quant.dorefa import PACT, DoReFaActivation, DoReFaWeight
 from qexp.quant.functional import compile_kernels
 from qexp.quant.lsq import LSQ, LSQPlus
+from qexp.quant.modules import QuantConv2d
 from qexp.quant.n2uq import N2UQ, N2UQWeight
 from qexp.quant.nearest import Nearest
 from qexp.quant.power import POST, POT, APoT, POSTReleased
-from qexp.quant.quantizer import Quantizer
+from qexp.quant.quantizer import Identity, Quantizer
 
 FIELD = (8, 3, 3)  # C_in, kh, kw
 WEIGHT = (6, 8, 3, 3)
 INPUT = (4, 8, 5, 5)
+WINDOW = ((3, 3), (1, 1), (1, 1), (1, 1))  # kernel, dilation, padding, stride of its columns
+COLUMNS = (4, 8 * 3 * 3, 5 * 5)
 
 
 @dataclass(frozen=True)
@@ -43,21 +46,26 @@ class Case:
     """A quantizer to hold to the contract.
 
     role: `weight`, `relu` (unsigned input) or `signed` (signed input).
+    columns: takes the im2col columns of an input, [N, C_in * kh * kw, L].
     overflows: has more than 2**bits levels, and says so by name.
     idempotent: Q(Q(x)) = Q(x) in eval mode.
     equivariant: calibrated on 8x, Q(8x) = 8 Q(x).
-    refines: calibrated for the least error, a wider one has no more error.
     """
 
     name: str
     make: Callable[..., Quantizer]
     role: str
     widths: tuple[int, ...] = (2, 3, 4, 8)
+    columns: bool = False
     overflows: bool = False
     idempotent: bool = True
     monotone: bool = True
     equivariant: bool = True
-    refines: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor it quantizes."""
+        return WEIGHT if self.role == "weight" else COLUMNS if self.columns else INPUT
 
     def build(self, bits: int) -> Quantizer:
         shape = WEIGHT if self.role == "weight" else FIELD
@@ -68,35 +76,47 @@ class Case:
         if self.role == "weight":
             return torch.randn(WEIGHT, generator=generator) * 0.05
         x = torch.randn(INPUT, generator=generator)
-        return x.relu() if self.role == "relu" else x
+        x = x.relu() if self.role == "relu" else x
+        return columns(x, *WINDOW) if self.columns else x
 
-    def calibrated(self, bits: int, seed: int = 0) -> tuple[Quantizer, Tensor]:
+    def calibrated(self, bits: int, seed: int = 0, factor: float = 1.0) -> tuple[Quantizer, Tensor]:
+        """A quantizer in eval mode, alive, and `factor` times the sample it was calibrated on."""
         torch.manual_seed(seed)
-        q, x = self.build(bits), self.sample(seed)
+        q, x = self.build(bits), factor * self.sample(seed)
         q.calibrate(x)
-        if isinstance(q, ASQ) and q.adapter:  # alive: a dead hidden layer has factor 1 for all
-            with torch.no_grad():
-                q.adapter[0].bias.fill_(0.5)
+        alive_(q, seed)
         return q.eval(), x
+
+
+@torch.no_grad()
+def alive_(q: Quantizer, seed: int = 0) -> None:
+    """Away from a start that is another method: else nothing of this one would be seen."""
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(q, ASQ) and q.adapter:  # a dead hidden layer has factor 1 for all: LSQ
+        q.adapter[0].bias.fill_(0.5)
+    if isinstance(q, AQuant):  # borders of 1/2 are Nearest; these differ, few reach a bound
+        nn.init.normal_(q.border, 0, 0.2, generator)
+        if q.fusion != "none":
+            q.mixing += 0.1 * torch.randn(q.mixing.shape, generator=generator)
 
 
 CASES = [
     Case("lsq-weight", LSQ, "weight"),
     Case("lsq-weight-channel", partial(LSQ, per_channel=True), "weight"),
-    Case("lsq-weight-mse", partial(LSQ, init="mse"), "weight", refines=True),
+    Case("lsq-weight-mse", partial(LSQ, init="mse"), "weight"),
     Case("lsq-act", partial(LSQ, count="sample"), "relu"),
     Case("lsq-act-signed", partial(LSQ, count="sample"), "signed"),
-    Case("lsqplus-act", LSQPlus, "relu", refines=True),
-    Case("lsqplus-act-signed", LSQPlus, "signed", refines=True),
+    Case("lsqplus-act", LSQPlus, "relu"),
+    Case("lsqplus-act-signed", LSQPlus, "signed"),
     Case("post", POST, "weight"),
-    Case("post-mse", partial(POST, init="mse"), "weight", refines=True),
+    Case("post-mse", partial(POST, init="mse"), "weight"),
     Case("post-layer-symmetric", partial(POST, per_channel=False, levels="symmetric"), "weight"),
     Case("post-nozero", partial(POST, levels="no_zero", base=2.0), "weight"),
     Case("post-released", POSTReleased, "weight", overflows=True),
-    Case("pot", partial(POT, init="mse"), "weight", refines=True),
+    Case("pot", partial(POT, init="mse"), "weight"),
     Case("apot", APoT, "weight"),
-    Case("apot-mse", partial(APoT, init="mse"), "weight", refines=True),
-    Case("apot-act", APoTActivation, "relu", refines=True),
+    Case("apot-mse", partial(APoT, init="mse"), "weight"),
+    Case("apot-act", APoTActivation, "relu"),
     Case("apot-act-signed", partial(APoTActivation, count=None), "signed"),
     Case("pot-act", partial(APoTActivation, additive=False), "relu", widths=(2, 3, 4, 7)),
     # The mean comes out and is not put back: a second pass sees another one.
@@ -121,12 +141,12 @@ CASES = [
         idempotent=False,
         equivariant=False,
     ),
-    Case("n2uq-act", N2UQ, "relu", refines=True),
-    Case("n2uq-act-signed", N2UQ, "signed", refines=True),
+    Case("n2uq-act", N2UQ, "relu"),
+    Case("n2uq-act-signed", N2UQ, "signed"),
     # The scale is that of the weights: quantized ones have another.
     Case("n2uq-weight", N2UQWeight, "weight", idempotent=False),
-    Case("codebook", Codebook, "weight", refines=True),
-    Case("codebook-full", partial(Codebook, levels="full"), "weight", refines=True),
+    Case("codebook", Codebook, "weight"),
+    Case("codebook-full", partial(Codebook, levels="full"), "weight"),
     Case("codebook-kmeans-channel", partial(Codebook, init="kmeans", per_channel=True), "weight"),
     Case("codebook-uniform-count", partial(Codebook, init="uniform", form="count"), "weight"),
     Case("codebook-gradient", partial(Codebook, adaptation="gradient"), "weight"),
@@ -141,24 +161,39 @@ CASES = [
         )
         for r in ("rms", "max", "none")
     ),
-    Case("dorefa-act", DoReFaActivation, "relu", refines=True),
+    Case("dorefa-act", DoReFaActivation, "relu"),
     Case("dorefa-act-signed", DoReFaActivation, "signed"),
-    Case("nearest-weight", partial(Nearest, per_channel=True), "weight", refines=True),
-    Case("nearest-weight-symmetric", partial(Nearest, symmetric=True), "weight", refines=True),
+    Case("nearest-weight", partial(Nearest, per_channel=True), "weight"),
+    Case("nearest-weight-symmetric", partial(Nearest, symmetric=True), "weight"),
     Case("nearest-act", partial(Nearest, estimator="percentile"), "relu"),
-    Case("nearest-act-signed", Nearest, "signed", refines=True),
+    Case("nearest-act-signed", Nearest, "signed"),
     # The rounding was chosen for the weights it was calibrated on: other values, other errors.
     Case("adaround", AdaRound, "weight", idempotent=False, monotone=False),
-    # Per row needs im2col columns: tests/test_aquant.py.
-    Case("aquant-channel", partial(AQuant, per="channel"), "relu", refines=True),
-    Case("aquant-tensor", partial(AQuant, per="tensor", border="linear"), "relu", refines=True),
-    Case("aquant-sigmoid", partial(AQuant, per="channel", squash="sigmoid"), "relu", refines=True),
-    Case("aquant-signed", partial(AQuant, per="channel"), "signed", refines=True),
-    Case("pact", PACT, "relu", refines=True),
+    # A level lies on a border at 0 and, but for float32, at 1: up it goes, or (k s) / s < k down.
+    Case("aquant-channel", partial(AQuant, per="channel"), "relu", idempotent=False),
+    Case("aquant-signed", partial(AQuant, per="channel"), "signed", idempotent=False),
+    Case("aquant-row", AQuant, "relu", columns=True, idempotent=False),
+    Case("aquant-row-signed", AQuant, "signed", columns=True, idempotent=False),
+    Case("aquant-window", partial(AQuant, fusion="window"), "relu", columns=True, idempotent=False),
+    # Besides, the nearest errors of a window are no monotone functions of its inputs.
+    Case(
+        "aquant-residual",
+        partial(AQuant, fusion="residual"),
+        "relu",
+        columns=True,
+        idempotent=False,
+        monotone=False,
+    ),
+    # The one border stays within the bounds; a sigmoid never reaches them.
+    Case("aquant-tensor", partial(AQuant, per="tensor", border="linear"), "relu"),
+    Case("aquant-sigmoid", partial(AQuant, per="channel", squash="sigmoid"), "relu"),
+    Case("pact", PACT, "relu"),
     Case("pact-signed", PACT, "signed"),
 ]
 
 each = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+# Columns have one order in memory and are made anew for every input: no channels_last, no part.
+planes = pytest.mark.parametrize("case", [c for c in CASES if not c.columns], ids=lambda c: c.name)
 
 
 def widths(flag: str = "name") -> pytest.MarkDecorator:
@@ -169,9 +204,14 @@ def widths(flag: str = "name") -> pytest.MarkDecorator:
     )
 
 
-def rows(x: Tensor, q: Quantizer) -> Tensor:
+def rows(x: Tensor) -> Tensor:
     """The parts that own a grid each: channels of a weight, samples of an input, [R, M]."""
     return x.flatten(1)
+
+
+def ordered(x: Tensor, q: Quantizer) -> Tensor:
+    """The parts in which a larger input has no smaller output: rows, or what shares a border."""
+    return x.flatten(2).flatten(0, 1) if isinstance(q, AQuant) and q.per != "tensor" else rows(x)
 
 
 @widths()
@@ -188,8 +228,7 @@ def test_decoded_codes_equal_forward_bit_for_bit(case: Case, bits: int) -> None:
 def test_no_tensor_holds_more_levels_than_its_bits_number(case: Case, bits: int) -> None:
     q, _ = case.calibrated(bits)
     torch.manual_seed(1)
-    shape = WEIGHT if case.role == "weight" else INPUT
-    x = torch.randn(shape) * (0.1 if case.role == "weight" else 3)
+    x = torch.randn(case.shape) * (0.1 if case.role == "weight" else 3)
     with torch.no_grad():
         codes, x_hat = q.codes(x), q(x)
     assert (q.num_levels > 2**bits) == case.overflows
@@ -198,7 +237,7 @@ def test_no_tensor_holds_more_levels_than_its_bits_number(case: Case, bits: int)
     )
     assert codes.min() >= q.qmin
     assert codes.max() <= q.qmax
-    for row in rows(x_hat, q):
+    for row in rows(x_hat):
         assert row.unique().numel() <= q.num_levels
 
 
@@ -212,7 +251,7 @@ def test_weight_levels_are_sorted_distinct_and_contain_the_output(case: Case) ->
         assert levels.shape[-1] == q.num_levels
         assert (levels.diff(dim=-1) > 0).all()
         with torch.no_grad():
-            w_hat = rows(q(w), q)
+            w_hat = rows(q(w))
         for i, row in enumerate(w_hat):
             assert torch.isin(row, levels[i if levels.shape[0] > 1 else 0]).all()
 
@@ -282,9 +321,9 @@ def test_quantizing_twice_changes_nothing(case: Case, bits: int) -> None:
 @widths("monotone")
 def test_output_is_monotone_in_the_input(case: Case, bits: int) -> None:
     q, x = case.calibrated(bits)
-    ascending = rows(x, q).sort(dim=1).values.view_as(x)
+    ascending = ordered(x, q).sort(dim=1).values.view_as(x)
     with torch.no_grad():
-        assert (rows(q(ascending), q).diff(dim=1) >= 0).all()
+        assert (ordered(q(ascending), q).diff(dim=1) >= 0).all()
 
 
 @each
@@ -296,13 +335,12 @@ def test_scaling_the_input_scales_the_output(case: Case, exponent: int, seed: in
     c = 2.0**exponent  # exact in float32
     for bits in case.widths[:3]:
         q, x = case.calibrated(bits, seed)
-        scaled = case.build(bits).eval()
-        scaled.calibrate(c * x)
+        scaled, cx = case.calibrated(bits, seed, c)
         with torch.no_grad():
-            torch.testing.assert_close(scaled(c * x), c * q(x), rtol=1e-6, atol=0)
+            torch.testing.assert_close(scaled(cx), c * q(x), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.refines], ids=lambda c: c.name)
+@each
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_more_bits_never_mean_more_error(case: Case, seed: int) -> None:
     errors = []
@@ -320,6 +358,7 @@ def test_constant_tensors_stay_finite(case: Case, bits: int, value: float) -> No
     q = case.build(bits)
     x = torch.full_like(case.sample(), value)
     q.calibrate(x)
+    alive_(q)
     x.requires_grad_()
     y = q.train()(x)
     y.sum().backward()
@@ -359,7 +398,7 @@ def test_bfloat16_in_gives_bfloat16_out_and_float32_state(case: Case) -> None:
         assert all(p.dtype == torch.float32 for p in q.parameters())
 
 
-@each
+@planes
 def test_channels_last_changes_no_value_and_no_gradient(case: Case) -> None:
     q, x = case.calibrated(case.widths[1])
     weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
@@ -386,7 +425,7 @@ CUTS = {
 }
 
 
-@each
+@planes
 @pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS.keys())
 def test_a_part_of_a_tensor_gets_its_own_gradient(case: Case, cut: Callable) -> None:
     if case.role == "weight":
@@ -417,7 +456,7 @@ def test_a_part_of_a_tensor_gets_its_own_gradient(case: Case, cut: Callable) -> 
 def test_a_training_step_never_waits_for_the_device(case: Case) -> None:
     with FakeTensorMode():  # a fake tensor has no value: .item() and bool() raise
         q = case.build(case.widths[1]).train()
-        x = torch.randn(WEIGHT if case.role == "weight" else INPUT, requires_grad=True)
+        x = torch.randn(case.shape, requires_grad=True)
         q(x).sum().backward()
         assert x.grad is not None
         q.health()
@@ -438,7 +477,7 @@ def test_on_a_gpu_it_mixes_in_nothing_of_the_cpu(case: Case) -> None:
                     there = torch.empty(t.shape, dtype=t.dtype, device="cuda")
                     learned = isinstance(t, torch.nn.Parameter)
                     tensors[name] = torch.nn.Parameter(there) if learned else there
-        x = torch.randn(WEIGHT if case.role == "weight" else INPUT, device="cuda")
+        x = torch.randn(case.shape, device="cuda")
         assert q(x).device.type == "cuda"
         assert q.codes(x).device.type == "cuda"
         assert all(count.device.type == "cuda" for count in q.health().values())
@@ -469,7 +508,7 @@ def first_of_each_class() -> list[Case]:
     """Tracing costs a second: one case a class by default, all of them under `slow`."""
     found: dict[object, Case] = {}
     for case in CASES:
-        found.setdefault(getattr(case.make, "func", case.make), case)
+        found.setdefault((getattr(case.make, "func", case.make), case.columns), case)
     return list(found.values())
 
 
@@ -489,18 +528,16 @@ class Block(nn.Module):
 
     def __init__(self, quantizer: Quantizer, role: str) -> None:
         super().__init__()
-        self.quantizer, self.role = quantizer, role
+        self.signed = role == "signed"
         self.first, self.norm = nn.Conv2d(3, FIELD[0], 3), nn.BatchNorm2d(FIELD[0])
-        self.second = nn.Conv2d(FIELD[0], WEIGHT[0], 3, padding=1)
+        second = nn.Conv2d(FIELD[0], WEIGHT[0], 3, padding=1)
+        operands = (quantizer, Identity()) if role == "weight" else (Identity(), quantizer)
+        self.second = QuantConv2d.from_float(second, *operands)
 
     def forward(self, x: Tensor) -> Tensor:
-        h, weight = self.norm(self.first(x)), self.second.weight
-        h = h if self.role == "signed" else h.relu()
-        if self.role == "weight":
-            y = F.conv2d(h, self.quantizer(weight), padding=1)
-        else:
-            y = F.conv2d(self.quantizer(h), weight, padding=1)
-        return (h[:, : WEIGHT[0]] + y.relu()).mean((2, 3))
+        h = self.norm(self.first(x))
+        h = h if self.signed else h.relu()
+        return (h[:, : WEIGHT[0]] + self.second(h).relu()).mean((2, 3))
 
 
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])

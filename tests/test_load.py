@@ -147,7 +147,12 @@ def test_a_module_that_insists_on_its_version_loads(tmp_path: Path) -> None:
 @pytest.mark.skipif(not (DATA / "checkpoints").is_dir(), reason="needs data/checkpoints")
 @pytest.mark.parametrize("depth", [20, 32, 56])
 def test_published_checkpoint_loads_strictly(depth: int) -> None:
-    load_state(ResNet(depth, 10), DATA / "checkpoints" / f"cifar10_resnet{depth}_akamaster.pt")
+    model, path = ResNet(depth, 10), DATA / "checkpoints" / f"cifar10_resnet{depth}_akamaster.pt"
+    state = torch.load(path, weights_only=True)
+    load_state(model, path)
+    loaded = {k: v for k, v in model.state_dict().items() if "num_batches" not in k}
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in loaded.items())
 
 
 def test_other_class_count_is_named(tmp_path: Path) -> None:

@@ -6,12 +6,17 @@ import csv
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from compose import tiny
+from omegaconf import OmegaConf
+from torch import nn
 
 from qexp.config import configs_dir
+from qexp.quant.convert import Bits, calibrate_, quantize_, quantizers
+from qexp.quant.trace import trace
 from qexp.recipes import build
 from qexp.recipes.qat import qat
 from qexp.report.shipped import shipped
@@ -43,6 +48,8 @@ def float_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_methods_are_found() -> None:
     assert {"lsq", "lsqplus"} <= set(METHODS)
+    assert {"lsq", "adaround", "none"} <= set(WEIGHTS)
+    assert {"lsq", "aquant", "none"} <= set(ACTS)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -70,18 +77,47 @@ def _epochs(folder: Path) -> list[dict[str, float]]:
     return [r for r in map(json.loads, lines) if r["event"] == "epoch"]
 
 
-@pytest.mark.parametrize(("weight", "act"), [("apot", "asq"), ("codebook", "lsq"), ("lsq", "n2uq")])
-def test_any_weight_quantizer_goes_with_any_input_quantizer(
-    tmp_path: Path, float_run: Path, weight: str, act: str
-) -> None:
-    cfg = tiny(
-        tmp_path, f"quantizer/weight={weight}", f"quantizer/act={act}",
-        f"model.checkpoint={float_run}", "recipe.epochs=1",
+def quantizer_nodes(role: str) -> dict[str, Any]:
+    """Every configs/quantizer/<role>/*.yaml by its name, read."""
+    folder = configs_dir() / "quantizer" / role
+    return {path.stem: OmegaConf.load(path) for path in sorted(folder.glob("*.yaml"))}
+
+
+WEIGHTS, ACTS = quantizer_nodes("weight"), quantizer_nodes("act")
+
+
+def three_layers() -> nn.Sequential:
+    """Convolutions of signed and of unsigned inputs, and a linear layer."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(),
+        nn.Conv2d(4, 6, 3, stride=2), nn.BatchNorm2d(6), nn.ReLU(),
+        nn.Flatten(), nn.Linear(54, 5),
     )  # fmt: skip
-    with open_run(Path(cfg.folder), cfg) as run:
-        result = qat(cfg, run)
-        run.finish(result)
-    assert 0 <= result["top1"] <= 100
+
+
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_any_weight_quantizer_goes_with_any_input_quantizer(weight: str, act: str) -> None:
+    # Those of post-training methods too: their borders and roundings learn wherever they stand.
+    torch.manual_seed(0)
+    model, x = three_layers(), torch.randn(6, 3, 8, 8)
+    cfg = {"quantizer": {"weight": WEIGHTS[weight], "act": ACTS[act]}, "bitwidth": {}}
+    layers = trace(model, (3, 8, 8))
+    bits = {layer.name: Bits(4, 4) for layer in layers}
+    quantize_(model, layers, bits, **build.factories(OmegaConf.create(cfg)))
+    calibrate_(model, x)
+    made = quantizers(model)
+    assert len(made) == 3 * (weight != "none") + 3 * (act != "none")
+    assert all(q.bits == 4 and bool(q.calibrated) for q in made.values())
+    y = model.train()(x)
+    y.square().sum().backward()
+    assert y.isfinite().all()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+    assert model[0].weight.grad.any()  # through all quantizers there are
+    with torch.no_grad():
+        assert model.eval()(x).isfinite().all()
 
 
 def test_progressive_bits_end_at_the_last_stage(tmp_path: Path, float_run: Path) -> None:

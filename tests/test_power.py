@@ -187,7 +187,7 @@ def test_apot_equals_pot_where_sums_have_one_term(bits: int) -> None:
 
 
 @pytest.mark.parametrize("init", ["quantile", "mse"])
-@pytest.mark.parametrize("cls", [POST, POSTReleased, POT])
+@pytest.mark.parametrize("cls", [POST, POSTReleased, POT, APoT])
 def test_per_channel_equals_a_loop_of_per_tensor(cls: type[FixedGrid], init: str) -> None:
     w, e = weights(), torch.randn(SHAPE)
     q = cls(4, shape=SHAPE, init=init)  # type: ignore[call-arg]
@@ -466,12 +466,24 @@ def test_apot_levels_are_those_of_its_output(normalize: bool) -> None:
 
 
 def test_apot_allows_two_forwards_before_one_backward() -> None:
-    w = weights(7).requires_grad_()
+    w, e = weights(7), torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
     q = APoT(4, shape=SHAPE, normalize=True).train()
-    q.calibrate(w.detach())
-    (q(w) + q(w * 2)).sum().backward()  # the buffers moved in between
-    assert w.grad is not None
-    assert w.grad.isfinite().all()
+    q.calibrate(w)
+    factors = (1.0, 2.0)  # between the forwards the buffers move
+    found = []
+    for together in (True, False):
+        q.zero_grad()
+        v = w.clone().requires_grad_()
+        if together:
+            a, b = ((q(f * v) * own).sum() for f, own in zip(factors, e, strict=True))
+            (a + b).backward()
+        else:
+            for f, own in zip(factors, e, strict=True):
+                (q(f * v) * own).sum().backward()
+        assert v.grad is not None
+        assert q.scale.grad is not None
+        found.append((v.grad, q.scale.grad.clone()))
+    torch.testing.assert_close(found[0], found[1])
 
 
 @pytest.mark.parametrize("normalize", [True, False])
