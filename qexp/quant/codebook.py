@@ -43,7 +43,7 @@ and 0.45 (0.34) more than 0.99 in ten (three seeds).
 
 Quantiles alone are far from the least squared error, and worse than a uniform grid. Adaptation does
 not make up for it in a short training: at W2A2 three epochs give 82.63 from quantiles, 85.65 from
-`kmeans`, 85.72 from `uniform` (one seed, results/cifar10_ablations); ten give 86.92, 87.59 and 87.37
+`kmeans`, 85.72 from `uniform` (one seed, results/cifar10_ablations); ten give 86.92, 87.59, 87.37
 (seed 0, results/cifar10_qat_short). Quantiles stay the default, because they are the abstract's.
 """
 
