@@ -37,16 +37,21 @@ class RunError(QexpError):
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:
-    """` Did you mean 'x'?` for the closest option, else an empty string; capitals count little."""
-    word, known = word.lower(), {option.lower(): option for option in options}
+    """` Did you mean 'x'?` for the closest option, else an empty string; capitals count last."""
+    known = list(options)
+    small = {option.lower(): option for option in known}
+    best = _closest(word, known) or small.get(_closest(word.lower(), small))
+    return f" Did you mean '{best}'?" if best else ""
+
+
+def _closest(word: str, options: Iterable[str]) -> str:
+    """The one most like it; of two that are as like, the one with the same beginning."""
 
     def likeness(option: str) -> tuple[float, int]:
-        ratio = difflib.SequenceMatcher(None, word, option).ratio()
         same = (a == b for a, b in zip(word, option, strict=False))
-        return ratio, sum(takewhile(bool, same))  # of two as like, the same beginning
+        return difflib.SequenceMatcher(None, word, option).ratio(), sum(takewhile(bool, same))
 
-    best = max(difflib.get_close_matches(word, known), key=likeness, default=None)
-    return f" Did you mean '{known[best]}'?" if best else ""
+    return max(difflib.get_close_matches(word, list(options)), key=likeness, default="")
 
 
 def origin(error: BaseException) -> BaseException:

@@ -14,6 +14,8 @@ from qexp.quant.functional import compile_kernels, midpoints
 from qexp.quant.lsq import LSQ
 from qexp.quant.n2uq import MAX_BITS, MIN_SEGMENT, N2UQ, N2UQWeight
 
+WIDTHS = [(bits, signed) for bits in (1, 2, 4, 8) for signed in (False, True) if bits > signed]
+
 
 def uneven(bits: int, signed: bool = False, count: str | None = None) -> N2UQ:
     """A quantizer away from its initial state."""
@@ -42,8 +44,7 @@ def numpy_forward(q: N2UQ, x: np.ndarray) -> np.ndarray:
     return (code + q.qmin) * (2 / (2**q.bits - 1)) * beta2
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4, 8])
-@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize(("bits", "signed"), WIDTHS)
 def test_forward_matches_a_loop_over_thresholds(bits: int, signed: bool) -> None:
     q, x = uneven(bits, signed), sample(signed=signed)
     with torch.no_grad():
@@ -64,8 +65,7 @@ def definition(q: N2UQ, x: Tensor, e: Tensor) -> tuple[list[Tensor], Tensor]:
     return [p.grad for p in (x, s, a, beta1)], (e * code * q.delta).sum()  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4, 8])
-@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize(("bits", "signed"), WIDTHS)
 def test_gste_is_the_derivative_of_the_expected_stochastic_rounding(
     bits: int, signed: bool
 ) -> None:

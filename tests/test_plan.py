@@ -235,7 +235,7 @@ def test_training_holds_weights_gradients_and_what_its_options_add(
 ) -> None:
     monkeypatch.setattr(cost, "_timed", lambda *given: cost.Timed(1.0, 0.0, 0.0, "cpu"))
     large = nn.Linear(30_000, 30_000, device="meta")
-    card = SimpleNamespace(train_size=48, test_size=32, val_size=0)
+    card = SimpleNamespace(train_size=48, test_size=32, val_size=0, input_shape=(3, 8, 8))
     cfg = tiny(tmp_path, *words.split())
     line = cost.training(cfg, card, large, [])[1]  # type: ignore[arg-type]
     assert f"{networks * 4 * 30_000 * 30_001 / 2**30:.2f} GB" in line

@@ -478,7 +478,7 @@ def test_pictures_are_of_the_start_and_of_the_end_of_the_training(
         assert not torch.equal(item.levels_before, levels)
         assert item.bits == (3 if item.name.startswith("layer") else 8)
     for item in drawn["activation_thresholds"]:
-        quantizer = layers[item.name].act_quantizer
+        quantizer = layers[item.name.removesuffix(", x / factor")].act_quantizer
         assert torch.equal(item.thresholds, quantizer.thresholds().detach())
         assert torch.equal(item.levels, quantizer.levels()[0].detach())
     assert len(drawn["activation_thresholds"]) == len(layers)
